@@ -1,0 +1,61 @@
+// Package attestors defines what an attestor is: one kind of evidence about a
+// node or a workload, and the halves that make and check it.
+//
+// Each kind has a package of its own below this one, with whichever halves
+// exist for it: [Agent] collects the proof on a node, [Server] verifies it,
+// [Workload] turns a process into selectors. Attestors know nothing of how
+// server or agent work inside; what they need is given to their constructors.
+package attestors
+
+import (
+	"context"
+
+	"github.com/hallmark-id/hallmark/pkg/selector"
+)
+
+// Agent is the half that proves what a node is.
+type Agent interface {
+	// Proof returns the attestation's payload. It is called once for each
+	// attempt.
+	Proof(ctx context.Context) ([]byte, error)
+	// Respond answers a challenge of the server.
+	Respond(ctx context.Context, challenge []byte) ([]byte, error)
+}
+
+// Server is the half that verifies a node's proof.
+type Server interface {
+	// Verify checks a payload of at most 64 KiB. It may send challenges, at
+	// most ten, through the function it is given, which returns the node's
+	// response. An error's text is told to the node: it says what is wrong
+	// with the proof and nothing of what else exists.
+	Verify(ctx context.Context, payload []byte, challenge func(context.Context, []byte) ([]byte, error)) (*Evidence, error)
+}
+
+// Evidence is what a verified proof says of a node.
+type Evidence struct {
+	// Path is the part of the agent's SPIFFE ID after /spire/agent/, for
+	// example join_token/<token>. It begins with the attestor's name.
+	Path string
+	// Selectors of the node; their type is the attestor's name.
+	Selectors []selector.Selector
+	// CanReattest says that the same proof may be given again. An agent that
+	// cannot must renew its SVID before it ends.
+	CanReattest bool
+}
+
+// Process is a workload as the kernel vouches for it, pinned: the process that
+// connected, not one that got its PID later.
+type Process struct {
+	PID int32  // in the agent's PID namespace
+	UID uint32 // effective, when it connected
+	GID uint32 // effective, when it connected
+}
+
+// Workload is the half that attests a process.
+type Workload interface {
+	// Attest returns the selectors of a process; their type is the attestor's
+	// name. A process that is not of this attestor's kind (one outside of any
+	// container, say) has none, without an error. The caller checks afterwards
+	// that the process is still the one it pinned.
+	Attest(ctx context.Context, process Process) ([]selector.Selector, error)
+}

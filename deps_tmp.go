@@ -1,0 +1,36 @@
+package main
+
+import (
+	_ "github.com/dgraph-io/badger/v4"
+	_ "github.com/go-jose/go-jose/v4"
+	_ "github.com/go-jose/go-jose/v4/jwt"
+	_ "github.com/goccy/go-yaml"
+	_ "github.com/google/uuid"
+	_ "github.com/rogpeppe/go-internal/testscript"
+	_ "github.com/spf13/cobra"
+	_ "github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	_ "github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	_ "github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	_ "github.com/spiffe/go-spiffe/v2/spiffegrpc/grpccredentials"
+	_ "github.com/spiffe/go-spiffe/v2/spiffetls"
+	_ "github.com/spiffe/go-spiffe/v2/workloadapi"
+	_ "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	_ "github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	_ "github.com/tidwall/btree"
+	_ "github.com/zmap/zlint/v3"
+	_ "go.step.sm/crypto/kms/apiv1"
+	_ "go.step.sm/crypto/kms/softkms"
+	_ "go.step.sm/crypto/pemutil"
+	_ "golang.org/x/crypto/cryptobyte"
+	_ "golang.org/x/sync/errgroup"
+	_ "golang.org/x/sync/singleflight"
+	_ "golang.org/x/sys/unix"
+	_ "golang.org/x/term"
+	_ "golang.org/x/time/rate"
+	_ "google.golang.org/grpc"
+	_ "google.golang.org/grpc/health"
+	_ "google.golang.org/grpc/reflection"
+	_ "google.golang.org/protobuf/proto"
+)
+
+func main() {}
