@@ -1,0 +1,116 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Duration is a length of time in a configuration, written like 1h30m or 30d:
+// never negative, a day is 24 hours.
+type Duration time.Duration
+
+// ParseDuration reads the text form of a [Duration].
+func ParseDuration(text string) (Duration, error) {
+	if text == "" {
+		return 0, errors.New("a duration is missing; write one like 1h30m")
+	}
+	if _, err := strconv.ParseFloat(text, 64); err == nil && text != "0" {
+		return 0, fmt.Errorf("duration %q has no unit; write %ss, %sm, %sh or %sd", text, text, text, text, text)
+	}
+	if strings.HasPrefix(text, "-") {
+		return 0, fmt.Errorf("duration %q is negative", text)
+	}
+	var total time.Duration
+	rest := text
+	if days, after, ok := strings.Cut(text, "d"); ok {
+		n, err := strconv.ParseUint(days, 10, 32)
+		if err != nil || n > uint64(math.MaxInt64/(24*time.Hour)) {
+			return 0, fmt.Errorf("%q is no duration; write one like 1h30m or 30d", shorten(text))
+		}
+		total, rest = time.Duration(n)*24*time.Hour, after
+	}
+	if rest != "" || total == 0 {
+		d, err := time.ParseDuration(strings.TrimPrefix(rest, "+"))
+		if rest == "" { // 0d
+			d, err = 0, nil
+		}
+		if err != nil || d < 0 || d > math.MaxInt64-total {
+			return 0, fmt.Errorf("%q is no duration; write one like 1h30m or 30d", shorten(text))
+		}
+		total += d
+	}
+	return Duration(total), nil
+}
+
+// UnmarshalText reads the text form.
+func (d *Duration) UnmarshalText(text []byte) error {
+	parsed, err := ParseDuration(string(text))
+	if err == nil {
+		*d = parsed
+	}
+	return err
+}
+
+// MarshalText writes the text form, for example 1h30m.
+func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+
+// String returns the text form, without units that are zero: 1h30m, 30d.
+func (d Duration) String() string {
+	if d == 0 {
+		return "0s"
+	}
+	t := time.Duration(d)
+	var days string
+	if n := t / (24 * time.Hour); n > 1 {
+		days, t = strconv.FormatInt(int64(n), 10)+"d", t%(24*time.Hour)
+	}
+	if t == 0 {
+		return days
+	}
+	s := t.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return days + s
+}
+
+// Log says what is logged, and how.
+type Log struct {
+	// Level is the least urgent event that is logged.
+	Level string `yaml:"level" oneof:"debug,info,warn,error"` // default info
+	// Format is text, for people, or json, for machines.
+	Format string `yaml:"format" oneof:"text,json"` // default text
+}
+
+// Logger makes the logger that writes to w.
+func (l Log) Logger(w io.Writer) (*slog.Logger, error) {
+	var options slog.HandlerOptions
+	switch l.Level {
+	case "debug":
+		options.Level = slog.LevelDebug
+	case "", "info":
+		options.Level = slog.LevelInfo
+	case "warn":
+		options.Level = slog.LevelWarn
+	case "error":
+		options.Level = slog.LevelError
+	default:
+		return nil, fmt.Errorf("log level cannot be %q; %s", l.Level, choose(l.Level, []string{"debug", "info", "warn", "error"}))
+	}
+	switch l.Format {
+	case "", "text":
+		return slog.New(slog.NewTextHandler(w, &options)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(w, &options)), nil
+	}
+	return nil, fmt.Errorf("log format cannot be %q; it is text or json", l.Format)
+}
