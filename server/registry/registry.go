@@ -1,0 +1,494 @@
+// Package registry is the state of a trust domain in memory: the fold of the
+// store's log.
+//
+// A [Registry] follows its store and keeps everything in it (entries, nodes,
+// join tokens, bundles, the authorities' public halves) indexed for the
+// questions that the hot paths ask. Ask them of a [View], which is immutable
+// and shows one revision; no question touches the store. Writes go to the
+// store and return once the fold has applied them, so that a client reads its
+// own writes. [Registry.Subscribe] tells a push stream what has changed for
+// its node.
+//
+// The indexes are copy-on-write trees: one goroutine changes them and
+// publishes a copy after each group of changes, which costs in proportion to
+// the changes.
+package registry
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/tidwall/btree"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/hallmark-id/hallmark/pkg/bundle"
+	"github.com/hallmark-id/hallmark/pkg/entry"
+	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
+	"github.com/hallmark-id/hallmark/server/store"
+)
+
+// The records, by the prefix of their key.
+const (
+	entryPrefix     = "entry/"     // <entry ID>
+	similarPrefix   = "similar/"   // <hash of SPIFFE ID, parent and selectors> → entry ID
+	nodePrefix      = "node/"      // <SPIFFE ID>
+	tokenPrefix     = "token/"     // <hash of the token>
+	bundlePrefix    = "bundle/"    // <trust domain>
+	authorityPrefix = "authority/" // <server>/<kind>/<authority ID>
+	trustDomainKey  = "trust-domain"
+)
+
+const maxAgentVersion = 255 // characters
+
+// maxTries bounds how often a write is tried again because another writer
+// came first.
+const maxTries = 20
+
+// Options are what a registry is made of.
+type Options struct {
+	Store       store.Store
+	TrustDomain spiffeid.TrustDomain
+	Now         func() time.Time // nil: time.Now
+	Log         *slog.Logger     // nil: none
+}
+
+// Registry is the state of a trust domain.
+type Registry struct {
+	store store.Store
+	td    spiffeid.TrustDomain
+	now   func() time.Time
+	log   *slog.Logger
+
+	view atomic.Pointer[View]
+
+	mu      sync.Mutex
+	changed chan struct{} // closed and replaced at each publication
+	stopped error         // why Run has ended, if it has
+	subs    map[spiffeid.ID]map[*Subscription]bool
+
+	fold fold // owned by Open, then by Run
+}
+
+// Open loads the state from a store. It fails if the store belongs to another
+// trust domain, or holds a record that it cannot read. Writes wait until Run
+// has been started.
+func Open(ctx context.Context, o Options) (*Registry, error) {
+	r := &Registry{
+		store:   o.Store,
+		td:      o.TrustDomain,
+		now:     o.Now,
+		log:     o.Log,
+		changed: make(chan struct{}),
+		subs:    make(map[spiffeid.ID]map[*Subscription]bool),
+	}
+	if r.now == nil {
+		r.now = time.Now
+	}
+	if r.log == nil {
+		r.log = slog.New(slog.DiscardHandler)
+	}
+	if err := r.claim(ctx); err != nil {
+		return nil, err
+	}
+	if err := r.load(ctx); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// claim makes sure that the store is this trust domain's: one store, one trust
+// domain, for ever.
+func (r *Registry) claim(ctx context.Context) error {
+	res := r.store.Commit(ctx, store.Txn{
+		If: []store.Condition{{Key: trustDomainKey}},
+		Do: []store.Write{{Key: trustDomainKey, Value: []byte(r.td.Name())}},
+	})[0]
+	if res.Err == nil || !errors.Is(res.Err, store.ErrConflict) {
+		return res.Err
+	}
+	_, err := r.store.Read(ctx, trustDomainKey, func(rec store.Record) error {
+		if name := string(rec.Value); rec.Key == trustDomainKey && name != r.td.Name() {
+			return fmt.Errorf("the store belongs to trust domain %q, not %q; use another data directory, or set trust_domain to %q", name, r.td.Name(), name)
+		}
+		return nil
+	})
+	return err
+}
+
+func (r *Registry) load(ctx context.Context) error {
+	f := newFold()
+	rev, err := r.store.Read(ctx, "", func(rec store.Record) error {
+		if err := f.apply(rec); err != nil {
+			return fmt.Errorf("record %q cannot be read: %w; restore a backup, or run the version that wrote it", rec.Key, err)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	r.fold = f
+	r.view.Store(r.fold.publish(rev, r.td))
+	return nil
+}
+
+// TrustDomain returns the trust domain that the registry is for.
+func (r *Registry) TrustDomain() spiffeid.TrustDomain { return r.td }
+
+// View returns the newest state.
+func (r *Registry) View() *View { return r.view.Load() }
+
+// Run follows the store and prunes what has expired, until the context ends.
+func (r *Registry) Run(ctx context.Context) (err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	var pruner sync.WaitGroup
+	pruner.Go(func() { r.prune(ctx) })
+	defer pruner.Wait()
+	defer cancel()
+	defer func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.stopped = cmp.Or(err, errors.New("registry has stopped"))
+		close(r.changed)
+		r.changed = make(chan struct{})
+	}()
+	for {
+		err := r.store.Watch(ctx, r.View().revision, func(changes []store.Change) error {
+			r.apply(changes)
+			return nil
+		})
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, store.ErrCompacted):
+			r.log.Warn("the registry fell behind its store and loads it anew", "revision", r.View().revision)
+			if err := r.load(ctx); err != nil {
+				return err
+			}
+			r.wake(nil)
+		default:
+			return fmt.Errorf("follow the store: %w", err)
+		}
+	}
+}
+
+// apply folds changes, publishes the view that has them and tells those
+// concerned.
+func (r *Registry) apply(changes []store.Change) {
+	var touched []string
+	for _, c := range changes {
+		for _, rec := range c.Writes {
+			if err := r.fold.apply(rec); err != nil {
+				r.log.Error("a record cannot be read and is ignored", "key", rec.Key, "revision", rec.Revision, "error", err)
+				continue
+			}
+			touched = append(touched, rec.Key)
+		}
+	}
+	old := r.View()
+	r.view.Store(r.fold.publish(changes[len(changes)-1].Revision, r.td))
+	r.wake(r.concerned(old, r.View(), touched))
+}
+
+// wake marks what is concerned on the subscriptions (everything, if c is nil)
+// and lets those who wait for the new revision go on.
+func (r *Registry) wake(c *concern) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	close(r.changed)
+	r.changed = make(chan struct{})
+	if c == nil || len(c.bundles) > 0 {
+		for node, subs := range r.subs {
+			for s := range subs {
+				s.mark(c, node)
+			}
+		}
+		return
+	}
+	for node := range c.nodes {
+		for s := range r.subs[node] {
+			s.mark(c, node)
+		}
+	}
+}
+
+// await waits until the view shows at least a revision.
+func (r *Registry) await(ctx context.Context, rev store.Revision) (*View, error) {
+	for {
+		r.mu.Lock()
+		changed, stopped := r.changed, r.stopped
+		r.mu.Unlock()
+		if v := r.View(); v.revision >= rev {
+			return v, nil
+		}
+		if stopped != nil {
+			return nil, stopped
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// catchUp waits until the view shows all that the store had when it was called.
+func (r *Registry) catchUp(ctx context.Context) error {
+	rev, err := r.store.Read(ctx, trustDomainKey, func(store.Record) error { return nil })
+	if err == nil {
+		_, err = r.await(ctx, rev)
+	}
+	return err
+}
+
+// change commits the transaction that make builds from the newest view, and
+// returns a view that has it. If another writer came first, it builds it again.
+// A transaction without writes is not committed.
+func (r *Registry) change(ctx context.Context, make func(*View) (store.Txn, error)) (*View, error) {
+	for range maxTries {
+		v := r.View()
+		txn, err := make(v)
+		if err != nil {
+			return nil, err
+		}
+		if len(txn.Do) == 0 {
+			return v, nil
+		}
+		res := r.store.Commit(ctx, txn)[0]
+		if res.Err == nil {
+			return r.await(ctx, res.Revision)
+		}
+		if !errors.Is(res.Err, store.ErrConflict) {
+			return nil, res.Err
+		}
+		if err := r.catchUp(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return nil, &Error{Kind: Contended, Msg: "others keep changing the same records; try again"}
+}
+
+// putTxn writes one record if the key was last written at a revision.
+func putTxn(key string, rev store.Revision, m proto.Message) (store.Txn, error) {
+	value, err := proto.Marshal(m)
+	if err != nil {
+		return store.Txn{}, err
+	}
+	return store.Txn{
+		If: []store.Condition{{Key: key, Revision: rev}},
+		Do: []store.Write{{Key: key, Value: value}},
+	}, nil
+}
+
+// fold is the state that is being changed: a working tree for each index, of
+// which publish hands out copies.
+type fold struct {
+	entries, byParent, bySPIFFEID, byExpiry, aliases index[*storedEntry]
+	nodes                                            index[*Node]
+	bySelector                                       index[nodeSelector]
+	tokens                                           index[*storedToken]
+	bundles                                          index[*storedBundle]
+	authorities                                      index[*Authority]
+}
+
+// index is a working tree and its last published copy.
+type index[T any] struct {
+	work, public *btree.BTreeG[T]
+	dirty        bool
+}
+
+func newIndex[T any](less func(a, b T) bool) index[T] {
+	t := btree.NewBTreeGOptions(less, btree.Options{NoLocks: true})
+	return index[T]{work: t, dirty: true}
+}
+
+func (x *index[T]) set(item T)    { x.work.Set(item); x.dirty = true }
+func (x *index[T]) delete(item T) { x.work.Delete(item); x.dirty = true }
+
+func (x *index[T]) publish() *btree.BTreeG[T] {
+	if x.dirty {
+		x.public, x.dirty = x.work.Copy(), false
+	}
+	return x.public
+}
+
+func newFold() fold {
+	return fold{
+		entries:     newIndex(lessByID),
+		byParent:    newIndex(lessByParent),
+		bySPIFFEID:  newIndex(lessBySPIFFEID),
+		byExpiry:    newIndex(lessByExpiry),
+		aliases:     newIndex(lessByFirstSelector),
+		nodes:       newIndex(lessNode),
+		bySelector:  newIndex(lessNodeSelector),
+		tokens:      newIndex(func(a, b *storedToken) bool { return a.key < b.key }),
+		bundles:     newIndex(func(a, b *storedBundle) bool { return a.TrustDomain.Compare(b.TrustDomain) < 0 }),
+		authorities: newIndex(func(a, b *Authority) bool { return authorityKey(a) < authorityKey(b) }),
+	}
+}
+
+func (f *fold) publish(rev store.Revision, td spiffeid.TrustDomain) *View {
+	return &View{
+		revision:    rev,
+		td:          td,
+		entries:     f.entries.publish(),
+		byParent:    f.byParent.publish(),
+		bySPIFFEID:  f.bySPIFFEID.publish(),
+		byExpiry:    f.byExpiry.publish(),
+		aliases:     f.aliases.publish(),
+		nodes:       f.nodes.publish(),
+		bySelector:  f.bySelector.publish(),
+		tokens:      f.tokens.publish(),
+		bundles:     f.bundles.publish(),
+		authorities: f.authorities.publish(),
+	}
+}
+
+// apply folds one written record. Keys of no known prefix are another
+// version's, and none of ours.
+func (f *fold) apply(rec store.Record) error {
+	prefix, rest, _ := strings.Cut(rec.Key, "/")
+	switch prefix + "/" {
+	case entryPrefix:
+		return f.applyEntry(rest, rec)
+	case nodePrefix:
+		return f.applyNode(rest, rec)
+	case tokenPrefix:
+		if rec.Value == nil {
+			f.tokens.delete(&storedToken{key: rec.Key})
+			return nil
+		}
+		t, err := tokenFromRecord(rec)
+		if err != nil {
+			return err
+		}
+		f.tokens.set(t)
+	case bundlePrefix:
+		td, err := spiffeid.TrustDomainFromString(rest)
+		if err != nil {
+			return err
+		}
+		if rec.Value == nil {
+			f.bundles.delete(&storedBundle{Bundle: &bundle.Bundle{TrustDomain: td}})
+			return nil
+		}
+		var r hallmarkv1.Bundle
+		if err := proto.Unmarshal(rec.Value, &r); err != nil {
+			return err
+		}
+		b, err := bundle.FromRecord(&r)
+		if err != nil {
+			return err
+		}
+		f.bundles.set(&storedBundle{Bundle: b, revision: rec.Revision})
+	case authorityPrefix:
+		if rec.Value == nil {
+			for _, a := range f.authorities.work.Items() { // a handful
+				if authorityKey(a) == rec.Key {
+					f.authorities.delete(a)
+				}
+			}
+			return nil
+		}
+		a, err := authorityFromRecord(rec.Value, rec.Revision)
+		if err != nil {
+			return err
+		}
+		f.authorities.set(a)
+	}
+	return nil
+}
+
+func (f *fold) applyEntry(id string, rec store.Record) error {
+	var e *storedEntry
+	if rec.Value != nil {
+		var r hallmarkv1.Entry
+		if err := proto.Unmarshal(rec.Value, &r); err != nil {
+			return err
+		}
+		parsed, err := entry.FromRecord(&r)
+		if err != nil {
+			return err
+		}
+		if len(parsed.Selectors) == 0 {
+			return errors.New("entry has no selectors")
+		}
+		e = &storedEntry{Entry: *parsed, revision: rec.Revision}
+	}
+	if old, ok := f.entries.work.Get(&storedEntry{Entry: entry.Entry{ID: id}}); ok {
+		f.byParent.delete(old)
+		f.bySPIFFEID.delete(old)
+		if !old.ExpiresAt.IsZero() {
+			f.byExpiry.delete(old)
+		}
+		if old.IsAlias() {
+			f.aliases.delete(old)
+		}
+		if e == nil {
+			f.entries.delete(old)
+		}
+	}
+	if e == nil {
+		return nil
+	}
+	f.entries.set(e)
+	f.byParent.set(e)
+	f.bySPIFFEID.set(e)
+	if !e.ExpiresAt.IsZero() {
+		f.byExpiry.set(e)
+	}
+	if e.IsAlias() {
+		f.aliases.set(e)
+	}
+	return nil
+}
+
+func (f *fold) applyNode(name string, rec store.Record) error {
+	id, err := spiffeid.FromString(name)
+	if err != nil {
+		return err
+	}
+	var n *Node
+	if rec.Value != nil {
+		if n, err = nodeFromRecord(rec.Value, rec.Revision); err != nil {
+			return err
+		}
+	}
+	if old, ok := f.nodes.work.Get(&Node{ID: id}); ok {
+		for _, s := range old.match {
+			f.bySelector.delete(nodeSelector{s, old})
+		}
+		if n == nil {
+			f.nodes.delete(old)
+		}
+	}
+	if n == nil {
+		return nil
+	}
+	f.nodes.set(n)
+	for _, s := range n.match {
+		f.bySelector.set(nodeSelector{s, n})
+	}
+	return nil
+}
+
+func timeOf(unix int64) time.Time {
+	if unix == 0 {
+		return time.Time{}
+	}
+	return time.Unix(unix, 0)
+}
+
+func unixOf(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.Unix()
+}

@@ -1,0 +1,313 @@
+package registry
+
+import (
+	"cmp"
+	"iter"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/tidwall/btree"
+
+	"github.com/hallmark-id/hallmark/pkg/bundle"
+	"github.com/hallmark-id/hallmark/pkg/entry"
+	"github.com/hallmark-id/hallmark/pkg/selector"
+	"github.com/hallmark-id/hallmark/server/store"
+)
+
+// View is the whole state as of one revision. It is immutable: hold it as long
+// as its answers should agree with each other, and no longer, as it keeps what
+// has changed since in memory. Its methods do no I/O and are safe for
+// concurrent use.
+type View struct {
+	revision    store.Revision
+	td          spiffeid.TrustDomain
+	entries     tree[*storedEntry] // by ID
+	byParent    tree[*storedEntry] // by parent ID, ID
+	bySPIFFEID  tree[*storedEntry] // by SPIFFE ID, ID
+	byExpiry    tree[*storedEntry] // by end, ID; only those that end
+	aliases     tree[*storedEntry] // by first selector, ID; node aliases only
+	nodes       tree[*Node]        // by ID
+	bySelector  tree[nodeSelector] // by selector, node ID
+	tokens      tree[*storedToken] // by key
+	bundles     tree[*storedBundle]
+	authorities tree[*Authority] // by key
+}
+
+type tree[T any] = *btree.BTreeG[T]
+
+// storedEntry is an entry and the revision that wrote it: what a write demands
+// to be unchanged.
+type storedEntry struct {
+	entry.Entry
+	revision store.Revision
+}
+
+type storedToken struct {
+	key string
+	JoinToken
+	revision store.Revision
+}
+
+type storedBundle struct {
+	*bundle.Bundle
+	revision store.Revision
+}
+
+type nodeSelector struct {
+	selector selector.Selector
+	node     *Node
+}
+
+func compareIDs(a, b spiffeid.ID) int { return strings.Compare(a.String(), b.String()) }
+
+func lessByID(a, b *storedEntry) bool { return a.ID < b.ID }
+
+func lessByParent(a, b *storedEntry) bool {
+	return cmp.Or(compareIDs(a.ParentID, b.ParentID), strings.Compare(a.ID, b.ID)) < 0
+}
+
+func lessBySPIFFEID(a, b *storedEntry) bool {
+	return cmp.Or(compareIDs(a.SPIFFEID, b.SPIFFEID), strings.Compare(a.ID, b.ID)) < 0
+}
+
+func lessByExpiry(a, b *storedEntry) bool {
+	return cmp.Or(a.ExpiresAt.Compare(b.ExpiresAt), strings.Compare(a.ID, b.ID)) < 0
+}
+
+func lessByFirstSelector(a, b *storedEntry) bool {
+	return cmp.Or(a.Selectors[0].Compare(b.Selectors[0]), strings.Compare(a.ID, b.ID)) < 0
+}
+
+func lessNode(a, b *Node) bool { return compareIDs(a.ID, b.ID) < 0 }
+
+func lessNodeSelector(a, b nodeSelector) bool {
+	return cmp.Or(a.selector.Compare(b.selector), compareIDs(a.node.ID, b.node.ID)) < 0
+}
+
+// Revision returns the revision that the view shows.
+func (v *View) Revision() store.Revision { return v.revision }
+
+// TrustDomain returns the trust domain that the registry is for.
+func (v *View) TrustDomain() spiffeid.TrustDomain { return v.td }
+
+func (v *View) stored(id string) *storedEntry {
+	e, _ := v.entries.Get(&storedEntry{Entry: entry.Entry{ID: id}})
+	return e
+}
+
+// Entry returns the entry with an ID, or nil.
+func (v *View) Entry(id string) *entry.Entry {
+	if e := v.stored(id); e != nil {
+		return &e.Entry
+	}
+	return nil
+}
+
+// EntryCount returns how many entries there are.
+func (v *View) EntryCount() int { return v.entries.Len() }
+
+// Entries yields the entries whose ID sorts after the one given, by ID.
+func (v *View) Entries(after string) iter.Seq[*entry.Entry] {
+	return func(yield func(*entry.Entry) bool) {
+		v.entries.Ascend(&storedEntry{Entry: entry.Entry{ID: after}}, func(e *storedEntry) bool {
+			return (after != "" && e.ID == after) || yield(&e.Entry)
+		})
+	}
+}
+
+// EntriesByParent yields the entries with a parent ID, by ID.
+func (v *View) EntriesByParent(id spiffeid.ID) iter.Seq[*entry.Entry] {
+	return func(yield func(*entry.Entry) bool) {
+		v.byParent.Ascend(&storedEntry{Entry: entry.Entry{ParentID: id}}, func(e *storedEntry) bool {
+			return e.ParentID == id && yield(&e.Entry)
+		})
+	}
+}
+
+// EntriesBySPIFFEID yields the entries with a SPIFFE ID, by ID.
+func (v *View) EntriesBySPIFFEID(id spiffeid.ID) iter.Seq[*entry.Entry] {
+	return func(yield func(*entry.Entry) bool) {
+		v.bySPIFFEID.Ascend(&storedEntry{Entry: entry.Entry{SPIFFEID: id}}, func(e *storedEntry) bool {
+			return e.SPIFFEID == id && yield(&e.Entry)
+		})
+	}
+}
+
+// Node returns the node with an ID, or nil.
+func (v *View) Node(id spiffeid.ID) *Node {
+	n, _ := v.nodes.Get(&Node{ID: id})
+	return n
+}
+
+// NodeCount returns how many nodes there are.
+func (v *View) NodeCount() int { return v.nodes.Len() }
+
+// Nodes yields the nodes whose ID sorts after the one given, by ID.
+func (v *View) Nodes(after string) iter.Seq[*Node] {
+	return func(yield func(*Node) bool) {
+		visit := func(n *Node) bool {
+			return (after != "" && n.ID.String() <= after) || yield(n)
+		}
+		if pivot, err := spiffeid.FromString(after); err == nil {
+			v.nodes.Ascend(&Node{ID: pivot}, visit)
+		} else {
+			v.nodes.Scan(visit)
+		}
+	}
+}
+
+// Bundle returns the bundle of a trust domain, or nil.
+func (v *View) Bundle(td spiffeid.TrustDomain) *bundle.Bundle {
+	if b, rev := v.storedBundle(td); rev > 0 {
+		return b
+	}
+	return nil
+}
+
+// storedBundle returns the bundle of a trust domain and the revision that
+// wrote it, or an empty bundle and 0.
+func (v *View) storedBundle(td spiffeid.TrustDomain) (*bundle.Bundle, store.Revision) {
+	if b, ok := v.bundles.Get(&storedBundle{Bundle: &bundle.Bundle{TrustDomain: td}}); ok {
+		return b.Bundle, b.revision
+	}
+	return &bundle.Bundle{TrustDomain: td}, 0
+}
+
+// Bundles yields the bundles whose trust domain sorts after the one given, by
+// name; this trust domain's own is among them.
+func (v *View) Bundles(after string) iter.Seq[*bundle.Bundle] {
+	return func(yield func(*bundle.Bundle) bool) {
+		v.bundles.Scan(func(b *storedBundle) bool {
+			return b.TrustDomain.Name() <= after || yield(b.Bundle)
+		})
+	}
+}
+
+// Authorities returns the authorities of every server, the oldest first.
+func (v *View) Authorities() []*Authority {
+	all := v.authorities.Items()
+	slices.SortStableFunc(all, func(a, b *Authority) int { return a.CreatedAt.Compare(b.CreatedAt) })
+	return all
+}
+
+func (v *View) authorityRevision(a *Authority) store.Revision {
+	if old, ok := v.authorities.Get(a); ok {
+		return old.revision
+	}
+	return 0
+}
+
+// Authorized returns the entries that a node is authorized for at a time, by
+// ID: those whose parent is the node, or an alias of the node, and on down
+// through their own SPIFFE IDs. It is empty for an unknown or banned node.
+func (v *View) Authorized(node spiffeid.ID, now time.Time) []*entry.Entry {
+	n := v.Node(node)
+	if n == nil || n.Banned {
+		return nil
+	}
+	parents := []spiffeid.ID{node}
+	for alias := range v.aliasesOf(n, now) {
+		parents = append(parents, alias.SPIFFEID)
+	}
+	var out []*entry.Entry
+	seen := make(map[spiffeid.ID]bool, len(parents))
+	for len(parents) > 0 {
+		p := parents[len(parents)-1]
+		parents = parents[:len(parents)-1]
+		if seen[p] {
+			continue
+		}
+		seen[p] = true
+		for e := range v.EntriesByParent(p) {
+			if !e.Expired(now) {
+				out = append(out, e)
+				parents = append(parents, e.SPIFFEID)
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b *entry.Entry) int { return strings.Compare(a.ID, b.ID) })
+	return out
+}
+
+// aliasesOf yields the node aliases that a node matches.
+func (v *View) aliasesOf(n *Node, now time.Time) iter.Seq[*storedEntry] {
+	return func(yield func(*storedEntry) bool) {
+		for _, s := range n.match {
+			more := true
+			v.aliases.Ascend(firstSelectorPivot(s), func(e *storedEntry) bool {
+				if e.Selectors[0] != s {
+					return false
+				}
+				if !e.Expired(now) && e.Selectors.SubsetOf(n.match) {
+					more = yield(e)
+				}
+				return more
+			})
+			if !more {
+				return
+			}
+		}
+	}
+}
+
+func firstSelectorPivot(s selector.Selector) *storedEntry {
+	return &storedEntry{Entry: entry.Entry{Selectors: selector.Set{s}}}
+}
+
+// IsAuthorized reports whether a node is authorized for an entry at a time. It
+// gives the same answer as looking for the entry in [View.Authorized], and
+// costs as much as the entry has ancestors.
+func (v *View) IsAuthorized(node spiffeid.ID, e *entry.Entry, now time.Time) bool {
+	n := v.Node(node)
+	if n == nil || n.Banned || e.Expired(now) {
+		return false
+	}
+	found := false
+	v.ancestors(e.ParentID, now, func(p spiffeid.ID, alias *storedEntry) bool {
+		found = p == node || alias != nil && alias.Selectors.SubsetOf(n.match)
+		return !found
+	})
+	return found
+}
+
+// ancestors calls yield for a parent ID and every one above it, and with each
+// node alias that has one of them as its SPIFFE ID, until yield returns false.
+func (v *View) ancestors(parent spiffeid.ID, now time.Time, yield func(p spiffeid.ID, alias *storedEntry) bool) {
+	queue := []spiffeid.ID{parent}
+	var seen map[spiffeid.ID]bool // made when a second level is reached
+	for len(queue) > 0 {
+		p := queue[0]
+		queue = queue[1:]
+		if seen[p] {
+			continue
+		}
+		if !yield(p, nil) {
+			return
+		}
+		more := true
+		v.bySPIFFEID.Ascend(&storedEntry{Entry: entry.Entry{SPIFFEID: p}}, func(e *storedEntry) bool {
+			if e.SPIFFEID != p {
+				return false
+			}
+			switch {
+			case e.Expired(now):
+			case e.IsAlias():
+				more = yield(p, e)
+			default:
+				if seen == nil {
+					seen = make(map[spiffeid.ID]bool)
+				}
+				queue = append(queue, e.ParentID)
+			}
+			return more
+		})
+		if !more {
+			return
+		}
+		if seen != nil {
+			seen[p] = true
+		}
+	}
+}
