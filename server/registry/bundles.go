@@ -142,4 +142,3 @@ func (r *Registry) DeleteBundle(ctx context.Context, td spiffeid.TrustDomain, mo
 	})
 	return err
 }
-

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
 )
 
 // maxDelta bounds what a subscription remembers: a stream that is further
@@ -251,4 +250,3 @@ func (v *View) matching(alias *storedEntry, note func(spiffeid.ID)) {
 		return true
 	})
 }
-
