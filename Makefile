@@ -1,0 +1,52 @@
+# The commands of this repository. `make help` lists them.
+
+GO      ?= go
+TOOL    := $(GO) tool -modfile=tools/go.mod
+BIN     := bin/hallmark
+# The race detector needs a C compiler; without one the tests run without it.
+RACE    := $(shell command -v gcc >/dev/null 2>&1 && echo -race)
+FUZZTIME ?= 60s
+
+.PHONY: help
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+.PHONY: build
+build: ## build bin/hallmark, one static binary
+	@CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN) .
+
+.PHONY: run
+run: build ## a trust domain on this machine, with an identity for you
+	@$(BIN) dev
+
+.PHONY: test
+test: test-deps ## all tests; installs what they need (as root, with apt)
+	$(GO) test $(RACE) -timeout 14m ./...
+
+.PHONY: test-deps
+test-deps:
+	@test/install
+
+.PHONY: soak
+soak: build test-deps ## ten minutes of one-minute SVIDs under mTLS, with crashes
+	HALLMARK_SOAK=10m $(GO) test -count=1 -timeout 20m -run 'TestSeparateProcesses' -v ./test
+
+.PHONY: bench
+bench: build ## benchmarks; docs/performance.md explains them
+	$(GO) test -run '^$$' -bench . -benchtime 2s -timeout 30m ./test/bench ./server/... ./agent/...
+
+.PHONY: fuzz
+fuzz: ## every fuzz target, FUZZTIME each (default 60s)
+	@test/fuzz $(FUZZTIME)
+
+.PHONY: check
+check: ## formatting, vet, staticcheck, generated code
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "not formatted; run: gofmt -w"; gofmt -l $$(git ls-files '*.go'); exit 1; }
+	$(GO) vet ./...
+	$(TOOL) staticcheck ./...
+	@test/generated
+
+.PHONY: generate
+generate: ## make the code in proto/ anew
+	$(TOOL) buf lint
+	$(TOOL) buf generate
