@@ -144,15 +144,20 @@ func (src Source) Errorf(path, format string, args ...any) error {
 	return src.errorAt(position(node), message)
 }
 
-// Has reports whether a path is given, in the file or by a setting.
-func (src Source) Has(path string) bool {
-	for _, s := range src.Set {
-		if s.Path == path {
-			return true
+// Lookup returns the text of the single value at a path: what a setting gives
+// it, else what stands in the file. It reports false if the path is not given,
+// or is a list or a mapping.
+func (src Source) Lookup(path string) (string, bool) {
+	for i := len(src.Set) - 1; i >= 0; i-- {
+		if s := src.Set[i]; s.Path == path {
+			return s.Value, true
 		}
 	}
 	root, err := src.parse()
-	return err == nil && find(root, strings.Split(path, ".")) != nil
+	if err != nil {
+		return "", false
+	}
+	return scalarText(find(root, strings.Split(path, ".")))
 }
 
 // find returns the node at a path, or nil.

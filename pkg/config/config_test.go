@@ -259,14 +259,29 @@ func TestErrorfPointsToTheValue(t *testing.T) {
 			t.Errorf("%s: got %q, want %q", c.path, got, c.want)
 		}
 	}
-	if !src.Has("x509.svid_lifetime") || !src.Has("listen") || src.Has("x509.key_type") {
-		t.Error("Has is wrong")
-	}
 	if got := (config.Source{}).Errorf("a", "missing").Error(); got != "missing" {
 		t.Errorf("without a name: %q", got)
 	}
 	if got := (config.Source{Data: []byte("[")}).Errorf("a", "missing").Error(); got != "missing" {
 		t.Errorf("malformed file: %q", got)
+	}
+}
+
+func TestLookupReturnsWhatIsGiven(t *testing.T) {
+	src := config.Source{Data: []byte("listen: a\nport: 0x10\nx509: {key_type: b}\npaths: [c]\n"),
+		Set: []config.Setting{{Path: "listen", Value: "d"}}}
+	for path, want := range map[string]string{"listen": "d", "port": "0x10", "x509.key_type": "b", "paths.0": "c"} {
+		if got, ok := src.Lookup(path); !ok || got != want {
+			t.Errorf("%s: got %q, %v; want %q", path, got, ok, want)
+		}
+	}
+	for _, path := range []string{"paths", "x509", "held", "x509.svid_lifetime"} {
+		if got, ok := src.Lookup(path); ok {
+			t.Errorf("%s: got %q, want nothing", path, got)
+		}
+	}
+	if _, ok := (config.Source{Data: []byte("[")}).Lookup("a"); ok {
+		t.Error("malformed file")
 	}
 }
 
