@@ -1,0 +1,296 @@
+// Package harness runs the real hallmark binary for the tests in this tree:
+// it builds it once, starts it as whichever user, and stops what it started.
+package harness
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// patience bounds every wait; it is far above what anything takes.
+const patience = 30 * time.Second
+
+var build struct {
+	sync.Once
+	dir, binary string
+	err         error
+}
+
+// Binary builds the hallmark binary, once, and returns its path. Any user may
+// run it. Call [Cleanup] when all tests are done.
+func Binary(t testing.TB) string {
+	t.Helper()
+	build.Do(func() {
+		if build.dir, build.err = os.MkdirTemp("", "hallmark-test-"); build.err != nil {
+			return
+		}
+		if build.err = os.Chmod(build.dir, 0o755); build.err != nil {
+			return
+		}
+		build.binary = filepath.Join(build.dir, "hallmark")
+		cmd := exec.Command("go", "build", "-o", build.binary, "github.com/hallmark-id/hallmark")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			build.err = fmt.Errorf("go build: %w\n%s", err, out)
+		}
+	})
+	if build.err != nil {
+		t.Fatal(build.err)
+	}
+	return build.binary
+}
+
+// Cleanup removes what Binary built.
+func Cleanup() {
+	if build.dir != "" {
+		os.RemoveAll(build.dir)
+	}
+}
+
+// Command says what to run and as whom.
+type Command struct {
+	Path string   // "": the hallmark binary
+	Args []string // without the program's name
+	Env  []string // besides PATH and HOME
+	Dir  string
+	UID  int // 0: as the test; others need root
+}
+
+func (c Command) cmd(t testing.TB) *exec.Cmd {
+	t.Helper()
+	path := c.Path
+	if path == "" {
+		path = Binary(t)
+	}
+	cmd := exec.Command(path, c.Args...)
+	cmd.Dir = c.Dir
+	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir()}, c.Env...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if c.UID != 0 {
+		NeedRoot(t)
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(c.UID), Gid: uint32(c.UID)}
+	}
+	return cmd
+}
+
+// NeedRoot skips a test that must act as several users, unless it runs as
+// root. In CI it fails instead.
+func NeedRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		Skip(t, "needs root, to run processes as several users")
+	}
+}
+
+// NeedCommand skips a test that needs a program which is not installed. In CI
+// it fails instead.
+func NeedCommand(t testing.TB, name string) {
+	t.Helper()
+	if _, err := exec.LookPath(name); err != nil {
+		Skip(t, name+" is not installed; test/install installs it")
+	}
+}
+
+// Skip skips the test for a reason; in CI (CI=true) it fails it.
+func Skip(t testing.TB, why string) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatalf("in CI nothing may be missing: %s", why)
+	}
+	t.Skip(why)
+}
+
+// Run runs a command to its end and returns what it printed. It fails the test
+// if the command fails.
+func (c Command) Run(t testing.TB) string {
+	t.Helper()
+	out, stderr, code := c.Try(t)
+	if code != 0 {
+		t.Fatalf("hallmark %s: exit status %d\nstdout:\n%s\nstderr:\n%s", strings.Join(c.Args, " "), code, out, stderr)
+	}
+	return out
+}
+
+// Try runs a command to its end and returns what it printed and its exit
+// status.
+func (c Command) Try(t testing.TB) (stdout, stderr string, code int) {
+	t.Helper()
+	p := c.Start(t)
+	code = p.Wait(t)
+	return p.Stdout(), p.Stderr(), code
+}
+
+// Start starts a command. The test kills it at its end if it still runs.
+func (c Command) Start(t testing.TB) *Process {
+	t.Helper()
+	cmd := c.cmd(t)
+	p := &Process{Command: c, cmd: cmd, done: make(chan struct{})}
+	p.out.more, p.err.more = make(chan struct{}), make(chan struct{})
+	cmd.Stdout, cmd.Stderr = &p.out, &p.err
+	if err := start(cmd); err != nil {
+		t.Fatalf("start %s: %v", cmd.Path, err)
+	}
+	go func() {
+		defer close(p.done)
+		p.failure = cmd.Wait()
+	}()
+	t.Cleanup(func() {
+		p.Kill()
+		if t.Failed() {
+			t.Logf("%s\nstdout:\n%s\nstderr:\n%s", strings.Join(cmd.Args, " "), tail(p.Stdout()), tail(p.Stderr()))
+		}
+	})
+	return p
+}
+
+// start tries again while another thread's fork holds the new binary open.
+func start(cmd *exec.Cmd) error {
+	for range 50 {
+		err := cmd.Start()
+		if !errors.Is(err, syscall.ETXTBSY) {
+			return err
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return syscall.ETXTBSY
+}
+
+func tail(s string) string {
+	const most = 8 << 10
+	if len(s) > most {
+		return "..." + s[len(s)-most:]
+	}
+	return s
+}
+
+// Process is a command that was started.
+type Process struct {
+	Command
+	cmd     *exec.Cmd
+	out     output
+	err     output
+	done    chan struct{}
+	failure error
+}
+
+// PID returns its process ID.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
+
+// Stdout returns what it has printed so far.
+func (p *Process) Stdout() string { return p.out.String() }
+
+// Stderr returns what it has printed so far.
+func (p *Process) Stderr() string { return p.err.String() }
+
+// Done is closed when it has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Wait waits for its end and returns its exit status.
+func (p *Process) Wait(t testing.TB) int {
+	t.Helper()
+	select {
+	case <-p.done:
+	case <-time.After(patience):
+		t.Fatalf("%s has not ended after %v\nstderr:\n%s", strings.Join(p.cmd.Args, " "), patience, tail(p.Stderr()))
+	}
+	return p.cmd.ProcessState.ExitCode()
+}
+
+// Stop asks it to end (SIGTERM) and returns its exit status.
+func (p *Process) Stop(t testing.TB) int {
+	t.Helper()
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
+	return p.Wait(t)
+}
+
+// Signal sends a signal.
+func (p *Process) Signal(s os.Signal) { _ = p.cmd.Process.Signal(s) }
+
+// Kill ends it at once (SIGKILL) and waits until it is gone.
+func (p *Process) Kill() {
+	_ = p.cmd.Process.Kill()
+	<-p.done
+}
+
+// WaitOutput waits until its output (stdout and stderr) contains a text.
+func (p *Process) WaitOutput(t testing.TB, text string) {
+	t.Helper()
+	deadline := time.After(patience)
+	for {
+		outMore, errMore := p.out.next(), p.err.next()
+		if strings.Contains(p.Stdout(), text) || strings.Contains(p.Stderr(), text) {
+			return
+		}
+		select {
+		case <-outMore:
+		case <-errMore:
+		case <-p.done:
+			if strings.Contains(p.Stdout(), text) || strings.Contains(p.Stderr(), text) {
+				return
+			}
+			t.Fatalf("%s ended (%v) without printing %q\nstdout:\n%s\nstderr:\n%s", strings.Join(p.cmd.Args, " "), p.failure, text, tail(p.Stdout()), tail(p.Stderr()))
+		case <-deadline:
+			t.Fatalf("%s has not printed %q after %v\nstdout:\n%s\nstderr:\n%s", strings.Join(p.cmd.Args, " "), text, patience, tail(p.Stdout()), tail(p.Stderr()))
+		}
+	}
+}
+
+// output collects what a process prints and tells when there is more.
+type output struct {
+	mu   sync.Mutex
+	buf  bytes.Buffer
+	more chan struct{}
+}
+
+var _ io.Writer = (*output)(nil)
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	close(o.more)
+	o.more = make(chan struct{})
+	return o.buf.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.String()
+}
+
+func (o *output) next() <-chan struct{} {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.more
+}
+
+// Eventually calls try until it returns nil, and fails the test with its last
+// error if it does not in good time.
+func Eventually(t testing.TB, what string, try func(ctx context.Context) error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := try(ctx)
+		if err == nil {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+}
