@@ -1,0 +1,172 @@
+package peercred
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+)
+
+// Bounds of what is read of one process, in bytes. A process may be in 65,536
+// groups, each of up to ten digits.
+const (
+	maxStat   = 4 << 10
+	maxStatus = 1 << 20
+)
+
+// Status is what /proc says of a process's users and groups. The four values
+// are real, effective, saved and file system.
+type Status struct {
+	UIDs   [4]uint32
+	GIDs   [4]uint32
+	Groups []uint32 // supplementary
+}
+
+// EffectiveUID returns the user ID that the process acts as.
+func (s Status) EffectiveUID() uint32 { return s.UIDs[1] }
+
+// EffectiveGID returns the group ID that the process acts as.
+func (s Status) EffectiveGID() uint32 { return s.GIDs[1] }
+
+// ReadStatus reads /proc/PID/status. The caller checks afterwards that the
+// process is still the one it means.
+func ReadStatus(pid int32) (Status, error) {
+	b, err := readProc(pid, "status", maxStatus)
+	if err != nil {
+		return Status{}, err
+	}
+	s, err := parseStatus(b)
+	if err != nil {
+		return Status{}, fmt.Errorf("read /proc/%d/status: %w", pid, err)
+	}
+	return s, nil
+}
+
+func parseStatus(b []byte) (Status, error) {
+	var s Status
+	var seen int
+	for line := range bytes.Lines(b) {
+		key, value, ok := bytes.Cut(line, []byte(":"))
+		if !ok {
+			continue
+		}
+		var err error
+		switch string(key) {
+		case "Uid":
+			seen |= 1
+			err = parseFour(&s.UIDs, value)
+		case "Gid":
+			seen |= 2
+			err = parseFour(&s.GIDs, value)
+		case "Groups":
+			seen |= 4
+			for f := range bytes.FieldsSeq(value) {
+				var n uint64
+				if n, err = strconv.ParseUint(string(f), 10, 32); err != nil {
+					break
+				}
+				s.Groups = append(s.Groups, uint32(n))
+			}
+		}
+		if err != nil {
+			return Status{}, fmt.Errorf("line %q: %w", key, err)
+		}
+	}
+	if seen != 7 {
+		return Status{}, errors.New("a line of Uid, Gid and Groups is missing")
+	}
+	return s, nil
+}
+
+func parseFour(into *[4]uint32, value []byte) error {
+	i := 0
+	for f := range bytes.FieldsSeq(value) {
+		if i == len(into) {
+			return errors.New("more than four values")
+		}
+		n, err := strconv.ParseUint(string(f), 10, 32)
+		if err != nil {
+			return err
+		}
+		into[i] = uint32(n)
+		i++
+	}
+	if i != len(into) {
+		return fmt.Errorf("%d values instead of four", i)
+	}
+	return nil
+}
+
+// stat is what /proc/PID/stat says of a process.
+type stat struct {
+	state byte
+	start uint64 // clock ticks since boot
+}
+
+// ended reports whether the process is dead and only waits for its parent.
+func (s stat) ended() bool { return s.state == 'Z' || s.state == 'X' || s.state == 'x' }
+
+func readStat(pid int32) (stat, error) {
+	b, err := readProc(pid, "stat", maxStat)
+	if err != nil {
+		return stat{}, err
+	}
+	s, err := parseStat(b)
+	if err != nil {
+		return stat{}, fmt.Errorf("read /proc/%d/stat: %w", pid, err)
+	}
+	return s, nil
+}
+
+// Fields of proc_pid_stat(5), counted from the one after the command's name.
+const (
+	statState = 0  // field 3
+	statStart = 19 // field 22
+)
+
+func parseStat(b []byte) (stat, error) {
+	// The command's name is in parentheses and may hold anything, those too.
+	_, rest, ok := bytes.Cut(b, []byte("("))
+	end := bytes.LastIndexByte(rest, ')')
+	if !ok || end < 0 {
+		return stat{}, errors.New("no command name")
+	}
+	var s stat
+	i := 0
+	for f := range bytes.FieldsSeq(rest[end+1:]) {
+		switch i {
+		case statState:
+			if len(f) != 1 {
+				return stat{}, fmt.Errorf("state %q is not one letter", f)
+			}
+			s.state = f[0]
+		case statStart:
+			n, err := strconv.ParseUint(string(f), 10, 64)
+			if err != nil {
+				return stat{}, fmt.Errorf("start time: %w", err)
+			}
+			s.start = n
+			return s, nil
+		}
+		i++
+	}
+	return stat{}, fmt.Errorf("%d fields after the command name; the start time is missing", i)
+}
+
+func readProc(pid int32, name string, limit int64) ([]byte, error) {
+	f, err := os.Open("/proc/" + strconv.Itoa(int(pid)) + "/" + name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(b)) > limit {
+		return nil, fmt.Errorf("read %s: larger than %d bytes", f.Name(), limit)
+	}
+	return b, nil
+}
