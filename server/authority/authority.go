@@ -1,15 +1,36 @@
-// Package authority keeps the signing keys of this server: its X.509
-// authorities, which sign X509-SVIDs, and its JWT authorities, which sign
-// JWT-SVIDs.
+// Package authority keeps the signing keys of a server: its X.509 authorities,
+// which sign X509-SVIDs, and its JWT authorities, which sign JWT-SVIDs.
+//
+// Of each kind a server has one active authority, which signs; at times one
+// that is prepared to follow it, which is in the bundle already so that every
+// verifier knows it when it begins to sign; and old ones, which sign no more
+// but stay in the bundle until all they signed has expired. The private keys
+// are in a key manager, one authority one key; the rest is in the registry,
+// changed together with the bundle.
+//
+// [Open] finds the authorities of an earlier run again, or makes the first;
+// [Authorities.Run] keeps them current. [Authorities.X509] and
+// [Authorities.JWT] say what to sign with; they are cheap enough to call for
+// each signature.
 package authority
 
 import (
+	"cmp"
+	"context"
 	"crypto"
 	"crypto/x509"
 	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.step.sm/crypto/kms/apiv1"
+
+	"github.com/hallmark-id/hallmark/server/registry"
 )
 
 // ErrUnavailable says that there is no authority to sign with: none was made
@@ -26,6 +47,21 @@ type X509 struct {
 	Remote      bool // the key is not in this process: verify what it signs
 }
 
+// Validity returns the time in which everything that the authority signs has
+// to lie: that in which it and its chain are valid.
+func (x *X509) Validity() (notBefore, notAfter time.Time) {
+	notBefore, notAfter = x.Certificate.NotBefore, x.Certificate.NotAfter
+	for _, c := range x.Chain {
+		if c.NotBefore.After(notBefore) {
+			notBefore = c.NotBefore
+		}
+		if c.NotAfter.Before(notAfter) {
+			notAfter = c.NotAfter
+		}
+	}
+	return notBefore, notAfter
+}
+
 // JWT is a JWT authority that signs. It is immutable; as long as the same
 // authority is active, the same pointer is handed out.
 type JWT struct {
@@ -34,4 +70,189 @@ type JWT struct {
 	Algorithm jose.SignatureAlgorithm
 	ExpiresAt time.Time
 	Remote    bool // the key is not in this process: verify what it signs
+}
+
+// DefaultLifetime of an authority.
+const DefaultLifetime = 24 * time.Hour
+
+// Bounds of an authority's lifetime. Times in certificates and tokens are
+// whole seconds; a shorter life leaves no time to spread the next authority.
+// Certificates cannot name a year after 9999.
+const (
+	MinLifetime = 10 * time.Second
+	MaxLifetime = 100 * 365 * 24 * time.Hour
+)
+
+// Options are what [Open] needs.
+type Options struct {
+	Registry    *registry.Registry
+	Keys        apiv1.KeyManager // should implement [apiv1.KeyDeleter]: else used keys stay
+	TrustDomain spiffeid.TrustDomain
+	Server      string // this server's name: several may share a registry
+
+	X509Lifetime time.Duration // 0: DefaultLifetime
+	JWTLifetime  time.Duration // 0: DefaultLifetime
+	X509KeyType  KeyType       // of authorities made from now on
+	JWTKeyType   KeyType
+
+	Now func() time.Time // nil: time.Now
+	Log *slog.Logger     // nil: none
+}
+
+// Authorities are the authorities of one server.
+type Authorities struct {
+	registry *registry.Registry
+	keys     apiv1.KeyManager
+	td       spiffeid.TrustDomain
+	server   string
+	plans    map[registry.AuthorityKind]plan
+	certify  certify
+	now      func() time.Time
+	log      *slog.Logger
+
+	x509 atomic.Pointer[X509] // active; nil before the first
+	jwt  atomic.Pointer[JWT]
+
+	wake chan struct{} // a signature found no authority to sign with
+
+	lock    chan struct{}            // holds one token: one change at a time
+	signers map[string]crypto.Signer // by key name; own prepared and active ones; under lock
+}
+
+// plan is how authorities of one kind are made.
+type plan struct {
+	lifetime time.Duration
+	keyType  KeyType
+}
+
+// kinds of authority that a server keeps.
+var kinds = []registry.AuthorityKind{registry.X509, registry.JWT}
+
+// Open finds the authorities of this server again whose keys the key manager
+// still has, and makes and activates one of each kind where there is none that
+// can sign. The registry must be running. Authorities whose keys are gone stay
+// in the bundle, as old ones, until they expire.
+func Open(ctx context.Context, o Options) (*Authorities, error) {
+	if o.Server == "" {
+		return nil, errors.New("open authorities: the server has no name")
+	}
+	a := &Authorities{
+		registry: o.Registry,
+		keys:     o.Keys,
+		td:       o.TrustDomain,
+		server:   o.Server,
+		plans: map[registry.AuthorityKind]plan{
+			registry.X509: {cmp.Or(o.X509Lifetime, DefaultLifetime), o.X509KeyType},
+			registry.JWT:  {cmp.Or(o.JWTLifetime, DefaultLifetime), o.JWTKeyType},
+		},
+		certify: selfSigned,
+		now:     o.Now,
+		log:     o.Log,
+		wake:    make(chan struct{}, 1),
+		lock:    make(chan struct{}, 1),
+		signers: make(map[string]crypto.Signer),
+	}
+	if a.now == nil {
+		a.now = time.Now
+	}
+	if a.log == nil {
+		a.log = slog.New(slog.DiscardHandler)
+	}
+	for kind, p := range a.plans {
+		if p.lifetime < MinLifetime || p.lifetime > MaxLifetime {
+			return nil, fmt.Errorf("open authorities: the lifetime of %s authorities is %s; it is at least %s and at most %s", kind, p.lifetime, MinLifetime, MaxLifetime)
+		}
+	}
+	if _, err := a.Rotate(ctx); err != nil {
+		return nil, fmt.Errorf("open authorities: %w", err)
+	}
+	return a, nil
+}
+
+// X509 returns the active X.509 authority, or [ErrUnavailable].
+func (a *Authorities) X509() (*X509, error) {
+	if x := a.x509.Load(); x != nil {
+		now := a.now()
+		if notBefore, notAfter := x.Validity(); !now.Before(notBefore) && now.Before(notAfter) {
+			return x, nil
+		}
+	}
+	a.nudge()
+	return nil, ErrUnavailable
+}
+
+// JWT returns the active JWT authority, or [ErrUnavailable].
+func (a *Authorities) JWT() (*JWT, error) {
+	if j := a.jwt.Load(); j != nil && a.now().Before(j.ExpiresAt) {
+		return j, nil
+	}
+	a.nudge()
+	return nil, ErrUnavailable
+}
+
+// nudge makes Run look at once.
+func (a *Authorities) nudge() {
+	select {
+	case a.wake <- struct{}{}:
+	default:
+	}
+}
+
+// State returns this server's authorities of a kind, as they are in the
+// registry: the active and the prepared one (nil: none), and the old ones, the
+// newest first.
+func (a *Authorities) State(kind registry.AuthorityKind) (active, prepared *registry.Authority, old []*registry.Authority) {
+	return a.state(kind, a.registry.View().Authorities())
+}
+
+func (a *Authorities) state(kind registry.AuthorityKind, all []*registry.Authority) (active, prepared *registry.Authority, old []*registry.Authority) {
+	for _, r := range all {
+		if r.Server != a.server || r.Kind != kind {
+			continue
+		}
+		switch r.State {
+		case registry.Active:
+			active = r
+		case registry.Prepared:
+			prepared = r
+		case registry.Old:
+			old = append(old, r)
+		}
+	}
+	slices.Reverse(old)
+	return active, prepared, old
+}
+
+const (
+	// maxWait bounds how long Run sleeps: its timer stands still while the
+	// machine sleeps, the authorities' ends do not.
+	maxWait = time.Minute
+	// retryWait is how long Run waits after a failure.
+	retryWait = 5 * time.Second
+)
+
+// Run prepares, activates and prunes authorities on schedule, until the
+// context ends. It always returns an error, the context's.
+func (a *Authorities) Run(ctx context.Context) error {
+	for {
+		next, err := a.Rotate(ctx)
+		wake := a.wake
+		wait := min(next.Sub(a.now()), maxWait)
+		if err != nil {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			a.log.Error("cannot rotate the signing authorities; will try again", "error", err, "in", retryWait)
+			wait, wake = retryWait, nil
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return ctx.Err()
+		case <-timer.C:
+		case <-wake:
+			timer.Stop()
+		}
+	}
 }

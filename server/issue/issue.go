@@ -1,11 +1,26 @@
-// Package issue is the one way to issue a credential.
+// Package issue is the one way in which a server issues a credential.
+//
+// Every one (workloads' X.509 and JWT-SVIDs, nodes' SVIDs, minted ones, CA
+// certificates for downstream servers, the server's own) goes the same way
+// through an [Issuer]: the caller has decided that the one who asks is
+// authorized; the credential is built from the registration entry and the
+// configuration, signed with the active authority, and recorded. From a
+// certificate signing request only the public key is taken, after its
+// signature was verified; [Issuer.MintX509], which administrators call, is the
+// exception that says so.
+//
+// An error that is the request's fault is an [InvalidError]. When there is no
+// authority to sign with it is [authority.ErrUnavailable].
 package issue
 
 import (
+	"cmp"
 	"context"
-	"crypto/tls"
-	"errors"
+	"fmt"
 	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -14,32 +29,95 @@ import (
 	"github.com/hallmark-id/hallmark/server/authority"
 )
 
-// Authorities are the keys that sign.
+// Lifetimes of SVIDs, unless configured otherwise.
+const (
+	DefaultX509TTL  = time.Hour
+	DefaultJWTTTL   = 5 * time.Minute // a bearer token: JWT-SVID §7.1
+	DefaultAgentTTL = time.Hour
+)
+
+// Authorities are the keys that sign. Both calls are made for each credential;
+// they return the same pointer as long as the same authority is active.
 type Authorities interface {
 	X509() (*authority.X509, error)
 	JWT() (*authority.JWT, error)
 }
 
-// Options of an [Issuer].
+// Options are what an [Issuer] is made of.
 type Options struct {
 	TrustDomain spiffeid.TrustDomain
 	Authorities Authorities
 	Now         func() time.Time // nil: time.Now
-	Log         *slog.Logger     // nil: no log
+	Log         *slog.Logger     // one line a credential, level info; nil: none
 
-	X509TTL   time.Duration // of X509-SVIDs; 0: 1 hour
-	JWTTTL    time.Duration // of JWT-SVIDs; 0: 5 minutes
-	AgentTTL  time.Duration // of nodes' X509-SVIDs; 0: 1 hour
+	X509TTL   time.Duration // of workloads' X509-SVIDs; 0: DefaultX509TTL
+	JWTTTL    time.Duration // of JWT-SVIDs; 0: DefaultJWTTTL
+	AgentTTL  time.Duration // of nodes' X509-SVIDs; 0: DefaultAgentTTL
 	JWTIssuer string        // claim iss of JWT-SVIDs; empty: none
 }
 
-// X509SVID is an issued X509-SVID or CA certificate.
+// Issuer issues credentials. It is safe for concurrent use.
+type Issuer struct {
+	td          spiffeid.TrustDomain
+	authorities Authorities
+	now         func() time.Time
+	log         *slog.Logger
+	x509TTL     time.Duration
+	jwtTTL      time.Duration
+	agentTTL    time.Duration
+	jwtIssuer   string
+
+	// What stays the same as long as an authority does.
+	x509 atomic.Pointer[x509Signer]
+	jwt  atomic.Pointer[jwtSigner]
+
+	serverMu sync.Mutex
+	server   atomic.Pointer[serverSVID]
+}
+
+// New makes an issuer.
+func New(o Options) *Issuer {
+	i := &Issuer{
+		td:          o.TrustDomain,
+		authorities: o.Authorities,
+		now:         o.Now,
+		log:         o.Log,
+		x509TTL:     cmp.Or(o.X509TTL, DefaultX509TTL),
+		jwtTTL:      cmp.Or(o.JWTTTL, DefaultJWTTTL),
+		agentTTL:    cmp.Or(o.AgentTTL, DefaultAgentTTL),
+		jwtIssuer:   o.JWTIssuer,
+	}
+	if i.now == nil {
+		i.now = time.Now
+	}
+	if i.log == nil {
+		i.log = slog.New(slog.DiscardHandler)
+	}
+	return i
+}
+
+// DefaultTTLs returns the lifetimes of SVIDs whose entry names none.
+func (i *Issuer) DefaultTTLs() (x509TTL, jwtTTL time.Duration) { return i.x509TTL, i.jwtTTL }
+
+// InvalidError says what is wrong with a request, to the one who made it.
+type InvalidError struct {
+	Reason string
+}
+
+func (e *InvalidError) Error() string { return e.Reason }
+
+func invalid(format string, args ...any) error {
+	return &InvalidError{Reason: fmt.Sprintf(format, args...)}
+}
+
+// X509SVID is an issued certificate: an X509-SVID, or a CA certificate for a
+// downstream server.
 type X509SVID struct {
 	ID           spiffeid.ID
-	Chain        [][]byte // DER, leaf first
+	Chain        [][]byte // DER, leaf first, without the root
 	SerialNumber string   // decimal
 	ExpiresAt    time.Time
-	Hint         string
+	Hint         string // of the entry
 }
 
 // JWTSVID is an issued JWT-SVID.
@@ -48,38 +126,121 @@ type JWTSVID struct {
 	Token     string
 	IssuedAt  time.Time
 	ExpiresAt time.Time
-	Hint      string
+	Hint      string // of the entry
 }
 
-// InvalidError says what is wrong with a request.
-type InvalidError struct{ Reason string }
-
-func (e *InvalidError) Error() string { return e.Reason }
-
-// Issuer issues credentials.
-type Issuer struct{}
-
-var errUnfinished = errors.New("issue: unfinished")
-
-func New(o Options) *Issuer { return &Issuer{} }
-
+// WorkloadX509 issues the X509-SVID of an entry for the public key of a
+// certificate signing request.
 func (i *Issuer) WorkloadX509(ctx context.Context, e *entry.Entry, csr []byte) (*X509SVID, error) {
-	return nil, errUnfinished
+	key, err := publicKey(csr)
+	if err != nil {
+		return nil, err
+	}
+	svid, err := i.signX509(ctx, certificate{
+		reason:   "workload",
+		entry:    e.ID,
+		id:       e.SPIFFEID,
+		dnsNames: e.DNSNames,
+		key:      key,
+		ttl:      cmp.Or(e.X509SVIDTTL, i.x509TTL),
+	})
+	if err != nil {
+		return nil, err
+	}
+	svid.Hint = e.Hint
+	return svid, nil
 }
-func (i *Issuer) WorkloadJWT(ctx context.Context, e *entry.Entry, audience []string) (*JWTSVID, error) {
-	return nil, errUnfinished
-}
+
+// NodeX509 issues the X509-SVID of a node for the public key of a certificate
+// signing request.
 func (i *Issuer) NodeX509(ctx context.Context, id spiffeid.ID, csr []byte) (*X509SVID, error) {
-	return nil, errUnfinished
+	if !id.MemberOf(i.td) || !strings.HasPrefix(id.Path(), agentPath) {
+		return nil, invalid("%q is not the ID of an agent in trust domain %q", id, i.td.Name())
+	}
+	key, err := publicKey(csr)
+	if err != nil {
+		return nil, err
+	}
+	return i.signX509(ctx, certificate{reason: "node", id: id, key: key, ttl: i.agentTTL})
 }
-func (i *Issuer) MintX509(ctx context.Context, csr []byte, ttl time.Duration) (*X509SVID, error) {
-	return nil, errUnfinished
-}
-func (i *Issuer) MintJWT(ctx context.Context, id spiffeid.ID, audience []string, ttl time.Duration) (*JWTSVID, error) {
-	return nil, errUnfinished
-}
+
+// DownstreamCA issues the CA certificate of a downstream server, which has the
+// ID of the trust domain, for the public key of a certificate signing request.
+// Zero as its lifetime stands for as long as the authority above it lives.
 func (i *Issuer) DownstreamCA(ctx context.Context, csr []byte, ttl time.Duration) (*X509SVID, error) {
-	return nil, errUnfinished
+	if err := validateTTL(ttl); err != nil {
+		return nil, err
+	}
+	key, err := publicKey(csr)
+	if err != nil {
+		return nil, err
+	}
+	return i.signX509(ctx, certificate{
+		reason: "downstream",
+		id:     i.td.ID(),
+		key:    key,
+		ttl:    cmp.Or(ttl, authority.MaxLifetime),
+		ca:     true,
+	})
 }
-func (i *Issuer) ServerTLS() (*tls.Certificate, error)         { return nil, errUnfinished }
-func (i *Issuer) DefaultTTLs() (x509TTL, jwtTTL time.Duration) { return time.Hour, 5 * time.Minute }
+
+// WorkloadJWT issues a JWT-SVID of an entry for an audience of at least one.
+func (i *Issuer) WorkloadJWT(ctx context.Context, e *entry.Entry, audience []string) (*JWTSVID, error) {
+	svid, err := i.signJWT(ctx, token{
+		reason:   "workload",
+		entry:    e.ID,
+		id:       e.SPIFFEID,
+		audience: audience,
+		ttl:      cmp.Or(e.JWTSVIDTTL, i.jwtTTL),
+		jti:      e.JWTIncludeJTI,
+	})
+	if err != nil {
+		return nil, err
+	}
+	svid.Hint = e.Hint
+	return svid, nil
+}
+
+// MintJWT issues a JWT-SVID of any workload's ID in the trust domain, for
+// administrators. Zero as its lifetime stands for the default.
+func (i *Issuer) MintJWT(ctx context.Context, id spiffeid.ID, audience []string, ttl time.Duration) (*JWTSVID, error) {
+	if err := i.validateWorkloadID(id); err != nil {
+		return nil, err
+	}
+	if err := validateTTL(ttl); err != nil {
+		return nil, err
+	}
+	return i.signJWT(ctx, token{reason: "mint", id: id, audience: audience, ttl: cmp.Or(ttl, i.jwtTTL)})
+}
+
+const (
+	reservedPath = "/spire"        // servers and agents have their IDs below it
+	agentPath    = "/spire/agent/" // before the path that an attestor chose
+)
+
+// validateWorkloadID checks an ID that an administrator named.
+func (i *Issuer) validateWorkloadID(id spiffeid.ID) error {
+	switch {
+	case id.IsZero():
+		return invalid("missing SPIFFE ID")
+	case !id.MemberOf(i.td):
+		return invalid("SPIFFE ID %q is not in this server's trust domain %q", id, i.td.Name())
+	case id.Path() == "":
+		return invalid("SPIFFE ID %q has no path: it names a trust domain, not a workload", id)
+	case id.Path() == reservedPath || strings.HasPrefix(id.Path(), reservedPath+"/"):
+		return invalid("SPIFFE ID %q is not a workload's: the namespace %s/ is reserved", id, reservedPath)
+	case len(id.String()) > entry.MaxSPIFFEID:
+		return invalid("SPIFFE ID is %d bytes long; the most is %d", len(id.String()), entry.MaxSPIFFEID)
+	}
+	return nil
+}
+
+func validateTTL(ttl time.Duration) error {
+	if ttl < 0 {
+		return invalid("a lifetime of %s is negative", ttl)
+	}
+	if ttl > 0 && ttl < time.Second {
+		return invalid("a lifetime of %s is shorter than a second", ttl)
+	}
+	return nil
+}

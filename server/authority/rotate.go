@@ -1,0 +1,511 @@
+package authority
+
+import (
+	"context"
+	"crypto"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"go.step.sm/crypto/kms/apiv1"
+
+	"github.com/hallmark-id/hallmark/pkg/bundle"
+	"github.com/hallmark-id/hallmark/server/registry"
+)
+
+// The schedule. The next authority is prepared at half of the active one's
+// life, and takes over a sixth of that life before its end: nearly a third of
+// a life to spread, and a sixth in which SVIDs have their full lifetime.
+const (
+	maxPrepareAhead  = 30 * 24 * time.Hour // of an authority's end
+	maxActivateAhead = 7 * 24 * time.Hour  // of an authority's end
+	// maxSpread is how long an authority is in the bundle, at the most, before
+	// the schedule lets it sign, while the active one can: twice the usual
+	// refresh hint of a federated bundle.
+	maxSpread = 10 * time.Minute
+	// pruneAfter an authority's end: for verifiers whose clock is behind.
+	pruneAfter = 5 * time.Minute
+	// abandonAfter the end of another server's authority, its record goes too:
+	// that server will not do it.
+	abandonAfter = 24 * time.Hour
+	// maxOld bounds how many authorities wait for their end, of each kind,
+	// when another is asked for: each makes the bundle larger.
+	maxOld = 50
+	// maxPruned bounds the records pruned in one transaction.
+	maxPruned = 40
+)
+
+// step is what the schedule asks for.
+type step int
+
+const (
+	wait step = iota
+	prepare
+	activate
+)
+
+// due returns the next step of a kind, and when, given the authorities that
+// can sign (nil: none). It is in the past when the clock has jumped ahead.
+func due(active, prepared *registry.Authority) (step, time.Time) {
+	switch {
+	case active == nil && prepared == nil:
+		return prepare, time.Time{}
+	case active == nil:
+		return activate, time.Time{}
+	}
+	life := active.ExpiresAt.Sub(active.CreatedAt)
+	if prepared == nil {
+		return prepare, active.ExpiresAt.Add(-min(life/2, maxPrepareAhead))
+	}
+	at := active.ExpiresAt.Add(-min(life/6, maxActivateAhead))
+	if spread := prepared.CreatedAt.Add(min(life/12, maxSpread)); at.Before(spread) {
+		at = spread
+	}
+	if at.After(active.ExpiresAt) {
+		at = active.ExpiresAt
+	}
+	return activate, at
+}
+
+// Rotate does what is due now: it makes authorities, activates and prunes
+// them. It returns when the next step is due. [Authorities.Run] calls it; it
+// may be called at any time.
+func (a *Authorities) Rotate(ctx context.Context) (next time.Time, err error) {
+	unlock, err := a.acquire(ctx)
+	if err != nil {
+		return time.Time{}, err
+	}
+	defer unlock()
+	if err := a.adopt(ctx); err != nil {
+		return time.Time{}, err
+	}
+	for _, kind := range kinds {
+		at, err := a.advance(ctx, kind)
+		if err != nil {
+			return time.Time{}, err
+		}
+		if next.IsZero() || at.Before(next) {
+			next = at
+		}
+	}
+	return next, a.prune(ctx)
+}
+
+func (a *Authorities) acquire(ctx context.Context) (unlock func(), err error) {
+	select {
+	case a.lock <- struct{}{}:
+		return func() { <-a.lock }, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// adopt opens the keys of this server's authorities that may have to sign. One
+// whose key is lost becomes old.
+func (a *Authorities) adopt(ctx context.Context) error {
+	var lost []string
+	for _, r := range a.registry.View().Authorities() {
+		if r.Server != a.server || r.State == registry.Old || a.signers[r.KeyName] != nil {
+			continue
+		}
+		signer, err := a.keys.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: r.KeyName})
+		switch {
+		case errors.Is(err, apiv1.NotFoundError{}) || errors.Is(err, fs.ErrNotExist):
+			a.log.Warn("the key of an authority is gone; another takes its place", "kind", r.Kind, "id", r.ID, "key", r.KeyName)
+			lost = append(lost, r.KeyName)
+		case err != nil:
+			return fmt.Errorf("open the key of %s authority %s: %w", r.Kind, r.ID, err)
+		case !sameKey(signer.Public(), r.PublicKey):
+			a.log.Warn("the key of an authority is another one now; another authority takes its place", "kind", r.Kind, "id", r.ID, "key", r.KeyName)
+			lost = append(lost, r.KeyName)
+		default:
+			a.signers[r.KeyName] = signer
+		}
+	}
+	if len(lost) > 0 {
+		_, err := a.registry.ChangeAuthorities(ctx, func(_ *bundle.Bundle, all []*registry.Authority) (change registry.AuthorityChange, err error) {
+			for _, r := range all {
+				if r.Server == a.server && r.State != registry.Old && slices.Contains(lost, r.KeyName) {
+					change.Put = append(change.Put, with(r, registry.Old))
+				}
+			}
+			return change, nil
+		})
+		if err != nil {
+			return fmt.Errorf("retire authorities without a key: %w", err)
+		}
+	}
+	for _, kind := range kinds {
+		if active, _, _ := a.State(kind); active != nil {
+			if err := a.use(active); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func sameKey(a, b crypto.PublicKey) bool {
+	k, ok := a.(interface{ Equal(crypto.PublicKey) bool })
+	return ok && k.Equal(b)
+}
+
+// with returns a copy of a record in another state.
+func with(r *registry.Authority, state registry.AuthorityState) *registry.Authority {
+	c := *r
+	c.State = state
+	return &c
+}
+
+// advance takes the steps of a kind that are due, and returns when the next
+// one is.
+func (a *Authorities) advance(ctx context.Context, kind registry.AuthorityKind) (time.Time, error) {
+	warned := false
+	for {
+		now, view := a.now(), a.registry.View()
+		active, prepared, _ := a.state(kind, view.Authorities())
+		own := view.Bundle(a.td)
+		if active != nil && !usable(active, own, now) {
+			if !warned {
+				a.log.Warn("the active authority can sign no more; another takes its place", "kind", kind, "id", active.ID, "expires", active.ExpiresAt)
+			}
+			active, warned = nil, true
+		}
+		if prepared != nil && !usable(prepared, own, now) {
+			prepared = nil
+		}
+		step, at := due(active, prepared)
+		if at.After(now) {
+			return at, nil
+		}
+		var err error
+		if step == prepare {
+			_, err = a.prepare(ctx, kind)
+		} else {
+			_, err = a.activate(ctx, kind, prepared.ID)
+		}
+		if err != nil {
+			return time.Time{}, err
+		}
+	}
+}
+
+// usable reports whether an authority may sign: it is valid now and verifiers
+// can know it.
+func usable(r *registry.Authority, own *bundle.Bundle, now time.Time) bool {
+	return now.Before(r.ExpiresAt) && !now.Before(r.CreatedAt.Add(-backdate)) && published(r, own)
+}
+
+// published reports whether what an authority signs verifies against a bundle.
+func published(r *registry.Authority, own *bundle.Bundle) bool {
+	if own == nil {
+		return false
+	}
+	if r.Kind == registry.JWT {
+		return slices.ContainsFunc(own.JWTAuthorities, func(k bundle.JWTAuthority) bool {
+			return k.KeyID == r.ID && sameKey(k.PublicKey, r.PublicKey)
+		})
+	}
+	if len(r.Chain) == 0 {
+		return false
+	}
+	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
+	for _, root := range own.X509Authorities {
+		roots.AddCert(root.Certificate)
+	}
+	for _, c := range r.Chain[1:] {
+		intermediates.AddCert(c)
+	}
+	_, err := r.Chain[0].Verify(x509.VerifyOptions{
+		Roots:         roots,
+		Intermediates: intermediates,
+		CurrentTime:   r.CreatedAt,
+		KeyUsages:     []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
+	})
+	return err == nil
+}
+
+// Prepare makes the next authority of a kind and publishes it in the bundle.
+// It replaces one that is prepared already, which leaves the bundle: it has
+// signed nothing.
+func (a *Authorities) Prepare(ctx context.Context, kind registry.AuthorityKind) (*registry.Authority, error) {
+	unlock, err := a.acquire(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if _, _, old := a.State(kind); len(old) >= maxOld {
+		return nil, &registry.Error{Kind: registry.FailedPrecondition, Msg: fmt.Sprintf(
+			"%d old %s authorities are still in the bundle, which is the most; the first to expire does so at %s",
+			len(old), kind, firstEnd(old).UTC().Format(time.RFC3339))}
+	}
+	return a.prepare(ctx, kind)
+}
+
+func firstEnd(rs []*registry.Authority) time.Time {
+	return slices.MinFunc(rs, func(x, y *registry.Authority) int { return x.ExpiresAt.Compare(y.ExpiresAt) }).ExpiresAt
+}
+
+func (a *Authorities) prepare(ctx context.Context, kind registry.AuthorityKind) (*registry.Authority, error) {
+	var name [16]byte
+	rand.Read(name[:])
+	keyName, signer, err := createKey(a.keys, kind.String()+"-"+hex.EncodeToString(name[:]), a.plans[kind].keyType)
+	if err != nil {
+		return nil, fmt.Errorf("prepare %s authority: %w", kind, err)
+	}
+	r, err := a.publish(ctx, kind, keyName, signer)
+	if err != nil {
+		if ctx.Err() == nil { // else it may have been published all the same
+			a.deleteKey(keyName)
+		}
+		return nil, fmt.Errorf("prepare %s authority: %w", kind, err)
+	}
+	a.log.Info("authority prepared", "kind", kind, "id", r.ID, "expires", r.ExpiresAt)
+	return r, nil
+}
+
+// publish makes a key an authority, in place of the one that is prepared.
+func (a *Authorities) publish(ctx context.Context, kind registry.AuthorityKind, keyName string, signer crypto.Signer) (*registry.Authority, error) {
+	created := a.now().Truncate(time.Second)
+	r := &registry.Authority{
+		Kind:      kind,
+		State:     registry.Prepared,
+		Server:    a.server,
+		KeyName:   keyName,
+		PublicKey: signer.Public(),
+		CreatedAt: created,
+		ExpiresAt: created.Add(a.plans[kind].lifetime).Truncate(time.Second),
+	}
+	var roots []*x509.Certificate
+	if kind == registry.X509 {
+		tmpl, err := template(a.td, r.PublicKey, r.CreatedAt, r.ExpiresAt)
+		if err != nil {
+			return nil, err
+		}
+		if r.Chain, roots, err = a.certify(ctx, signer, tmpl); err != nil {
+			return nil, fmt.Errorf("certify its key: %w", err)
+		}
+		r.ID = hex.EncodeToString(r.Chain[0].SubjectKeyId)
+		for _, c := range r.Chain { // an authority above may have given less
+			if c.NotAfter.Before(r.ExpiresAt) {
+				r.ExpiresAt = c.NotAfter
+			}
+		}
+	} else {
+		if _, err := jwtAlgorithm(r.PublicKey); err != nil {
+			return nil, err
+		}
+		thumbprint, err := (&jose.JSONWebKey{Key: r.PublicKey}).Thumbprint(crypto.SHA256) // RFC 7638
+		if err != nil {
+			return nil, err
+		}
+		r.ID = base64.RawURLEncoding.EncodeToString(thumbprint)
+	}
+
+	var replaced []*registry.Authority
+	view, err := a.registry.ChangeAuthorities(ctx, func(own *bundle.Bundle, all []*registry.Authority) (registry.AuthorityChange, error) {
+		replaced = nil
+		for _, old := range all {
+			if old.Server == a.server && old.Kind == kind && old.State == registry.Prepared {
+				replaced = append(replaced, old)
+				withdraw(own, old)
+			}
+		}
+		for _, root := range roots {
+			if !own.HasX509(root) {
+				own.X509Authorities = append(own.X509Authorities, bundle.X509Authority{Certificate: root})
+			}
+		}
+		if kind == registry.JWT {
+			own.JWTAuthorities = append(own.JWTAuthorities, bundle.JWTAuthority{KeyID: r.ID, PublicKey: r.PublicKey, ExpiresAt: r.ExpiresAt})
+		}
+		if !published(r, own) {
+			return registry.AuthorityChange{}, errors.New("what it would sign does not verify against the bundle")
+		}
+		return registry.AuthorityChange{Put: []*registry.Authority{r}, Delete: replaced}, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	a.signers[keyName] = signer
+	for _, old := range replaced {
+		a.deleteKey(old.KeyName)
+	}
+	return a.find(view, r), nil
+}
+
+// withdraw takes an authority out of a bundle. The root of an authority that
+// is not its own root stays.
+func withdraw(own *bundle.Bundle, r *registry.Authority) {
+	if r.Kind == registry.JWT {
+		own.JWTAuthorities = slices.DeleteFunc(own.JWTAuthorities, func(k bundle.JWTAuthority) bool { return k.KeyID == r.ID })
+		return
+	}
+	own.X509Authorities = slices.DeleteFunc(own.X509Authorities, func(x bundle.X509Authority) bool {
+		return len(r.Chain) > 0 && x.Certificate.Equal(r.Chain[0])
+	})
+}
+
+// find returns an authority as a view has it.
+func (a *Authorities) find(v *registry.View, r *registry.Authority) *registry.Authority {
+	for _, x := range v.Authorities() {
+		if x.Server == r.Server && x.Kind == r.Kind && x.ID == r.ID {
+			return x
+		}
+	}
+	return r // gone again already
+}
+
+// Activate makes the prepared authority of a kind, named by its ID, the one
+// that signs; the active one becomes old. Errors of the caller's are
+// [registry.Error]s.
+func (a *Authorities) Activate(ctx context.Context, kind registry.AuthorityKind, id string) (*registry.Authority, error) {
+	if id == "" {
+		return nil, &registry.Error{Kind: registry.Invalid, Msg: "no authority ID provided"}
+	}
+	unlock, err := a.acquire(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	return a.activate(ctx, kind, id)
+}
+
+func (a *Authorities) activate(ctx context.Context, kind registry.AuthorityKind, id string) (*registry.Authority, error) {
+	now := a.now()
+	var next *registry.Authority
+	view, err := a.registry.ChangeAuthorities(ctx, func(own *bundle.Bundle, all []*registry.Authority) (registry.AuthorityChange, error) {
+		var change registry.AuthorityChange
+		_, prepared, _ := a.state(kind, all)
+		switch {
+		case prepared == nil:
+			return change, &registry.Error{Kind: registry.FailedPrecondition, Msg: fmt.Sprintf("no %s authority is prepared; prepare one first", kind)}
+		case prepared.ID != id:
+			return change, &registry.Error{Kind: registry.Invalid, Msg: "unexpected authority ID"}
+		case a.signers[prepared.KeyName] == nil:
+			return change, &registry.Error{Kind: registry.FailedPrecondition, Msg: fmt.Sprintf("the key of %s authority %s is not here; prepare another one", kind, id)}
+		case !usable(prepared, own, now): // design §9: publish before it signs
+			return change, &registry.Error{Kind: registry.FailedPrecondition, Msg: fmt.Sprintf("%s authority %s has expired or is not in the bundle; prepare another one", kind, id)}
+		}
+		for _, r := range all {
+			if r.Server == a.server && r.Kind == kind && r.State == registry.Active {
+				change.Put = append(change.Put, with(r, registry.Old))
+			}
+		}
+		next = with(prepared, registry.Active)
+		next.ActivatedAt = now
+		change.Put = append(change.Put, next)
+		return change, nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("activate %s authority: %w", kind, err)
+	}
+	next = a.find(view, next)
+	if err := a.use(next); err != nil {
+		return nil, err
+	}
+	a.log.Info("authority activated", "kind", kind, "id", next.ID, "expires", next.ExpiresAt)
+	return next, nil
+}
+
+// use makes an active authority the one that signs.
+func (a *Authorities) use(r *registry.Authority) error {
+	signer := a.signers[r.KeyName]
+	if signer == nil {
+		return fmt.Errorf("the key of %s authority %s was not opened", r.Kind, r.ID)
+	}
+	if r.Kind == registry.JWT {
+		if now := a.jwt.Load(); now != nil && now.ID == r.ID {
+			return nil
+		}
+		algorithm, err := jwtAlgorithm(r.PublicKey)
+		if err != nil {
+			return fmt.Errorf("jwt authority %s: %w", r.ID, err)
+		}
+		a.jwt.Store(&JWT{ID: r.ID, Signer: signer, Algorithm: algorithm, ExpiresAt: r.ExpiresAt, Remote: !isLocal(signer)})
+		return nil
+	}
+	if now := a.x509.Load(); now != nil && now.ID == r.ID {
+		return nil
+	}
+	if len(r.Chain) == 0 {
+		return fmt.Errorf("x509 authority %s has no certificate", r.ID)
+	}
+	a.x509.Store(&X509{ID: r.ID, Certificate: r.Chain[0], Chain: r.Chain[1:], Signer: signer, Remote: !isLocal(signer)})
+	return nil
+}
+
+// prune forgets what has expired: in the bundle, in the registry and the keys.
+func (a *Authorities) prune(ctx context.Context) error {
+	now := a.now()
+	for {
+		view := a.registry.View()
+		own := view.Bundle(a.td)
+		if own == nil {
+			return nil
+		}
+		if gone, trimmed := a.expired(own.Clone(), view.Authorities(), now); len(gone) == 0 && !trimmed {
+			return nil
+		}
+		var gone []*registry.Authority
+		_, err := a.registry.ChangeAuthorities(ctx, func(own *bundle.Bundle, all []*registry.Authority) (registry.AuthorityChange, error) {
+			gone, _ = a.expired(own, all, now)
+			return registry.AuthorityChange{Delete: gone}, nil
+		})
+		if err != nil {
+			return fmt.Errorf("prune expired authorities: %w", err)
+		}
+		for _, r := range gone {
+			a.log.Info("authority pruned", "kind", r.Kind, "id", r.ID, "server", r.Server, "expired", r.ExpiresAt)
+			if r.Server == a.server {
+				a.deleteKey(r.KeyName)
+			}
+		}
+	}
+}
+
+// expired takes what has expired out of a bundle, and returns the records that
+// may go. An active one stays until another has taken its place.
+func (a *Authorities) expired(own *bundle.Bundle, all []*registry.Authority, now time.Time) (gone []*registry.Authority, trimmed bool) {
+	end := now.Add(-pruneAfter)
+	before := len(own.X509Authorities) + len(own.JWTAuthorities)
+	own.X509Authorities = slices.DeleteFunc(own.X509Authorities, func(x bundle.X509Authority) bool {
+		return x.Certificate.NotAfter.Before(end)
+	})
+	own.JWTAuthorities = slices.DeleteFunc(own.JWTAuthorities, func(k bundle.JWTAuthority) bool {
+		return !k.ExpiresAt.IsZero() && k.ExpiresAt.Before(end)
+	})
+	for _, r := range all {
+		end := end
+		if r.Server != a.server {
+			end = now.Add(-abandonAfter)
+		} else if r.State == registry.Active {
+			continue
+		}
+		if r.ExpiresAt.Before(end) && len(gone) < maxPruned {
+			gone = append(gone, r)
+		}
+	}
+	return gone, before != len(own.X509Authorities)+len(own.JWTAuthorities)
+}
+
+// deleteKey deletes a key that no authority needs any more. If that fails, the
+// key stays behind, of no use to anyone.
+func (a *Authorities) deleteKey(name string) {
+	delete(a.signers, name)
+	deleter, ok := a.keys.(apiv1.KeyDeleter)
+	if !ok {
+		return
+	}
+	err := deleter.DeleteKey(&apiv1.DeleteKeyRequest{Name: name})
+	if err != nil && !errors.Is(err, apiv1.NotFoundError{}) {
+		a.log.Warn("cannot delete the key of a former authority", "key", name, "error", err)
+	}
+}
