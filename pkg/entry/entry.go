@@ -64,6 +64,12 @@ func (e *Entry) Expired(now time.Time) bool {
 // so its selectors are those of nodes, not of workloads.
 func (e *Entry) IsAlias() bool { return e.ParentID.Path() == ServerPath }
 
+// Reserved reports whether an ID is in the namespace of servers and agents,
+// /spire/, where no workload may have its ID: it could pass for one of them.
+func Reserved(id spiffeid.ID) bool {
+	return id.Path() == "/spire" || strings.HasPrefix(id.Path(), "/spire/")
+}
+
 // ServerPath is the path of the server's own SPIFFE ID, as SPIRE has it.
 const ServerPath = "/spire/server"
 
@@ -103,6 +109,9 @@ func (e *Entry) Validate(td spiffeid.TrustDomain) error {
 	}
 	if e.SPIFFEID.Path() == "" {
 		return fmt.Errorf("SPIFFE ID %q has no path", e.SPIFFEID)
+	}
+	if Reserved(e.SPIFFEID) {
+		return fmt.Errorf("SPIFFE ID %q is in the namespace /spire/, which is reserved for servers and agents", e.SPIFFEID)
 	}
 	if err := validateMember("parent ID", e.ParentID, td); err != nil {
 		return err

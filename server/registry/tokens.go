@@ -71,7 +71,7 @@ func (r *Registry) CreateJoinToken(ctx context.Context, token string, t JoinToke
 	}
 	rec := &hallmarkv1.JoinToken{ExpiresAt: unixOf(t.ExpiresAt)}
 	if !t.AgentID.IsZero() {
-		if !t.AgentID.MemberOf(r.td) || t.AgentID.Path() == "" {
+		if !t.AgentID.MemberOf(r.td) || t.AgentID.Path() == "" || entry.Reserved(t.AgentID) {
 			return invalid("agent ID %q is not a workload's ID in this server's trust domain %q", t.AgentID, r.td.Name())
 		}
 		rec.AgentId = t.AgentID.String()
