@@ -47,7 +47,7 @@ func NewDomain(t testing.TB, s Settings) *Domain {
 	must(t, os.Chmod(dir, 0o755))
 	d := &Domain{
 		Dir:         dir,
-		Address:     freeAddress(t),
+		Address:     FreeAddress(t),
 		AdminSocket: filepath.Join(dir, "server", "admin.sock"),
 		AgentSocket: filepath.Join(dir, "agent", "agent.sock"),
 		Socket:      filepath.Join(dir, "agent", "workload.sock"),
@@ -123,7 +123,8 @@ func (d *Domain) Entry(t testing.TB, path string, uid int, more ...string) {
 	d.Admin(t, append([]string{"entry", "create", "--spiffe-id", path, "--parent-id", "/node", "--selector", fmt.Sprintf("unix:uid:%d", uid)}, more...)...)
 }
 
-func freeAddress(t testing.TB) string {
+// FreeAddress returns an address on loopback that nothing listened on just now.
+func FreeAddress(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
