@@ -71,6 +71,7 @@ type Registry struct {
 
 	mu      sync.Mutex
 	changed chan struct{} // closed and replaced at each publication
+	told    *View         // the newest view of which every subscription has been told
 	stopped error         // why Run has ended, if it has
 	subs    map[spiffeid.ID]map[*Subscription]bool
 
@@ -136,6 +137,9 @@ func (r *Registry) load(ctx context.Context) error {
 	}
 	r.fold = f
 	r.view.Store(r.fold.publish(rev, r.td))
+	if r.told == nil { // opened
+		r.told = r.View()
+	}
 	return nil
 }
 
@@ -204,6 +208,7 @@ func (r *Registry) wake(c *concern) {
 	defer r.mu.Unlock()
 	close(r.changed)
 	r.changed = make(chan struct{})
+	r.told = r.View()
 	if c == nil || len(c.bundles) > 0 {
 		for node, subs := range r.subs {
 			for s := range subs {
@@ -219,14 +224,15 @@ func (r *Registry) wake(c *concern) {
 	}
 }
 
-// await waits until the view shows at least a revision.
+// await waits until the view shows at least a revision, and whoever subscribed
+// has been told of it.
 func (r *Registry) await(ctx context.Context, rev store.Revision) (*View, error) {
 	for {
 		r.mu.Lock()
-		changed, stopped := r.changed, r.stopped
+		changed, told, stopped := r.changed, r.told, r.stopped
 		r.mu.Unlock()
-		if v := r.View(); v.revision >= rev {
-			return v, nil
+		if told.revision >= rev {
+			return told, nil
 		}
 		if stopped != nil {
 			return nil, stopped

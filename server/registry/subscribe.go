@@ -68,8 +68,12 @@ func (s *Subscription) Close() {
 	}
 }
 
-// Take returns what has been noted, with a view that shows all of it.
+// Take returns what has been noted, with the view that shows all of it and
+// nothing later: whatever changes after that view will be noted.
 func (s *Subscription) Take() (*View, Delta) {
+	r := s.registry
+	r.mu.Lock() // no marks are being made
+	defer r.mu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	d := Delta{Resync: s.resync, NodeGone: s.nodeGone}
@@ -82,7 +86,7 @@ func (s *Subscription) Take() (*View, Delta) {
 		}
 	}
 	s.resync, s.nodeGone, s.entries, s.bundles = false, false, nil, nil
-	return s.registry.View(), d // marks are made after the view is published
+	return r.told, d
 }
 
 // mark notes what concerns the node; everything, if c is nil.
@@ -138,7 +142,8 @@ type nodeConcern struct {
 	entries []string
 }
 
-// concerned finds out whom changes concern, from the views before and after.
+// concerned finds out whom changes concern, from the views before and after;
+// nil is everyone.
 // Its cost is that of the changes and of the nodes concerned, whatever the
 // number of entries and streams.
 func (r *Registry) concerned(old, now *View, keys []string) *concern {
@@ -147,7 +152,7 @@ func (r *Registry) concerned(old, now *View, keys []string) *concern {
 	subscribed := len(r.subs) > 0
 	r.mu.Unlock()
 	if !subscribed {
-		return c
+		return nil // whoever subscribes before wake looks at everything
 	}
 	node := func(id spiffeid.ID) *nodeConcern {
 		n := c.nodes[id]
