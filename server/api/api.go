@@ -13,8 +13,6 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
-	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/server/feed"
@@ -43,14 +41,4 @@ type API struct {
 	log      *slog.Logger
 }
 
-// The services; the methods of each are in the file of its name.
-type (
-	entryService struct {
-		entryv1.UnimplementedEntryServer
-		*API
-	}
-	bundleService struct {
-		bundlev1.UnimplementedBundleServer
-		*API
-	}
-)
+// Each service is a struct in the file of its name.

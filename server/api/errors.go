@@ -36,6 +36,16 @@ func callErrorf(code codes.Code, format string, args ...any) error {
 	return &callError{code: code, text: fmt.Sprintf(format, args...)}
 }
 
+// permissionDenied makes the error of an agent that is not, or no longer,
+// admitted. The reason tells a SPIRE agent what to do about it.
+func permissionDenied(reason types.PermissionDeniedDetails_Reason, text string) error {
+	st := grpcstatus.New(codes.PermissionDenied, text)
+	if detailed, err := st.WithDetails(&types.PermissionDeniedDetails{Reason: reason}); err == nil {
+		st = detailed
+	}
+	return st.Err()
+}
+
 // invalidArgument makes the error of a request that can never succeed.
 func invalidArgument(format string, args ...any) error {
 	return callErrorf(codes.InvalidArgument, format, args...)

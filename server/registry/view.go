@@ -119,18 +119,30 @@ func (v *View) Entries(after string) iter.Seq[*entry.Entry] {
 
 // EntriesByParent yields the entries with a parent ID, by ID.
 func (v *View) EntriesByParent(id spiffeid.ID) iter.Seq[*entry.Entry] {
+	return v.EntriesByParentAfter(id, "")
+}
+
+// EntriesByParentAfter yields the entries with a parent ID whose own ID sorts
+// after the one given, by ID.
+func (v *View) EntriesByParentAfter(id spiffeid.ID, after string) iter.Seq[*entry.Entry] {
 	return func(yield func(*entry.Entry) bool) {
-		v.byParent.Ascend(&storedEntry{Entry: entry.Entry{ParentID: id}}, func(e *storedEntry) bool {
-			return e.ParentID == id && yield(&e.Entry)
+		v.byParent.Ascend(&storedEntry{Entry: entry.Entry{ParentID: id, ID: after}}, func(e *storedEntry) bool {
+			return e.ParentID == id && (after != "" && e.ID == after || yield(&e.Entry))
 		})
 	}
 }
 
 // EntriesBySPIFFEID yields the entries with a SPIFFE ID, by ID.
 func (v *View) EntriesBySPIFFEID(id spiffeid.ID) iter.Seq[*entry.Entry] {
+	return v.EntriesBySPIFFEIDAfter(id, "")
+}
+
+// EntriesBySPIFFEIDAfter yields the entries with a SPIFFE ID whose own ID sorts
+// after the one given, by ID.
+func (v *View) EntriesBySPIFFEIDAfter(id spiffeid.ID, after string) iter.Seq[*entry.Entry] {
 	return func(yield func(*entry.Entry) bool) {
-		v.bySPIFFEID.Ascend(&storedEntry{Entry: entry.Entry{SPIFFEID: id}}, func(e *storedEntry) bool {
-			return e.SPIFFEID == id && yield(&e.Entry)
+		v.bySPIFFEID.Ascend(&storedEntry{Entry: entry.Entry{SPIFFEID: id, ID: after}}, func(e *storedEntry) bool {
+			return e.SPIFFEID == id && (after != "" && e.ID == after || yield(&e.Entry))
 		})
 	}
 }
