@@ -23,6 +23,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -115,8 +116,9 @@ type Authorities struct {
 
 	wake chan struct{} // a signature found no authority to sign with
 
-	lock    chan struct{}            // holds one token: one change at a time
-	signers map[string]crypto.Signer // by key name; own prepared and active ones; under lock
+	lock    chan struct{}                  // holds one token: one change at a time
+	signers map[string]crypto.Signer       // by key name; of own prepared and active ones; under lock
+	spare   map[registry.AuthorityKind]key // keys of authorities that were not published; under lock
 }
 
 // plan is how authorities of one kind are made.
@@ -133,8 +135,13 @@ var kinds = []registry.AuthorityKind{registry.X509, registry.JWT}
 // can sign. The registry must be running. Authorities whose keys are gone stay
 // in the bundle, as old ones, until they expire.
 func Open(ctx context.Context, o Options) (*Authorities, error) {
-	if o.Server == "" {
-		return nil, errors.New("open authorities: the server has no name")
+	if o.Server == "" || strings.Contains(o.Server, "/") {
+		return nil, fmt.Errorf("open authorities: %q is not the name of a server; it is not empty and has no slash", o.Server)
+	}
+	for _, t := range []KeyType{o.X509KeyType, o.JWTKeyType} {
+		if t < 0 || int(t) >= len(keyTypes) {
+			return nil, fmt.Errorf("open authorities: there is no key type %d", int(t))
+		}
 	}
 	a := &Authorities{
 		registry: o.Registry,
@@ -151,6 +158,7 @@ func Open(ctx context.Context, o Options) (*Authorities, error) {
 		wake:    make(chan struct{}, 1),
 		lock:    make(chan struct{}, 1),
 		signers: make(map[string]crypto.Signer),
+		spare:   make(map[registry.AuthorityKind]key),
 	}
 	if a.now == nil {
 		a.now = time.Now

@@ -6,6 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -69,19 +70,22 @@ func (t *KeyType) UnmarshalText(text []byte) (err error) {
 	return err
 }
 
-// createKey makes a key in a key manager. It returns the name under which the
-// manager finds the key again.
-func createKey(keys apiv1.KeyManager, name string, t KeyType) (string, crypto.Signer, error) {
+// createKey makes a key in a key manager. The key has the name under which the
+// manager finds it again.
+func createKey(keys apiv1.KeyManager, name string, t KeyType) (key, error) {
 	k := keyTypes[t]
 	made, err := keys.CreateKey(&apiv1.CreateKeyRequest{Name: name, SignatureAlgorithm: k.kms, Bits: k.bits})
 	if err != nil {
-		return "", nil, fmt.Errorf("create %s key %q: %w", t, name, err)
+		return key{}, fmt.Errorf("create %s key %q: %w", t, name, err)
 	}
 	signer, err := keys.CreateSigner(&made.CreateSignerRequest)
 	if err != nil {
-		return "", nil, fmt.Errorf("open the new %s key %q: %w", t, made.Name, err)
+		if deleter, ok := keys.(apiv1.KeyDeleter); ok {
+			err = errors.Join(err, deleter.DeleteKey(&apiv1.DeleteKeyRequest{Name: made.Name}))
+		}
+		return key{}, fmt.Errorf("open the new %s key %q: %w", t, made.Name, err)
 	}
-	return made.Name, signer, nil
+	return key{name: made.Name, signer: signer}, nil
 }
 
 // jwtAlgorithm returns the algorithm that a key signs JWTs with.

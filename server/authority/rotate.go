@@ -254,32 +254,51 @@ func firstEnd(rs []*registry.Authority) time.Time {
 }
 
 func (a *Authorities) prepare(ctx context.Context, kind registry.AuthorityKind) (*registry.Authority, error) {
-	var name [16]byte
-	rand.Read(name[:])
-	keyName, signer, err := createKey(a.keys, kind.String()+"-"+hex.EncodeToString(name[:]), a.plans[kind].keyType)
+	k, err := a.newKey(kind)
 	if err != nil {
 		return nil, fmt.Errorf("prepare %s authority: %w", kind, err)
 	}
-	r, err := a.publish(ctx, kind, keyName, signer)
+	r, err := a.publish(ctx, kind, k)
 	if err != nil {
-		if ctx.Err() == nil { // else it may have been published all the same
-			a.deleteKey(keyName)
-		}
+		// It may have been published all the same, so the key must stay; and
+		// the next try takes it, so that keys do not pile up.
+		a.spare[kind] = k
 		return nil, fmt.Errorf("prepare %s authority: %w", kind, err)
 	}
+	delete(a.spare, kind)
 	a.log.Info("authority prepared", "kind", kind, "id", r.ID, "expires", r.ExpiresAt)
 	return r, nil
 }
 
+// key is a private key in the key manager.
+type key struct {
+	name   string
+	signer crypto.Signer
+}
+
+// newKey returns a key that no authority has.
+func (a *Authorities) newKey(kind registry.AuthorityKind) (key, error) {
+	if k, ok := a.spare[kind]; ok && !hasKey(a.registry.View().Authorities(), k) {
+		return k, nil
+	}
+	var name [16]byte
+	rand.Read(name[:]) // never fails
+	return createKey(a.keys, kind.String()+"-"+hex.EncodeToString(name[:]), a.plans[kind].keyType)
+}
+
+func hasKey(all []*registry.Authority, k key) bool {
+	return slices.ContainsFunc(all, func(r *registry.Authority) bool { return sameKey(k.signer.Public(), r.PublicKey) })
+}
+
 // publish makes a key an authority, in place of the one that is prepared.
-func (a *Authorities) publish(ctx context.Context, kind registry.AuthorityKind, keyName string, signer crypto.Signer) (*registry.Authority, error) {
+func (a *Authorities) publish(ctx context.Context, kind registry.AuthorityKind, k key) (*registry.Authority, error) {
 	created := a.now().Truncate(time.Second)
 	r := &registry.Authority{
 		Kind:      kind,
 		State:     registry.Prepared,
 		Server:    a.server,
-		KeyName:   keyName,
-		PublicKey: signer.Public(),
+		KeyName:   k.name,
+		PublicKey: k.signer.Public(),
 		CreatedAt: created,
 		ExpiresAt: created.Add(a.plans[kind].lifetime).Truncate(time.Second),
 	}
@@ -289,7 +308,7 @@ func (a *Authorities) publish(ctx context.Context, kind registry.AuthorityKind, 
 		if err != nil {
 			return nil, err
 		}
-		if r.Chain, roots, err = a.certify(ctx, signer, tmpl); err != nil {
+		if r.Chain, roots, err = a.certify(ctx, k.signer, tmpl); err != nil {
 			return nil, fmt.Errorf("certify its key: %w", err)
 		}
 		r.ID = hex.EncodeToString(r.Chain[0].SubjectKeyId)
@@ -312,6 +331,9 @@ func (a *Authorities) publish(ctx context.Context, kind registry.AuthorityKind, 
 	var replaced []*registry.Authority
 	view, err := a.registry.ChangeAuthorities(ctx, func(own *bundle.Bundle, all []*registry.Authority) (registry.AuthorityChange, error) {
 		replaced = nil
+		if hasKey(all, k) {
+			return registry.AuthorityChange{}, errors.New("an earlier try has published its key")
+		}
 		for _, old := range all {
 			if old.Server == a.server && old.Kind == kind && old.State == registry.Prepared {
 				replaced = append(replaced, old)
@@ -334,7 +356,7 @@ func (a *Authorities) publish(ctx context.Context, kind registry.AuthorityKind, 
 	if err != nil {
 		return nil, err
 	}
-	a.signers[keyName] = signer
+	a.signers[k.name] = k.signer
 	for _, old := range replaced {
 		a.deleteKey(old.KeyName)
 	}

@@ -1,0 +1,272 @@
+package authority_test
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"go.step.sm/crypto/kms/apiv1"
+	"go.step.sm/crypto/pemutil"
+
+	"github.com/hallmark-id/hallmark/server/authority"
+)
+
+func diskKeys(tb testing.TB, dir string) apiv1.KeyManager {
+	tb.Helper()
+	keys, err := authority.NewDiskKeys(dir)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return keys
+}
+
+func createKey(tb testing.TB, keys apiv1.KeyManager, name string) crypto.PublicKey {
+	tb.Helper()
+	made, err := keys.CreateKey(&apiv1.CreateKeyRequest{Name: name})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return made.PublicKey
+}
+
+// everyKeyManager runs a test with each of the key managers.
+func everyKeyManager(t *testing.T, test func(*testing.T, apiv1.KeyManager)) {
+	t.Run("disk", func(t *testing.T) { test(t, diskKeys(t, filepath.Join(t.TempDir(), "keys"))) })
+	t.Run("memory", func(t *testing.T) { test(t, authority.NewMemoryKeys()) })
+}
+
+func TestKeysThatWereMadeSign(t *testing.T) {
+	everyKeyManager(t, func(t *testing.T, keys apiv1.KeyManager) {
+		for name, req := range map[string]*apiv1.CreateKeyRequest{
+			"default":  {},
+			"ec-p256":  {SignatureAlgorithm: apiv1.ECDSAWithSHA256},
+			"ec-p384":  {SignatureAlgorithm: apiv1.ECDSAWithSHA384},
+			"rsa-2048": {SignatureAlgorithm: apiv1.SHA256WithRSA, Bits: 2048},
+		} {
+			req.Name = name
+			made, err := keys.CreateKey(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			signer, err := keys.CreateSigner(&made.CreateSignerRequest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			public, err := keys.GetPublicKey(&apiv1.GetPublicKeyRequest{Name: made.Name})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !made.PublicKey.(interface{ Equal(crypto.PublicKey) bool }).Equal(public) {
+				t.Errorf("%s: GetPublicKey returned another key than CreateKey", name)
+			}
+			digest := sha256.Sum256([]byte(name))
+			signature, err := signer.Sign(rand.Reader, digest[:], crypto.SHA256)
+			if err != nil {
+				t.Fatal(err)
+			}
+			switch public := public.(type) {
+			case *ecdsa.PublicKey:
+				if !ecdsa.VerifyASN1(public, digest[:], signature) {
+					t.Errorf("%s: signature does not verify", name)
+				}
+				if want := map[bool]elliptic.Curve{true: elliptic.P384(), false: elliptic.P256()}[name == "ec-p384"]; public.Curve != want {
+					t.Errorf("%s: key is on curve %s", name, public.Curve.Params().Name)
+				}
+			case *rsa.PublicKey:
+				if err := rsa.VerifyPKCS1v15(public, crypto.SHA256, digest[:], signature); err != nil {
+					t.Errorf("%s: %v", name, err)
+				}
+				if public.N.BitLen() != 2048 {
+					t.Errorf("%s: key has %d bits", name, public.N.BitLen())
+				}
+			}
+		}
+	})
+}
+
+func TestAKeyIsMadeOnceAndDeletedOnce(t *testing.T) {
+	everyKeyManager(t, func(t *testing.T, keys apiv1.KeyManager) {
+		createKey(t, keys, "a")
+		if _, err := keys.CreateKey(&apiv1.CreateKeyRequest{Name: "a"}); !errors.Is(err, apiv1.AlreadyExistsError{}) {
+			t.Errorf("made a key twice: %v", err)
+		}
+		remove := func() error { return keys.(apiv1.KeyDeleter).DeleteKey(&apiv1.DeleteKeyRequest{Name: "a"}) }
+		if err := remove(); err != nil {
+			t.Fatal(err)
+		}
+		if err := remove(); !errors.Is(err, apiv1.NotFoundError{}) {
+			t.Errorf("deleted a key twice: %v", err)
+		}
+		if _, err := keys.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: "a"}); !errors.Is(err, apiv1.NotFoundError{}) {
+			t.Errorf("opened a deleted key: %v", err)
+		}
+		if _, err := keys.GetPublicKey(&apiv1.GetPublicKeyRequest{Name: "a"}); !errors.Is(err, apiv1.NotFoundError{}) {
+			t.Errorf("read a deleted key: %v", err)
+		}
+	})
+}
+
+func TestKeyNamesThatLeadElsewhereAreRefused(t *testing.T) {
+	everyKeyManager(t, func(t *testing.T, keys apiv1.KeyManager) {
+		for _, name := range []string{"", ".", "..", "../a", "a/b", "/etc/passwd", `a\b`, "a\x00b", "a b", "-a", ".hidden", "ключ", strings.Repeat("a", 101)} {
+			if _, err := keys.CreateKey(&apiv1.CreateKeyRequest{Name: name}); err == nil {
+				t.Errorf("made a key named %q", name)
+			}
+			if err := keys.(apiv1.NameValidator).ValidateName(name); err == nil {
+				t.Errorf("took the name %q", name)
+			}
+			if err := keys.(apiv1.KeyDeleter).DeleteKey(&apiv1.DeleteKeyRequest{Name: name}); err == nil {
+				t.Errorf("deleted a key named %q", name)
+			}
+			if _, err := keys.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: name}); err == nil {
+				t.Errorf("opened a key named %q", name)
+			}
+		}
+	})
+}
+
+func TestUnsupportedKeysAreRefused(t *testing.T) {
+	everyKeyManager(t, func(t *testing.T, keys apiv1.KeyManager) {
+		for _, req := range []*apiv1.CreateKeyRequest{
+			{Name: "a", SignatureAlgorithm: apiv1.SHA256WithRSA},
+			{Name: "a", SignatureAlgorithm: apiv1.SHA256WithRSA, Bits: 1024},
+			{Name: "a", SignatureAlgorithm: apiv1.SHA256WithRSA, Bits: 1 << 20},
+			{Name: "a", SignatureAlgorithm: apiv1.PureEd25519},
+		} {
+			if _, err := keys.CreateKey(req); err == nil {
+				t.Errorf("made a key of %s with %d bits", req.SignatureAlgorithm, req.Bits)
+			}
+		}
+	})
+}
+
+func TestDiskKeysAreTheOwnersAloneAndSurviveARestart(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data", "keys")
+	public := createKey(t, diskKeys(t, dir), "x509-1")
+	for path, want := range map[string]os.FileMode{dir: 0o700, filepath.Join(dir, "x509-1.pem"): 0o600} {
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := info.Mode().Perm(); got != want {
+			t.Errorf("%s has mode %04o, want %04o", path, got, want)
+		}
+	}
+	again, err := diskKeys(t, dir).CreateSigner(&apiv1.CreateSignerRequest{SigningKey: "x509-1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !public.(*ecdsa.PublicKey).Equal(again.Public()) {
+		t.Error("the key is another one after a restart")
+	}
+	if _, err := pemutil.Read(filepath.Join(dir, "x509-1.pem")); err != nil {
+		t.Errorf("others cannot read the file's format: %v", err)
+	}
+}
+
+func TestDiskKeysThatOthersCanReadAreRefused(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "keys")
+	keys := diskKeys(t, dir)
+	createKey(t, keys, "a")
+	file := filepath.Join(dir, "a.pem")
+	for _, mode := range []os.FileMode{0o640, 0o604, 0o620, 0o602, 0o666} {
+		if err := os.Chmod(file, mode); err != nil {
+			t.Fatal(err)
+		}
+		_, err := keys.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: "a"})
+		if err == nil || !strings.Contains(err.Error(), "chmod 600 "+file) {
+			t.Errorf("mode %04o: got error %v, want one that says how to mend it", mode, err)
+		}
+		if errors.Is(err, apiv1.NotFoundError{}) {
+			t.Errorf("mode %04o: the key counts as lost", mode)
+		}
+	}
+	if err := os.Chmod(dir, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := authority.NewDiskKeys(dir); err == nil || !strings.Contains(err.Error(), "chmod 700 "+dir) {
+		t.Errorf("directory with mode 0750: got error %v, want one that says how to mend it", err)
+	}
+}
+
+func TestDamagedKeyFilesAreNeitherKeysNorLost(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "keys")
+	keys := diskKeys(t, dir)
+	createKey(t, keys, "good")
+	good, err := os.ReadFile(filepath.Join(dir, "good.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string]string{
+		"empty":     "",
+		"truncated": string(good[:len(good)/2]),
+		"twice":     string(good) + string(good),
+		"no-key":    "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+		"other":     strings.ReplaceAll(string(good), "PRIVATE KEY", "EC PRIVATE KEY"),
+		"huge":      string(good) + strings.Repeat("\n", 100_000),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name+".pem"), []byte(data), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := keys.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: name})
+		if err == nil || errors.Is(err, apiv1.NotFoundError{}) {
+			t.Errorf("%s: got error %v, want one that says the file is damaged", name, err)
+		}
+	}
+	if err := os.Symlink("good.pem", filepath.Join(dir, "link.pem")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := keys.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: "link"}); err == nil {
+		t.Error("followed a symbolic link")
+	}
+	if err := os.Mkdir(filepath.Join(dir, "dir.pem"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := keys.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: "dir"}); err == nil {
+		t.Error("opened a directory as a key")
+	}
+}
+
+func TestDiskKeysRemoveWhatACrashLeftHalfWritten(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "keys[1]*")
+	createKey(t, diskKeys(t, dir), "a")
+	half := filepath.Join(dir, ".new-0123")
+	if err := os.WriteFile(half, []byte("half"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	keys := diskKeys(t, dir)
+	if _, err := os.Stat(half); !errors.Is(err, os.ErrNotExist) {
+		t.Error("the half written key is still there")
+	}
+	if _, err := keys.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: "a"}); err != nil {
+		t.Errorf("a whole key went too: %v", err)
+	}
+}
+
+func TestKeyTypesHaveTheirNames(t *testing.T) {
+	for name, want := range map[string]authority.KeyType{
+		"ec-p256": authority.ECP256, "ec-p384": authority.ECP384, "rsa-2048": authority.RSA2048, "rsa-4096": authority.RSA4096,
+	} {
+		got, err := authority.ParseKeyType(name)
+		if err != nil || got != want || got.String() != name {
+			t.Errorf("ParseKeyType(%q) = %v, %v", name, got, err)
+		}
+		var read authority.KeyType
+		if text, err := got.MarshalText(); err != nil || read.UnmarshalText(text) != nil || read != got {
+			t.Errorf("%v becomes %v as text", got, read)
+		}
+	}
+	for _, name := range []string{"", "EC-P256", "p256", "rsa-1024", "ed25519"} {
+		if _, err := authority.ParseKeyType(name); err == nil || !strings.Contains(err.Error(), "ec-p256, ec-p384, rsa-2048, rsa-4096") {
+			t.Errorf("ParseKeyType(%q): got error %v, want one that names the key types", name, err)
+		}
+	}
+}
