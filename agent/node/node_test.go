@@ -302,7 +302,7 @@ func TestARenewalTheServerNeverHeardBackOfIsRepeated(t *testing.T) {
 			return nil
 		}
 		r := w.run(t)
-		time.Sleep(50 * time.Minute)
+		time.Sleep(45 * time.Minute)
 		if n := w.CallCount("RenewAgent"); n != 4 {
 			t.Errorf("asked %d times, want 4", n)
 		}
