@@ -235,6 +235,7 @@ func parseChain(in [][]byte) ([]*x509.Certificate, error) {
 	return out, nil
 }
 
+// verifySVID checks that a chain is an SVID of this trust domain.
 func (n *Node) verifySVID(chain []*x509.Certificate, t *trust) (spiffeid.ID, error) {
 	id, _, err := x509svid.Verify(chain, t.x509, x509svid.WithTime(n.o.Now()))
 	if err != nil {

@@ -2,7 +2,6 @@ package node
 
 import (
 	"context"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"time"
@@ -24,9 +23,9 @@ const (
 
 // SignX509 has the server sign X509-SVIDs, at most [held.MaxBatch] in one call.
 // A result's chain leads to the bundle that the node has, and its leaf is of
-// the trust domain and for the request's key; whether it is the entry's SPIFFE
-// ID is for the caller to check, who knows the entry. The call takes at most 30
-// seconds. Without a connection the error wraps [ErrUnavailable].
+// the trust domain; whether it is for the key and the SPIFFE ID asked for is
+// for the caller to check, who knows both. The call takes at most 30 seconds.
+// Without a connection the error wraps [ErrUnavailable].
 func (n *Node) SignX509(ctx context.Context, requests []held.X509Request) ([]held.X509Result, error) {
 	if len(requests) == 0 {
 		return nil, nil
@@ -54,12 +53,12 @@ func (n *Node) SignX509(ctx context.Context, requests []held.X509Request) ([]hel
 	t := n.trusted()
 	results := make([]held.X509Result, len(requests))
 	for i, r := range out.Results {
-		results[i] = n.x509Result(r, requests[i].CSR, t)
+		results[i] = n.x509Result(r, t)
 	}
 	return results, nil
 }
 
-func (n *Node) x509Result(r *svidv1.BatchNewX509SVIDResponse_Result, csr []byte, t *trust) held.X509Result {
+func (n *Node) x509Result(r *svidv1.BatchNewX509SVIDResponse_Result, t *trust) held.X509Result {
 	if code := codes.Code(r.GetStatus().GetCode()); code != codes.OK {
 		return held.X509Result{Err: status.Error(code, r.GetStatus().GetMessage())}
 	}
@@ -68,19 +67,8 @@ func (n *Node) x509Result(r *svidv1.BatchNewX509SVIDResponse_Result, csr []byte,
 	if err != nil {
 		return fail(err)
 	}
-	id, err := n.verifySVID(chain, t)
-	if err != nil {
+	if _, err := n.verifySVID(chain, t); err != nil {
 		return fail(err)
-	}
-	if !id.MemberOf(n.o.TrustDomain) {
-		return fail(fmt.Errorf("server sent an SVID of %q, which is not in trust domain %q", id, n.o.TrustDomain.Name()))
-	}
-	request, err := x509.ParseCertificateRequest(csr)
-	if err != nil {
-		return fail(fmt.Errorf("malformed certificate request: %w", err))
-	}
-	if string(request.RawSubjectPublicKeyInfo) != string(chain[0].RawSubjectPublicKeyInfo) {
-		return fail(errors.New("server sent an SVID for another key"))
 	}
 	return held.X509Result{Chain: r.Svid.CertChain, ExpiresAt: chain[0].NotAfter}
 }

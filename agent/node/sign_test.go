@@ -73,8 +73,10 @@ func TestAnX509SVIDThatIsNotWhatWasAskedForIsNotUsed(t *testing.T) {
 	other := nodetest.NewAuthority(t)
 	for want, alter := range map[string]func(w *world, s *types.X509SVID){
 		"chain of 0":             func(_ *world, s *types.X509SVID) { s.CertChain = nil },
-		"another key":            func(w *world, s *types.X509SVID) { s.CertChain = w.Chain(nil, "/a") },
 		"bundle does not verify": func(w *world, s *types.X509SVID) { s.CertChain = w.Chain(other, "/a") },
+		"no X.509 bundle found": func(w *world, s *types.X509SVID) {
+			s.CertChain = w.ChainOf(spiffeid.RequireFromString("spiffe://other.org/a"))
+		},
 	} {
 		t.Run(want, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -354,14 +354,21 @@ func (s *Server) issue(id spiffeid.ID, csr []byte) (*types.X509SVID, *x509.Certi
 // Chain makes an SVID's chain with a path, by an authority (nil: the server's
 // own), for a key that nobody has. The server is locked by the caller.
 func (s *Server) Chain(by *Authority, path string) [][]byte {
+	if by == nil {
+		by = s.signer()
+	}
+	return s.chain(by, spiffeid.RequireFromPath(TrustDomain, path))
+}
+
+// ChainOf makes an SVID's chain with any ID, as Chain does.
+func (s *Server) ChainOf(id spiffeid.ID) [][]byte { return s.chain(s.signer(), id) }
+
+func (s *Server) chain(by *Authority, id spiffeid.ID) [][]byte {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		panic(err)
 	}
-	if by == nil {
-		by = s.signer()
-	}
-	der, _, err := s.sign(by, spiffeid.RequireFromPath(TrustDomain, path), key.Public(), s.AgentTTL)
+	der, _, err := s.sign(by, id, key.Public(), s.AgentTTL)
 	if err != nil {
 		panic(err)
 	}
