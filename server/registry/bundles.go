@@ -109,22 +109,17 @@ func (r *Registry) DeleteBundle(ctx context.Context, td spiffeid.TrustDomain, mo
 	case mode == Restrict:
 		return &Error{Kind: FailedPrecondition, Msg: fmt.Sprintf("cannot delete bundle; federated with %d registration entries", len(ids))}
 	case mode == Delete:
-		for i, err := range r.DeleteEntries(ctx, ids) {
-			if err != nil && err != errEntryNotFound {
-				return fmt.Errorf("delete entry %s: %w", ids[i], err)
+		for ids := range slices.Chunk(ids, deleteGroup) {
+			for i, err := range r.DeleteEntries(ctx, ids) {
+				if err != nil && err != errEntryNotFound {
+					return fmt.Errorf("delete entry %s: %w", ids[i], err)
+				}
 			}
 		}
 	case mode == Dissociate:
-		updates := make([]EntryUpdate, len(ids))
-		for i, id := range ids {
-			updates[i] = EntryUpdate{ID: id, Change: func(e *entry.Entry) error {
-				e.FederatesWith = slices.DeleteFunc(slices.Clone(e.FederatesWith), func(f spiffeid.TrustDomain) bool { return f == td })
-				return nil
-			}}
-		}
-		for i, res := range r.UpdateEntries(ctx, updates) {
-			if res.Err != nil && res.Err != errEntryNotFound {
-				return fmt.Errorf("dissociate entry %s: %w", ids[i], res.Err)
+		for ids := range slices.Chunk(ids, deleteGroup) {
+			if err := r.dissociate(ctx, td, ids); err != nil {
+				return err
 			}
 		}
 	default:
@@ -141,4 +136,25 @@ func (r *Registry) DeleteBundle(ctx context.Context, td spiffeid.TrustDomain, mo
 		}, nil
 	})
 	return err
+}
+
+// deleteGroup bounds the entries that are written together when a bundle is
+// deleted.
+const deleteGroup = 1000
+
+// dissociate takes a trust domain off entries.
+func (r *Registry) dissociate(ctx context.Context, td spiffeid.TrustDomain, ids []string) error {
+	updates := make([]EntryUpdate, len(ids))
+	for i, id := range ids {
+		updates[i] = EntryUpdate{ID: id, Change: func(e *entry.Entry) error {
+			e.FederatesWith = slices.DeleteFunc(slices.Clone(e.FederatesWith), func(f spiffeid.TrustDomain) bool { return f == td })
+			return nil
+		}}
+	}
+	for i, res := range r.UpdateEntries(ctx, updates) {
+		if res.Err != nil && res.Err != errEntryNotFound {
+			return fmt.Errorf("dissociate entry %s: %w", ids[i], res.Err)
+		}
+	}
+	return nil
 }

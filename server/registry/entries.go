@@ -156,6 +156,8 @@ func deleteTxn(e *storedEntry) store.Txn {
 // writer came. wanted, if given, says what an entry in conflict was to become,
 // so that a similar one can be named.
 func (r *Registry) writeEntries(ctx context.Context, writes []entryWrite, wanted func(*entryWrite) *entry.Entry) []EntryResult {
+	var turn turn
+	defer turn.end(r)
 	for range maxTries {
 		var txns []store.Txn
 		var pending []*entryWrite
@@ -205,6 +207,18 @@ func (r *Registry) writeEntries(ctx context.Context, writes []entryWrite, wanted
 			if err := r.findSimilar(ctx, conflicts, wanted); err != nil {
 				return failAll(writes, err)
 			}
+			if !slices.ContainsFunc(conflicts, func(w *entryWrite) bool { return !w.done }) {
+				break
+			}
+		}
+		if turn.taken {
+			continue
+		}
+		if err := turn.wait(ctx, r); err != nil {
+			return failAll(writes, err)
+		}
+		if err := r.catchUp(ctx); err != nil { // with what came while it waited
+			return failAll(writes, err)
 		}
 	}
 	out := make([]EntryResult, len(writes))
@@ -252,25 +266,40 @@ func failAll(writes []entryWrite, err error) []EntryResult {
 // the store. It is of no use to anyone meanwhile.
 const pruneInterval = 30 * time.Second
 
+// The least time between two rounds of deletion, and after one that failed.
+const (
+	prunePause  = 100 * time.Millisecond
+	pruneFailed = 5 * time.Second
+)
+
 // prune deletes entries and join tokens that have ended, until the context
 // ends. Entries go when they end; push streams learn of it from the deletion.
 func (r *Registry) prune(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	var last time.Time // of the last round
+	pause := prunePause
 	for {
+		r.mu.Lock()
+		changed := r.changed
+		r.mu.Unlock()
 		select {
 		case <-ctx.Done():
 			return
+		case <-changed: // an entry may have come that ends before the timer
 		case <-timer.C:
+			pause = prunePause
+			if err := r.pruneOnce(ctx); err != nil && ctx.Err() == nil {
+				r.log.Warn("expired records could not be deleted; trying again", "error", err)
+				pause = pruneFailed
+			}
+			last = time.Now()
 		}
-		if err := r.pruneOnce(ctx); err != nil && ctx.Err() == nil {
-			r.log.Warn("expired records could not be deleted; trying again", "error", err)
-		}
-		wait := pruneInterval
+		wait := pruneInterval - time.Since(last)
 		if e, ok := r.View().byExpiry.Min(); ok {
-			wait = min(wait, max(e.ExpiresAt.Sub(r.now()), 100*time.Millisecond))
+			wait = min(wait, max(e.ExpiresAt.Sub(r.now()), pause-time.Since(last)))
 		}
-		timer.Reset(wait)
+		timer.Reset(max(wait, 0))
 	}
 }
 

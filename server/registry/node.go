@@ -106,8 +106,9 @@ func (r *Registry) PutNode(ctx context.Context, node *Node) error {
 	return err
 }
 
-// UpdateNode changes a node. The function edits a copy; it may be called
-// again if another writer came first.
+// UpdateNode changes a node. The function edits a copy, all but its ID; it may
+// be called again if another writer came first. Nothing is written if it
+// changed nothing.
 func (r *Registry) UpdateNode(ctx context.Context, id spiffeid.ID, change func(*Node) error) (*Node, error) {
 	v, err := r.change(ctx, func(v *View) (store.Txn, error) {
 		old := v.Node(id)
@@ -120,6 +121,10 @@ func (r *Registry) UpdateNode(ctx context.Context, id spiffeid.ID, change func(*
 		}
 		if len(n.AgentVersion) > maxAgentVersion {
 			return store.Txn{}, invalid("agent version is %d characters long; the most is %d", len(n.AgentVersion), maxAgentVersion)
+		}
+		n.ID = id
+		if proto.Equal(n.record(), old.record()) {
+			return store.Txn{}, nil
 		}
 		return putTxn(nodeKey(id), old.revision, n.record())
 	})

@@ -49,8 +49,9 @@ const (
 const maxAgentVersion = 255 // characters
 
 // maxTries bounds how often a write is tried again because another writer
-// came first.
-const maxTries = 20
+// came first: of several servers that change one record, one may be slower each
+// time.
+const maxTries = 100
 
 // Options are what a registry is made of.
 type Options struct {
@@ -75,6 +76,8 @@ type Registry struct {
 	stopped error         // why Run has ended, if it has
 	subs    map[spiffeid.ID]map[*Subscription]bool
 
+	retrying chan struct{} // held by the one writer that tries again
+
 	fold fold // owned by Open, then by Run
 }
 
@@ -89,6 +92,8 @@ func Open(ctx context.Context, o Options) (*Registry, error) {
 		log:     o.Log,
 		changed: make(chan struct{}),
 		subs:    make(map[spiffeid.ID]map[*Subscription]bool),
+
+		retrying: make(chan struct{}, 1),
 	}
 	if r.now == nil {
 		r.now = time.Now
@@ -254,13 +259,38 @@ func (r *Registry) catchUp(ctx context.Context) error {
 	return err
 }
 
-// change commits the transaction that make builds from the newest view, and
+// turn is a writer's turn to try again. Those before whom another writer came
+// take turns: however many change one record at once, each succeeds soon.
+type turn struct{ taken bool }
+
+func (t *turn) wait(ctx context.Context, r *Registry) error {
+	if t.taken {
+		return nil
+	}
+	select {
+	case r.retrying <- struct{}{}:
+		t.taken = true
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (t *turn) end(r *Registry) {
+	if t.taken {
+		<-r.retrying
+	}
+}
+
+// change commits the transaction that build makes from the newest view, and
 // returns a view that has it. If another writer came first, it builds it again.
 // A transaction without writes is not committed.
-func (r *Registry) change(ctx context.Context, make func(*View) (store.Txn, error)) (*View, error) {
+func (r *Registry) change(ctx context.Context, build func(*View) (store.Txn, error)) (*View, error) {
+	var turn turn
+	defer turn.end(r)
 	for range maxTries {
 		v := r.View()
-		txn, err := make(v)
+		txn, err := build(v)
 		if err != nil {
 			return nil, err
 		}
@@ -273,6 +303,9 @@ func (r *Registry) change(ctx context.Context, make func(*View) (store.Txn, erro
 		}
 		if !errors.Is(res.Err, store.ErrConflict) {
 			return nil, res.Err
+		}
+		if err := turn.wait(ctx, r); err != nil {
+			return nil, err
 		}
 		if err := r.catchUp(ctx); err != nil {
 			return nil, err

@@ -89,12 +89,16 @@ func (s *Subscription) Take() (*View, Delta) {
 	return r.told, d
 }
 
-// mark notes what concerns the node; everything, if c is nil.
+// mark notes what concerns the node; everything, if c is nil. The registry's
+// mutex is held, and told is the view that shows it.
 func (s *Subscription) mark(c *concern, node spiffeid.ID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if c == nil {
 		s.resync = true
+		if n := s.registry.told.Node(node); n == nil || n.Banned {
+			s.nodeGone = true
+		}
 	} else {
 		s.note(c, c.nodes[node])
 	}
@@ -207,9 +211,10 @@ func reparented(was, is *storedEntry) bool {
 
 // restructures reports whether the change of an entry may change which other
 // entries nodes are authorized for: it has children, and was made, deleted,
-// moved or renamed.
+// moved, renamed or given another end, which may lie in the past or have lain
+// there.
 func restructures(old, now *View, was, is *storedEntry) bool {
-	if was != nil && is != nil && !reparented(was, is) && was.SPIFFEID == is.SPIFFEID {
+	if was != nil && is != nil && !reparented(was, is) && was.SPIFFEID == is.SPIFFEID && was.ExpiresAt.Equal(is.ExpiresAt) {
 		return false
 	}
 	hasChildren := func(v *View, e *storedEntry) bool {

@@ -57,7 +57,7 @@ func tokenFromRecord(rec store.Record) (*storedToken, error) {
 
 // JoinTokenNodeID returns the SPIFFE ID of the agent that a join token admits.
 func JoinTokenNodeID(td spiffeid.TrustDomain, token string) (spiffeid.ID, error) {
-	return spiffeid.FromPath(td, "/spire/agent/join_token/"+token)
+	return spiffeid.FromSegments(td, "spire", "agent", "join_token", token)
 }
 
 // CreateJoinToken stores the hash of a join token. The token is 1 to 255
@@ -126,6 +126,12 @@ func (r *Registry) ConsumeJoinToken(ctx context.Context, token string) (JoinToke
 		if err := alias.Validate(r.td); err != nil {
 			return store.Txn{}, &Error{Kind: Invalid, Msg: err.Error()}
 		}
+		for e := range v.EntriesByParent(nodeID) {
+			if e.Key() == alias.Key() {
+				return txn, nil // of an earlier token of the same text
+			}
+		}
+		txn.If = append(txn.If, store.Condition{Key: similarKey(alias)})
 		value, err := proto.Marshal(alias.Record())
 		if err != nil {
 			return store.Txn{}, err
@@ -137,5 +143,8 @@ func (r *Registry) ConsumeJoinToken(ctx context.Context, token string) (JoinToke
 	if errors.As(err, &e) && e.Kind == Contended {
 		err = unusable
 	}
-	return used, err
+	if err != nil {
+		return JoinToken{}, err
+	}
+	return used, nil
 }
