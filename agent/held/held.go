@@ -4,21 +4,30 @@
 //
 // The feed tells it what changed ([Held.Apply]); it asks a [Signer] for what is
 // wanted, renews it in time, and drops what is no longer the node's to give.
-// Readers ask with the selectors that a workload was attested to have:
-// [Held.Subscribe] for X509-SVIDs and bundles as they change, [Held.Match] and
-// [Held.JWT] for JWT-SVIDs.
+// Readers come with the selectors that a workload was attested to have:
+// [Held.Look] returns what they entitle to, [Held.Subscribe] keeps X509-SVIDs
+// for them and says when anything changed, [Held.JWT] returns a JWT-SVID.
 //
 // Private keys are made here, one for each issuance, and stay in memory.
+//
+// One goroutine, [Held.Run], decides what is signed and when. Changes and
+// readers touch the state under one lock, for no longer than their own size,
+// and never wait for the server.
 package held
 
 import (
 	"context"
+	"errors"
 	"log/slog"
+	"slices"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
+	"github.com/hallmark-id/hallmark/pkg/digest"
 	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/pkg/selector"
 )
@@ -55,13 +64,17 @@ type JWTResult struct {
 	ExpiresAt time.Time
 }
 
+// ErrNotHeld says that an entry is not held any more, or not as it was: what
+// matched it must be matched again.
+var ErrNotHeld = errors.New("the entry is gone or has changed")
+
 // Options of [New]. TrustDomain and Signer are required.
 type Options struct {
 	TrustDomain spiffeid.TrustDomain
 	Signer      Signer
 	// Limit is how many X509-SVIDs are signed before a workload asked for
-	// them; 0 is [DefaultLimit]. Those of workloads that are being served are
-	// held in any case.
+	// them, and kept after; 0 is [DefaultLimit]. Those of workloads that are
+	// being served are held in any case.
 	Limit int
 	Now   func() time.Time // nil is time.Now
 	Log   *slog.Logger     // nil is silent
@@ -80,52 +93,178 @@ type Change struct {
 	GoneEntries []string       // IDs
 	Bundles     []*bundle.Bundle
 	GoneBundles []spiffeid.TrustDomain
-	X509TTL     time.Duration // the trust domain's defaults; 0 leaves what was
+	X509TTL     time.Duration // the trust domain's default lifetimes, for the log; 0 if not told
 	JWTTTL      time.Duration
 }
 
 // Held holds the entries, bundles and SVIDs of this node. Make one with [New];
 // all methods may be called concurrently.
 type Held struct {
-	o Options
+	trustDomain spiffeid.TrustDomain
+	signer      Signer
+	limit       int
+	now         func() time.Time
+	log         *slog.Logger
+
+	wake    chan struct{}   // of Run
+	ctx     context.Context // of signing JWT-SVIDs, which several callers may wait for
+	cancel  context.CancelFunc
+	flights sync.WaitGroup // of those
+	tickets chan struct{}  // bounds them
+
+	mu       sync.Mutex
+	stopped  bool
+	revision int64
+	synced   bool
+	sum      digest.Sum
+	slots    map[string]*slot // by entry ID
+	index    map[selector.Selector]map[*slot]struct{}
+	bundles  map[spiffeid.TrustDomain]*bundle.Bundle
+	views    views
+	schedule schedule
+	jwts     jwtCache
 }
 
 // New makes a Held that holds nothing yet.
-func New(o Options) *Held { return &Held{o: o} }
+func New(o Options) *Held {
+	h := &Held{
+		trustDomain: o.TrustDomain,
+		signer:      o.Signer,
+		limit:       o.Limit,
+		now:         o.Now,
+		log:         o.Log,
+		wake:        make(chan struct{}, 1),
+		tickets:     make(chan struct{}, maxFlights),
+		slots:       make(map[string]*slot),
+		index:       make(map[selector.Selector]map[*slot]struct{}),
+		bundles:     make(map[spiffeid.TrustDomain]*bundle.Bundle),
+	}
+	if h.limit <= 0 {
+		h.limit = DefaultLimit
+	}
+	if h.now == nil {
+		h.now = time.Now
+	}
+	if h.log == nil {
+		h.log = slog.New(slog.DiscardHandler)
+	}
+	h.ctx, h.cancel = context.WithCancel(context.Background())
+	h.views.init()
+	h.schedule.init()
+	return h
+}
 
-// Run signs and renews until ctx ends.
-func (h *Held) Run(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
-
-// Apply applies a change. When it returns, [Held.Digest], [Held.Revision] and
-// every reader see it.
-func (h *Held) Apply(c Change) {}
-
-// Digest returns the digest of the entries and bundles held, as the feed
+// Digest returns the digest of the entries and bundles held, as package digest
 // defines it: 16 bytes.
-func (h *Held) Digest() []byte { return make([]byte, 16) }
+func (h *Held) Digest() []byte {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	sum := h.sum
+	return sum[:]
+}
 
 // Revision returns the revision of the last change applied, 0 before the first.
-func (h *Held) Revision() int64 { return 0 }
+func (h *Held) Revision() int64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.revision
+}
 
 // Synced reports whether a complete change has been applied: before, nothing
 // can be said about what a workload is entitled to.
-func (h *Held) Synced() bool { return false }
+func (h *Held) Synced() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.synced
+}
 
-// Match returns the entries whose selectors are all among those given and
-// which the Workload API may serve, oldest first.
-func (h *Held) Match(selectors selector.Set) []*entry.Entry { return nil }
+// Match returns the entries whose selectors are all among those given and that
+// the Workload API may serve, oldest first.
+func (h *Held) Match(selectors selector.Set) []*entry.Entry { return h.Look(selectors).Entries }
 
 // Entries returns every entry held, oldest first.
-func (h *Held) Entries() []*entry.Entry { return nil }
+func (h *Held) Entries() []*entry.Entry {
+	h.mu.Lock()
+	out := make([]*entry.Entry, 0, len(h.slots))
+	for _, s := range h.slots {
+		out = append(out, s.entry)
+	}
+	h.mu.Unlock()
+	slices.SortFunc(out, compareEntries)
+	return out
+}
+
+// compareEntries puts older entries first. The order of the identities that a
+// workload is told of comes from it; Workload API §8 makes the first the
+// default one, so it must not depend on anything that changes.
+func compareEntries(a, b *entry.Entry) int {
+	if c := a.CreatedAt.Compare(b.CreatedAt); c != 0 {
+		return c
+	}
+	return strings.Compare(a.ID, b.ID)
+}
 
 // Bundle returns the bundle of a trust domain, or nil.
-func (h *Held) Bundle(td spiffeid.TrustDomain) *bundle.Bundle { return nil }
-
-// JWT returns a JWT-SVID of a held entry for an audience: a cached one while
-// it has more than half of its life left, otherwise a new one.
-func (h *Held) JWT(ctx context.Context, e *entry.Entry, audience []string) (JWTResult, error) {
-	return JWTResult{}, context.Canceled
+func (h *Held) Bundle(td spiffeid.TrustDomain) *bundle.Bundle {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.bundles[td]
 }
 
 // Counts returns how many entries and X509-SVIDs are held.
-func (h *Held) Counts() (entries, svids int) { return 0, 0 }
+func (h *Held) Counts() (entries, svids int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	now := h.now()
+	for _, s := range h.slots {
+		if s.valid(now) != nil {
+			svids++
+		}
+	}
+	return len(h.slots), svids
+}
+
+// Status is how an entry's X509-SVID is.
+type Status struct {
+	SVID    *X509SVID // nil: none is held
+	Err     error     // why the last attempt to sign one failed
+	RetryAt time.Time // when the next attempt is made after that
+}
+
+// Status returns how an entry's X509-SVID is; ok is false if it is not held.
+func (h *Held) Status(entryID string) (status Status, ok bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	s := h.slots[entryID]
+	if s == nil {
+		return Status{}, false
+	}
+	status = Status{SVID: s.valid(h.now()), Err: s.err}
+	if s.err != nil {
+		status.RetryAt = later(s.retryAt, h.schedule.callRetryAt)
+	}
+	return status, true
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// earlier returns the earlier of two times, of which zero is never.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// poke has Run look at its schedule again.
+func (h *Held) poke() {
+	select {
+	case h.wake <- struct{}{}:
+	default:
+	}
+}

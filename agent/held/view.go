@@ -1,0 +1,359 @@
+package held
+
+import (
+	"container/list"
+	"encoding/binary"
+	"iter"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/hallmark-id/hallmark/pkg/bundle"
+	"github.com/hallmark-id/hallmark/pkg/entry"
+	"github.com/hallmark-id/hallmark/pkg/selector"
+)
+
+// Update is everything that a set of selectors is entitled to, at one moment.
+// It is shared and does not change.
+type Update struct {
+	// Entries are those that match, oldest first.
+	Entries []*entry.Entry
+	// Identities are the entries that a workload is told of, in the same
+	// order. Where two have the same hint the later one is not among them:
+	// hints are unique in one message (Workload API §5.2.1).
+	Identities []Identity
+	Bundle     *bundle.Bundle   // of the own trust domain; nil until it is known
+	Federated  []*bundle.Bundle // that the entries federate with and that are known, by name
+	// Ready says that each identity has an X509-SVID, or that signing it has
+	// failed: nothing better is to be had at once.
+	Ready bool
+
+	until time.Time // when something in it expires; zero is never
+	memo  sync.Map
+}
+
+// Identity is an entry with its X509-SVID.
+type Identity struct {
+	Entry *entry.Entry
+	SVID  *X509SVID // nil if none is held now
+	Err   error     // why the last attempt to sign one failed
+}
+
+// Memo returns what make made the first time it was called with this key.
+// All streams with the same selectors so share one encoding of an update.
+func (u *Update) Memo(key any, make func() any) any {
+	if v, ok := u.memo.Load(key); ok {
+		return v
+	}
+	v, _ := u.memo.LoadOrStore(key, make())
+	return v
+}
+
+// DistinctHints returns the entries without those that have the same hint as
+// an earlier one, and those. Entries without a hint all stay.
+func DistinctHints(entries []*entry.Entry) (kept, dropped []*entry.Entry) {
+	seen := make(map[string]bool, len(entries))
+	for _, e := range entries {
+		if e.Hint != "" && seen[e.Hint] {
+			dropped = append(dropped, e)
+			continue
+		}
+		seen[e.Hint] = true
+		kept = append(kept, e)
+	}
+	return kept, dropped
+}
+
+// Subscription says when what a set of selectors is entitled to changes. Close
+// it.
+type Subscription struct {
+	// C receives after a change. Several changes may give one.
+	C <-chan struct{}
+
+	h    *Held
+	c    chan struct{}
+	v    *view
+	x509 bool // wants X509-SVIDs
+}
+
+// Subscribe follows X509-SVIDs and bundles. While it is open, X509-SVIDs of
+// all entries that match are signed and renewed.
+func (h *Held) Subscribe(selectors selector.Set) *Subscription { return h.subscribe(selectors, true) }
+
+// SubscribeBundles follows the entries that match and their bundles. It is not
+// woken for X509-SVIDs and does not ask for any.
+func (h *Held) SubscribeBundles(selectors selector.Set) *Subscription {
+	return h.subscribe(selectors, false)
+}
+
+func (h *Held) subscribe(selectors selector.Set, x509 bool) *Subscription {
+	c := make(chan struct{}, 1)
+	s := &Subscription{C: c, h: h, c: c, x509: x509}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	s.v = h.viewOf(selectors)
+	h.views.unrest(s.v)
+	s.v.subscribers[s] = struct{}{}
+	if x509 {
+		h.want(s.v, +1)
+	}
+	return s
+}
+
+// Update returns the state as it is now.
+func (s *Subscription) Update() *Update {
+	s.h.mu.Lock()
+	defer s.h.mu.Unlock()
+	return s.h.update(s.v)
+}
+
+// Close ends the subscription.
+func (s *Subscription) Close() {
+	s.h.mu.Lock()
+	defer s.h.mu.Unlock()
+	if _, ok := s.v.subscribers[s]; !ok {
+		return
+	}
+	delete(s.v.subscribers, s)
+	if s.x509 {
+		s.h.want(s.v, -1)
+	}
+	if len(s.v.subscribers) == 0 {
+		s.h.rest(s.v)
+	}
+}
+
+// Look returns what a set of selectors is entitled to now. It signs nothing.
+func (h *Held) Look(selectors selector.Set) *Update {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.update(h.viewOf(selectors))
+}
+
+// view is what one set of selectors is entitled to. Processes that are alike
+// share one.
+type view struct {
+	key         string
+	selectors   selector.Set
+	matched     []*slot // oldest first
+	subscribers map[*Subscription]struct{}
+	wanting     int           // how many of them want X509-SVIDs
+	update      *Update       // nil: make it anew
+	resting     *list.Element // while nobody subscribes to it
+	dropped     []*entry.Entry
+}
+
+// changed wakes all subscribers.
+func (v *view) changed() {
+	v.update = nil
+	for s := range v.subscribers {
+		s.wake()
+	}
+}
+
+// svidChanged wakes those who want X509-SVIDs.
+func (v *view) svidChanged() {
+	v.update = nil
+	for s := range v.subscribers {
+		if s.x509 {
+			s.wake()
+		}
+	}
+}
+
+func (s *Subscription) wake() {
+	select {
+	case s.c <- struct{}{}:
+	default:
+	}
+}
+
+func (v *view) federatesWith(td spiffeid.TrustDomain) bool {
+	return slices.ContainsFunc(v.matched, func(s *slot) bool { return slices.Contains(s.entry.FederatesWith, td) })
+}
+
+// maxResting is how many views are remembered while nobody subscribes to them,
+// so that a workload's next call finds its own made.
+const maxResting = 256
+
+// views are all views, and what finds them.
+type views struct {
+	all     map[string]*view // by key
+	index   map[selector.Selector]map[*view]struct{}
+	resting list.List // *view, most recently used first
+}
+
+func (vs *views) init() {
+	vs.all = make(map[string]*view)
+	vs.index = make(map[selector.Selector]map[*view]struct{})
+}
+
+// matching yields the views that have all these selectors.
+func (vs *views) matching(selectors selector.Set) iter.Seq[*view] {
+	if len(selectors) == 0 {
+		return func(func(*view) bool) {}
+	}
+	rarest := selectors[0]
+	for _, x := range selectors[1:] {
+		if len(vs.index[x]) < len(vs.index[rarest]) {
+			rarest = x
+		}
+	}
+	return func(yield func(*view) bool) {
+		for v := range vs.index[rarest] {
+			if selectors.SubsetOf(v.selectors) && !yield(v) {
+				return
+			}
+		}
+	}
+}
+
+func (vs *views) unrest(v *view) {
+	if v.resting != nil {
+		vs.resting.Remove(v.resting)
+		v.resting = nil
+	}
+}
+
+func viewKey(selectors selector.Set) string {
+	n := 0
+	for _, x := range selectors {
+		n += len(x.Type) + len(x.Value) + 4
+	}
+	b := make([]byte, 0, n)
+	for _, x := range selectors {
+		b = append(binary.AppendUvarint(b, uint64(len(x.Type))), x.Type...)
+		b = append(binary.AppendUvarint(b, uint64(len(x.Value))), x.Value...)
+	}
+	return string(b)
+}
+
+// viewOf returns the view of a set of selectors; a new one rests.
+func (h *Held) viewOf(selectors selector.Set) *view {
+	key := viewKey(selectors)
+	v := h.views.all[key]
+	if v == nil {
+		v = &view{key: key, selectors: selectors, subscribers: make(map[*Subscription]struct{})}
+		h.views.all[key] = v
+		for _, x := range selectors {
+			if h.views.index[x] == nil {
+				h.views.index[x] = make(map[*view]struct{})
+			}
+			h.views.index[x][v] = struct{}{}
+		}
+		h.rematch(v, h.now())
+		h.rest(v)
+	} else if v.resting != nil {
+		h.views.resting.MoveToFront(v.resting)
+	}
+	return v
+}
+
+// rest remembers a view that nobody subscribes to, and forgets the one that
+// nobody asked for longest.
+func (h *Held) rest(v *view) {
+	v.resting = h.views.resting.PushFront(v)
+	if h.views.resting.Len() <= maxResting {
+		return
+	}
+	old := h.views.resting.Remove(h.views.resting.Back()).(*view)
+	delete(h.views.all, old.key)
+	for _, x := range old.selectors {
+		delete(h.views.index[x], old)
+		if len(h.views.index[x]) == 0 {
+			delete(h.views.index, x)
+		}
+	}
+	for _, s := range old.matched {
+		delete(s.views, old)
+	}
+}
+
+// want counts a subscriber that wants X509-SVIDs in (+1) or out (-1).
+func (h *Held) want(v *view, by int) {
+	was := v.wanting > 0
+	v.wanting += by
+	if is := v.wanting > 0; is != was {
+		for _, s := range v.matched {
+			h.watch(s, by)
+		}
+		h.balance(h.now())
+		h.poke()
+	}
+}
+
+// rematch finds the slots of a view anew.
+func (h *Held) rematch(v *view, now time.Time) {
+	matched := h.match(v.selectors, func(s *slot) bool { return s.mayBeServed(now) })
+	slices.SortFunc(matched, func(a, b *slot) int { return compareEntries(a.entry, b.entry) })
+	old := v.matched
+	v.matched, v.update = matched, nil
+	for _, s := range matched {
+		if _, ok := s.views[v]; !ok {
+			s.views[v] = struct{}{}
+			if v.wanting > 0 {
+				h.watch(s, +1)
+			}
+		}
+	}
+	is := make(map[*slot]bool, len(matched))
+	for _, s := range matched {
+		is[s] = true
+	}
+	for _, s := range old {
+		if !is[s] {
+			delete(s.views, v)
+			if v.wanting > 0 {
+				h.watch(s, -1)
+			}
+		}
+	}
+}
+
+// update returns the view's state, made anew if anything changed or expired.
+func (h *Held) update(v *view) *Update {
+	now := h.now()
+	if u := v.update; u != nil && (u.until.IsZero() || now.Before(u.until)) {
+		return u
+	}
+	if slices.ContainsFunc(v.matched, func(s *slot) bool { return s.entry.Expired(now) }) {
+		h.rematch(v, now)
+	}
+	u := &Update{Bundle: h.bundles[h.trustDomain], Ready: true}
+	slots := make(map[*entry.Entry]*slot, len(v.matched))
+	federated := make(map[spiffeid.TrustDomain]bool)
+	for _, s := range v.matched {
+		u.Entries = append(u.Entries, s.entry)
+		u.until = earlier(u.until, s.entry.ExpiresAt)
+		slots[s.entry] = s
+		for _, td := range s.entry.FederatesWith {
+			if b := h.bundles[td]; b != nil && !federated[td] {
+				federated[td] = true
+				u.Federated = append(u.Federated, b)
+			}
+		}
+	}
+	slices.SortFunc(u.Federated, func(a, b *bundle.Bundle) int { return a.TrustDomain.Compare(b.TrustDomain) })
+	kept, dropped := DistinctHints(u.Entries)
+	for _, e := range kept {
+		s := slots[e]
+		svid := s.valid(now)
+		if svid != nil {
+			u.until = earlier(u.until, svid.ExpiresAt)
+		} else if s.err == nil {
+			u.Ready = false
+		}
+		u.Identities = append(u.Identities, Identity{Entry: e, SVID: svid, Err: s.err})
+	}
+	if !slices.Equal(dropped, v.dropped) {
+		v.dropped = dropped
+		for _, e := range dropped {
+			h.log.Warn("an identity is left out: an older entry that matches too has the same hint",
+				"entry", e.ID, "spiffe_id", e.SPIFFEID, "hint", e.Hint)
+		}
+	}
+	v.update = u
+	return u
+}
