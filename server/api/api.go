@@ -9,36 +9,161 @@
 package api
 
 import (
+	"cmp"
+	"context"
 	"log/slog"
+	"net"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/reflection"
 
 	"github.com/hallmark-id/hallmark/attestors"
+	"github.com/hallmark-id/hallmark/pkg/peercred"
+	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
+	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/issue"
 	"github.com/hallmark-id/hallmark/server/registry"
+	"github.com/hallmark-id/hallmark/server/store"
 )
 
 // Options are what an API serves from.
 type Options struct {
+	Store         store.Store // for backups only
 	Registry      *registry.Registry
+	Authorities   *authority.Authorities
 	Issuer        *issue.Issuer
 	Feed          *feed.Feed
 	NodeAttestors map[string]attestors.Server // by name; how nodes may attest
 	AdminIDs      []spiffeid.ID               // administer besides the entries with admin set
-	Now           func() time.Time            // nil: time.Now
-	Log           *slog.Logger                // nil: none
+	Advertise     string                      // host:port that agents dial; empty: that of the TCP listener
+	Limits        Limits
+	Now           func() time.Time // nil: time.Now
+	Log           *slog.Logger     // nil: none
 }
 
-// API serves the server's contracts. Each service is a struct that embeds it.
+// API serves the server's contracts. Each service is a struct that embeds it,
+// in the file of its name.
 type API struct {
-	registry *registry.Registry
-	issuer   *issue.Issuer
-	feed     *feed.Feed
-	td       spiffeid.TrustDomain
-	now      func() time.Time
-	log      *slog.Logger
+	store       store.Store
+	registry    *registry.Registry
+	authorities *authority.Authorities
+	issuer      *issue.Issuer
+	feed        *feed.Feed
+	attestors   map[string]attestors.Server
+	adminIDs    map[spiffeid.ID]bool
+	advertise   string
+	td          spiffeid.TrustDomain
+	now         func() time.Time
+	log         *slog.Logger
+
+	limits   Limits
+	attests  *limiter
+	signs    *limiter
+	refusals *rate.Limiter // of log lines
+
+	tcp, admin *grpc.Server
+	started    time.Time
+	address    string // of the TCP listener; set by Run
+
+	stopping context.Context // ends when streams have to
+	stop     context.CancelFunc
+	running  sync.WaitGroup // services whose call has ended
 }
 
-// Each service is a struct in the file of its name.
+// How many denied calls and connections are logged, a second.
+const (
+	refusalsLogged      = rate.Limit(2)
+	refusalsLoggedBurst = 20
+)
+
+// grace is how long calls may go on when the server stops.
+const grace = 5 * time.Second
+
+// New makes an API. It serves once, by [API.Run].
+func New(o Options) *API {
+	a := &API{
+		store:       o.Store,
+		registry:    o.Registry,
+		authorities: o.Authorities,
+		issuer:      o.Issuer,
+		feed:        o.Feed,
+		attestors:   o.NodeAttestors,
+		adminIDs:    make(map[spiffeid.ID]bool),
+		advertise:   o.Advertise,
+		td:          o.Registry.TrustDomain(),
+		now:         o.Now,
+		log:         o.Log,
+		limits: Limits{
+			Connections:     cmp.Or(o.Limits.Connections, DefaultConnections),
+			AttestPerSecond: cmp.Or(o.Limits.AttestPerSecond, DefaultAttestPerSecond),
+			SignPerSecond:   cmp.Or(o.Limits.SignPerSecond, DefaultSignPerSecond),
+		},
+		refusals: rate.NewLimiter(refusalsLogged, refusalsLoggedBurst),
+	}
+	if a.now == nil {
+		a.now = time.Now
+	}
+	if a.log == nil {
+		a.log = slog.New(slog.DiscardHandler)
+	}
+	for _, id := range o.AdminIDs {
+		a.adminIDs[id] = true
+	}
+	a.attests = newLimiter(a.limits.AttestPerSecond, a.now)
+	a.signs = newLimiter(a.limits.SignPerSecond, a.now)
+	a.started = a.now()
+	a.stopping, a.stop = context.WithCancel(context.Background())
+
+	options := append(serverOptions(),
+		grpc.UnaryInterceptor(a.unary),
+		grpc.StreamInterceptor(a.stream),
+		grpc.UnknownServiceHandler(unknown),
+	)
+	a.tcp = grpc.NewServer(append(options, grpc.Creds(a.tlsCredentials()), grpc.InTapHandle(refuseEarly))...)
+	a.admin = grpc.NewServer(append(options, grpc.Creds(peercred.New(peercred.Options{RequireOwner: true, Log: a.log})))...)
+	for _, s := range []*grpc.Server{a.tcp, a.admin} {
+		entryv1.RegisterEntryServer(s, &entryService{API: a})
+		bundlev1.RegisterBundleServer(s, &bundleService{API: a})
+		agentv1.RegisterAgentServer(s, &agentService{API: a})
+		svidv1.RegisterSVIDServer(s, &svidService{API: a})
+		localauthorityv1.RegisterLocalAuthorityServer(s, &authorityService{API: a})
+	}
+	hallmarkv1.RegisterFeedServiceServer(a.tcp, &feedService{API: a})
+	hallmarkv1.RegisterAdminServiceServer(a.admin, &adminService{API: a})
+	grpc_health_v1.RegisterHealthServer(a.admin, &healthService{API: a})
+	reflection.Register(a.admin)
+	return a
+}
+
+// Run serves on both listeners until the context ends, then lets calls end for
+// a few seconds. It closes the listeners.
+func (a *API) Run(ctx context.Context, tcp, admin net.Listener) error {
+	a.address = tcp.Addr().String()
+	refused := rate.NewLimiter(refusalsLogged, refusalsLoggedBurst)
+	bounded := &boundedListener{
+		Listener: tcp,
+		most:     int64(a.limits.Connections),
+		refused: func(addr net.Addr) {
+			if refused.Allow() {
+				a.log.Warn("connection refused: there are too many", "address", addr.String(), "most", a.limits.Connections)
+			}
+		},
+	}
+	defer context.AfterFunc(ctx, a.stop)()
+	err := serve(ctx, grace, map[*grpc.Server]net.Listener{a.tcp: bounded, a.admin: admin})
+	a.stop()
+	a.running.Wait()
+	a.feed.Wait()
+	return err
+}

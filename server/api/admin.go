@@ -1,0 +1,179 @@
+package api
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/hallmark-id/hallmark/pkg/version"
+	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
+	"github.com/hallmark-id/hallmark/server/registry"
+	"github.com/hallmark-id/hallmark/server/store"
+)
+
+// adminService is what an operator on this machine needs beyond SPIRE's APIs.
+type adminService struct {
+	hallmarkv1.UnsafeAdminServiceServer // every call is here: one that is missing does not compile
+	*API
+}
+
+// GetServer says what this server is.
+func (s *adminService) GetServer(context.Context, *hallmarkv1.GetServerRequest) (*hallmarkv1.GetServerResponse, error) {
+	return &hallmarkv1.GetServerResponse{
+		TrustDomain: s.td.Name(),
+		Version:     version.String(),
+		Revision:    int64(s.registry.View().Revision()),
+		StartedAt:   s.started.Unix(),
+		Address:     s.address,
+	}, nil
+}
+
+// Backup streams a copy of the store.
+func (s *adminService) Backup(_ *hallmarkv1.BackupRequest, stream hallmarkv1.AdminService_BackupServer) error {
+	rev, err := store.Backup(stream.Context(), s.store, backupWriter{stream})
+	if err != nil {
+		return status(err)
+	}
+	return stream.Send(&hallmarkv1.BackupResponse{Revision: int64(rev), Done: true})
+}
+
+// backupWriter sends what is written to it, in messages of a bounded size.
+type backupWriter struct {
+	stream hallmarkv1.AdminService_BackupServer
+}
+
+const maxBackupMessage = 1 << 20 // bytes
+
+func (w backupWriter) Write(b []byte) (n int, err error) {
+	for len(b) > 0 {
+		part := b[:min(len(b), maxBackupMessage)]
+		if err := w.stream.Send(&hallmarkv1.BackupResponse{Data: part}); err != nil {
+			return n, err
+		}
+		n, b = n+len(part), b[len(part):]
+	}
+	return n, nil
+}
+
+// ListAuthorities lists the authorities of every server, the oldest first.
+func (s *adminService) ListAuthorities(context.Context, *hallmarkv1.ListAuthoritiesRequest) (*hallmarkv1.ListAuthoritiesResponse, error) {
+	resp := &hallmarkv1.ListAuthoritiesResponse{}
+	for _, a := range s.registry.View().Authorities() {
+		rec, err := a.Record()
+		if err != nil {
+			return nil, status(err)
+		}
+		resp.Authorities = append(resp.Authorities, rec)
+	}
+	return resp, nil
+}
+
+// How long RotateAuthority waits for agents.
+const (
+	defaultRotateWait = 30 * time.Second
+	maxRotateWait     = time.Hour
+)
+
+// RotateAuthority replaces the authority that signs by a new one, once every
+// connected agent knows the new one.
+func (s *adminService) RotateAuthority(ctx context.Context, req *hallmarkv1.RotateAuthorityRequest) (*hallmarkv1.RotateAuthorityResponse, error) {
+	kind := registry.AuthorityKind(req.Kind)
+	if kind != registry.X509 && kind != registry.JWT {
+		return nil, invalidArgument("unknown kind of authority %v", req.Kind)
+	}
+	wait := time.Duration(req.Wait) * time.Second
+	switch {
+	case wait < 0 || wait > maxRotateWait:
+		return nil, invalidArgument("wait is %v; it is at least 0 and at most %v", wait, maxRotateWait)
+	case wait == 0:
+		wait = defaultRotateWait
+	}
+	prepared, err := s.authorities.Prepare(ctx, kind)
+	if err != nil {
+		return nil, status(err)
+	}
+	waiting, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	agents, err := s.feed.WaitAcked(waiting, s.registry.View().Revision())
+	switch {
+	case ctx.Err() != nil:
+		return nil, status(ctx.Err())
+	case err != nil:
+		return nil, callErrorf(codes.DeadlineExceeded, "the new %s authority %s is prepared but does not sign: after %v, %v", kind, prepared.ID, wait, err)
+	}
+	active, err := s.authorities.Activate(ctx, kind, prepared.ID)
+	if err != nil {
+		return nil, status(err)
+	}
+	rec, err := active.Record()
+	if err != nil {
+		return nil, status(err)
+	}
+	return &hallmarkv1.RotateAuthorityResponse{Activated: rec, Agents: int32(agents)}, nil
+}
+
+// ListConnections lists the agents that hold a push stream.
+func (s *adminService) ListConnections(context.Context, *hallmarkv1.ListConnectionsRequest) (*hallmarkv1.ListConnectionsResponse, error) {
+	resp := &hallmarkv1.ListConnectionsResponse{}
+	for _, c := range s.feed.Connections() {
+		resp.Connections = append(resp.Connections, &hallmarkv1.Connection{
+			AgentId:              c.Node.String(),
+			AcknowledgedRevision: int64(c.Acknowledged),
+			ConnectedAt:          c.ConnectedAt.Unix(),
+			AgentVersion:         c.AgentVersion,
+			Address:              c.Address,
+		})
+	}
+	return resp, nil
+}
+
+// GetJoinInfo returns what a join string needs besides the token.
+func (s *adminService) GetJoinInfo(context.Context, *hallmarkv1.GetJoinInfoRequest) (*hallmarkv1.GetJoinInfoResponse, error) {
+	address, err := s.dialable()
+	if err != nil {
+		return nil, err
+	}
+	own := s.registry.View().Bundle(s.td)
+	if own == nil {
+		return nil, callErrorf(codes.Unavailable, "the trust domain has no bundle yet; try again")
+	}
+	return &hallmarkv1.GetJoinInfoResponse{TrustDomain: s.td.Name(), Address: address, RootHashes: own.RootHashes()}, nil
+}
+
+// dialable returns the address that agents should dial.
+func (s *adminService) dialable() (string, error) {
+	if s.advertise != "" {
+		return s.advertise, nil
+	}
+	host, _, err := net.SplitHostPort(s.address)
+	if err != nil {
+		return "", status(fmt.Errorf("address of the listener: %w", err))
+	}
+	if ip, err := netip.ParseAddr(host); err == nil && ip.IsUnspecified() {
+		return "", callErrorf(codes.FailedPrecondition, "the server listens on every address of its machine (%s); set advertise to the host:port that agents should dial", s.address)
+	}
+	return s.address, nil
+}
+
+// healthService is gRPC's health check, of the server as a whole.
+type healthService struct {
+	grpc_health_v1.UnimplementedHealthServer
+	*API
+}
+
+// Check reports whether the server can issue: it serves then.
+func (s *healthService) Check(_ context.Context, req *grpc_health_v1.HealthCheckRequest) (*grpc_health_v1.HealthCheckResponse, error) {
+	if req.Service != "" {
+		return nil, callErrorf(codes.NotFound, "there is no health of service %q; ask for that of the server, with an empty name", clip(req.Service))
+	}
+	resp := &grpc_health_v1.HealthCheckResponse{Status: grpc_health_v1.HealthCheckResponse_SERVING}
+	if _, err := s.authorities.X509(); err != nil || s.stopping.Err() != nil {
+		resp.Status = grpc_health_v1.HealthCheckResponse_NOT_SERVING
+	}
+	return resp, nil
+}

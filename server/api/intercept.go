@@ -1,0 +1,171 @@
+package api
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"time"
+
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
+	grpcstatus "google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
+
+	"github.com/hallmark-id/hallmark/pkg/peercred"
+)
+
+// errStopping ends streams when the server stops.
+var errStopping = callErrorf(codes.Unavailable, "the server is stopping; try again")
+
+// refuseEarly denies a call to one without an X509-SVID before anything of its
+// request is read.
+func refuseEarly(ctx context.Context, info *tap.Info) (context.Context, error) {
+	if p, ok := peer.FromContext(ctx); ok {
+		if t, ok := p.AuthInfo.(*tlsPeer); ok && t.leaf == nil && methods[info.FullMethodName].callers&anyone == 0 {
+			return nil, grpcstatus.Convert(denied(info.FullMethodName)).Err()
+		}
+	}
+	return ctx, nil
+}
+
+// unary is what every call with one request goes through.
+func (a *API) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	m, began := methods[info.FullMethod], time.Now()
+	c, err := a.authorize(ctx, info.FullMethod, m)
+	if err != nil {
+		return nil, a.refused(ctx, info.FullMethod, err)
+	}
+	ctx = context.WithValue(ctx, callerKey{}, c)
+	err = a.safely(info.FullMethod, func() (err error) {
+		resp, err = handler(ctx, req)
+		return err
+	})
+	err = a.finished(ctx, info.FullMethod, err)
+	if m.audit {
+		a.audit(ctx, c, info.FullMethod, err, began, subject(req, resp))
+	}
+	return resp, err
+}
+
+// stream is what every other call goes through. It returns, and so ends the
+// call, as soon as the caller's SVID ends or the server stops, even while its
+// service waits for a message; the service then fails to receive and send.
+func (a *API) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	m, began := methods[info.FullMethod], time.Now()
+	c, err := a.authorize(ss.Context(), info.FullMethod, m)
+	if err != nil {
+		return a.refused(ss.Context(), info.FullMethod, err)
+	}
+	ctx, end := context.WithCancelCause(ss.Context())
+	defer end(nil)
+	defer context.AfterFunc(a.stopping, func() { end(errStopping) })()
+	if !c.expires.IsZero() {
+		timer := time.AfterFunc(c.expires.Sub(a.now()), func() { end(ended(c)) })
+		defer timer.Stop()
+	}
+	record := &auditRecord{}
+	ctx = context.WithValue(context.WithValue(ctx, callerKey{}, c), auditKey{}, record)
+	call := func() error {
+		return a.safely(info.FullMethod, func() error { return handler(srv, &serverStream{ss, ctx}) })
+	}
+	if m.watches {
+		err = call()
+	} else {
+		done := make(chan error, 1)
+		a.running.Go(func() { done <- call() })
+		select {
+		case err = <-done:
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+	}
+	err = a.finished(ctx, info.FullMethod, err)
+	if m.audit {
+		a.audit(ctx, c, info.FullMethod, err, began, record.attrs())
+	}
+	return err
+}
+
+// ended is why a stream ends whose caller was let in with an SVID that has
+// expired.
+func ended(c *Caller) error {
+	if c.Kind == agent {
+		return permissionDenied(types.PermissionDeniedDetails_AGENT_EXPIRED, "agent SVID has expired")
+	}
+	return callErrorf(codes.PermissionDenied, "the X509-SVID has expired")
+}
+
+// serverStream is a stream with the context that says who calls.
+type serverStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+// Context returns the context of the call.
+func (s *serverStream) Context() context.Context { return s.ctx }
+
+// safely calls a service. A panic of it fails this call and no other.
+func (a *API) safely(name string, call func() error) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			a.log.Error("a call panicked", "method", name, "panic", fmt.Sprint(r), "stack", string(debug.Stack()))
+			err = callErrorf(codes.Internal, internalText)
+		}
+	}()
+	return call()
+}
+
+// refused logs that a call was denied. Whoever is denied can try as often as
+// it likes, so only some are logged.
+func (a *API) refused(ctx context.Context, name string, err error) error {
+	if cause := hiddenCause(err); cause != nil {
+		a.log.Error("a caller could not be authorized", "method", name, "error", cause)
+	} else if a.refusals.Allow() {
+		attrs := append([]slog.Attr{slog.String("method", name), slog.String("error", err.Error())}, from(ctx)...)
+		a.log.LogAttrs(ctx, slog.LevelWarn, "call denied", attrs...)
+	}
+	return err
+}
+
+// finished turns a service's error into the call's, and logs the cause of one
+// that is the server's own.
+func (a *API) finished(ctx context.Context, name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	err = status(err)
+	if cause := hiddenCause(err); cause != nil {
+		attrs := append([]slog.Attr{slog.String("method", name), slog.Any("error", cause)}, from(ctx)...)
+		a.log.LogAttrs(ctx, slog.LevelError, "a call failed", attrs...)
+	}
+	return err
+}
+
+// from says where a call comes from, for the log.
+func from(ctx context.Context) []slog.Attr {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	switch info := p.AuthInfo.(type) {
+	case *peercred.Peer:
+		return []slog.Attr{slog.Int("pid", int(info.PID)), slog.Uint64("uid", uint64(info.UID))}
+	case *tlsPeer:
+		attrs := []slog.Attr{slog.String("address", info.address)}
+		if info.leaf != nil && info.malformed == nil {
+			attrs = append(attrs, slog.String("presented", info.id.String()))
+		}
+		return attrs
+	}
+	return nil
+}
+
+// unknown answers calls of methods that no service has: whoever may call the
+// method if there were one learns that there is none.
+func unknown(_ any, ss grpc.ServerStream) error {
+	name, _ := grpc.MethodFromServerStream(ss)
+	return callErrorf(codes.Unimplemented, "this server does not have method %s", name)
+}

@@ -1,0 +1,133 @@
+package api
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc/codes"
+)
+
+// Limits bound what callers can make the server do. Zero stands for the
+// default.
+type Limits struct {
+	Connections     int // TCP connections at once
+	AttestPerSecond int // attestations from one IP address
+	SignPerSecond   int // signatures for one agent or downstream server
+}
+
+// Defaults of [Limits]: far above what well-behaved agents need, and below
+// what one of them needs to be in the way of the others.
+const (
+	DefaultConnections     = 15_000 // a process has 20,000 descriptors at most, in many places
+	DefaultAttestPerSecond = 500    // SPIRE's figure
+	DefaultSignPerSecond   = 2_000  // about a quarter of what one core can sign
+)
+
+// maxLimitWait is how long a call waits for its turn before it is refused.
+const maxLimitWait = 5 * time.Second
+
+// limiter holds a rate for each of many callers. It forgets those that have
+// not called for a while, so that its size is bounded whoever calls.
+type limiter struct {
+	perSecond int
+	now       func() time.Time
+
+	mu     sync.Mutex
+	young  map[string]*rate.Limiter
+	old    map[string]*rate.Limiter
+	turned time.Time // when young became old
+}
+
+const (
+	limiterTurn = 10 * time.Second // longer than a caller needs to fill its bucket again
+	limiterSize = 20_000           // callers in each generation
+)
+
+func newLimiter(perSecond int, now func() time.Time) *limiter {
+	return &limiter{perSecond: perSecond, now: now, young: make(map[string]*rate.Limiter), turned: now()}
+}
+
+// of returns the limiter of a caller.
+func (l *limiter) of(caller string, now time.Time) *rate.Limiter {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if r := l.young[caller]; r != nil {
+		return r
+	}
+	if now.Sub(l.turned) > limiterTurn || len(l.young) >= limiterSize {
+		l.old, l.young, l.turned = l.young, make(map[string]*rate.Limiter), now
+	}
+	r := l.old[caller]
+	if r == nil {
+		r = rate.NewLimiter(rate.Limit(l.perSecond), max(2*l.perSecond, maxCSRs)) // two seconds' worth at once
+	}
+	l.young[caller] = r
+	return r
+}
+
+// wait takes n from a caller's rate. It waits a bounded time for its turn, and
+// refuses the call if that is not enough.
+func (l *limiter) wait(ctx context.Context, caller string, n int) error {
+	now := l.now()
+	r := l.of(caller, now).ReserveN(now, n)
+	delay := r.DelayFrom(now)
+	if !r.OK() || delay > maxLimitWait {
+		r.CancelAt(now)
+		return callErrorf(codes.ResourceExhausted, "more than %d a second; try again later", l.perSecond)
+	}
+	if delay == 0 {
+		return nil
+	}
+	timer := time.NewTimer(delay)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		r.CancelAt(l.now())
+		return status(ctx.Err())
+	}
+}
+
+// limitAttesting counts an attestation against the rate of the caller's
+// address.
+func (a *API) limitAttesting(ctx context.Context) error {
+	if c := callerFrom(ctx); c.Kind != local {
+		return a.attests.wait(ctx, network(c.limited), 1)
+	}
+	return nil
+}
+
+// limitSigning counts n signatures against the rate of the caller.
+func (a *API) limitSigning(ctx context.Context, n int) error {
+	if c := callerFrom(ctx); c.Kind != local {
+		return a.signs.wait(ctx, c.limited, n)
+	}
+	return nil
+}
+
+// network returns what counts as one caller of an address host:port: the IPv4
+// address, or the IPv6 network of 64 bits, of which a host may use all.
+func network(address string) string {
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return address
+	}
+	ip, err := netip.ParseAddr(host)
+	if err != nil {
+		return host
+	}
+	ip = ip.Unmap().WithZone("")
+	if ip.Is4() {
+		return ip.String()
+	}
+	prefix, err := ip.Prefix(64)
+	if err != nil {
+		return host
+	}
+	return prefix.String()
+}
