@@ -73,6 +73,11 @@ func (a agentAPI) AttestAgent(stream agentv1.Agent_AttestAgentServer) error {
 			return status.Error(codes.InvalidArgument, "join token does not exist or has already been used")
 		}
 		id = spiffeid.RequireFromPath(TrustDomain, "/spire/agent/join_token/"+token)
+		s.Lock()
+		if !s.AttestAs.IsZero() {
+			id = s.AttestAs
+		}
+		s.Unlock()
 	case "test":
 		s.Lock()
 		challenges := s.Challenges

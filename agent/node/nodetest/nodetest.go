@@ -79,6 +79,7 @@ type Server struct {
 	Reattestable  bool                  // attestation type "test" admits an agent again and again
 	Challenges    int                   // how many challenges type "test" sends
 	Entries       map[string]spiffeid.ID
+	AttestAs      spiffeid.ID                          // the ID that a join token gives, if set
 	RenewAs       spiffeid.ID                          // whose SVID RenewAgent sends, if set
 	Denial        types.PermissionDeniedDetails_Reason // what RenewAgent answers, if set
 	Alter         func(*types.X509SVID)                // changes every SVID before it is sent
