@@ -1,0 +1,324 @@
+package server
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/hallmark-id/hallmark/pkg/config"
+	"github.com/hallmark-id/hallmark/pkg/peercred"
+	"github.com/hallmark-id/hallmark/server/authority"
+)
+
+// Config is a server's configuration, as server.yaml has it. Only trust_domain
+// is required.
+type Config struct {
+	// TrustDomain is the name of the trust domain that the server rules, for
+	// example example.org. It is part of every identity and cannot be changed
+	// later: another name needs another data directory.
+	TrustDomain string `yaml:"trust_domain" env:"expand"`
+
+	// Listen is the host:port on which agents and remote clients are served, with
+	// TLS. The default is reachable from this machine only. Port 0 takes a free
+	// one. An empty host, or 0.0.0.0, is every address of the machine; set
+	// advertise then. Default 127.0.0.1:8081.
+	Listen string `yaml:"listen" env:"expand"`
+
+	// Advertise is the host:port that agents should dial, as join strings carry
+	// it. Default: that of listen.
+	Advertise string `yaml:"advertise" env:"expand"`
+
+	// DataDir is the directory of what the server keeps. Default
+	// /var/lib/hallmark/server.
+	DataDir string `yaml:"data_dir" env:"expand"`
+
+	// AdminSocket is the path of the Unix socket for operators on this machine:
+	// root, and the user that the server runs as. Default
+	// /run/hallmark/server.sock.
+	AdminSocket string `yaml:"admin_socket" env:"expand"`
+
+	// Store says where the registry is kept. Default: badger.
+	Store StoreConfig `yaml:"store"`
+
+	// Keys says where the private keys of the authorities are kept. Default:
+	// disk.
+	Keys KeysConfig `yaml:"keys"`
+
+	X509 X509Config `yaml:"x509"` // authorities and SVIDs of X.509
+	JWT  JWTConfig  `yaml:"jwt"`  // authorities and SVIDs of JWT
+
+	// NodeAttestors says how nodes may attest. Default: join_token alone.
+	NodeAttestors *NodeAttestorsConfig `yaml:"node_attestors"`
+
+	// AdminIDs are SPIFFE IDs of the trust domain whose X509-SVIDs may administer
+	// the server over TCP, besides those of entries with admin set.
+	AdminIDs []string `yaml:"admin_ids"`
+
+	// Limits bound what callers can make the server do.
+	Limits LimitsConfig `yaml:"limits"`
+
+	Log config.Log `yaml:"log"` // to the standard error
+}
+
+// StoreConfig says where the registry is kept: one of its fields is set.
+type StoreConfig struct {
+	Badger *BadgerConfig `yaml:"badger"` // files on a local disk
+	Memory *MemoryConfig `yaml:"memory"` // lost when the server ends: for trials
+}
+
+// BadgerConfig is a store in files.
+type BadgerConfig struct {
+	// Dir is the directory of the files; nothing else may be in it. Default:
+	// store in data_dir.
+	Dir string `yaml:"dir" env:"expand"`
+	// MemTable is the size in bytes of the table that collects writes in memory,
+	// 8388608 (the default) to 268435456. A larger one makes loading very many
+	// entries faster.
+	MemTable int64 `yaml:"memtable"`
+}
+
+// KeysConfig says where private keys are kept: one of its fields is set.
+type KeysConfig struct {
+	Disk   *DiskConfig   `yaml:"disk"`   // files that only the server's user can read
+	Memory *MemoryConfig `yaml:"memory"` // lost when the server ends; the next start makes new authorities
+}
+
+// DiskConfig is a key manager that keeps keys in files.
+type DiskConfig struct {
+	// Dir is the directory of the files. Default: keys in data_dir.
+	Dir string `yaml:"dir" env:"expand"`
+}
+
+// MemoryConfig is what is kept in memory; there is nothing to say of it.
+type MemoryConfig struct{}
+
+// X509Config is about X.509 authorities and X509-SVIDs.
+type X509Config struct {
+	// KeyType is that of new authorities: ec-p256 (the default), ec-p384,
+	// rsa-2048 or rsa-4096.
+	KeyType authority.KeyType `yaml:"key_type"`
+	// AuthorityLifetime is that of new authorities; at least twice the longest
+	// lifetime of an SVID. Default 24h.
+	AuthorityLifetime config.Duration `yaml:"authority_lifetime"`
+	// SVIDLifetime is that of workloads' X509-SVIDs whose entry names none.
+	// Default 1h.
+	SVIDLifetime config.Duration `yaml:"svid_lifetime"`
+	// AgentLifetime is that of agents' own X509-SVIDs: an agent that was away
+	// for longer has to attest again, for which a join token is good only once.
+	// Default 1h.
+	AgentLifetime config.Duration `yaml:"agent_lifetime"`
+}
+
+// JWTConfig is about JWT authorities and JWT-SVIDs.
+type JWTConfig struct {
+	// KeyType is that of new authorities: ec-p256 (the default), ec-p384,
+	// rsa-2048 or rsa-4096, for relying parties that take nothing but RS256.
+	KeyType authority.KeyType `yaml:"key_type"`
+	// AuthorityLifetime is that of new authorities; at least twice
+	// svid_lifetime. Default 24h.
+	AuthorityLifetime config.Duration `yaml:"authority_lifetime"`
+	// SVIDLifetime is that of JWT-SVIDs whose entry names none. Whoever gets hold
+	// of one can use it until then. Default 5m.
+	SVIDLifetime config.Duration `yaml:"svid_lifetime"`
+	// Issuer is the claim iss of JWT-SVIDs. Default: none.
+	Issuer string `yaml:"issuer" env:"expand"`
+}
+
+// NodeAttestorsConfig says how nodes may attest.
+type NodeAttestorsConfig struct {
+	JoinToken *JoinTokenConfig `yaml:"join_token"` // by a token that an operator made
+}
+
+// JoinTokenConfig enables join tokens; there is nothing to say of them.
+type JoinTokenConfig struct{}
+
+// LimitsConfig bounds what callers can make the server do. 0 is the default.
+type LimitsConfig struct {
+	// Connections over TCP at once; each takes a file descriptor. Default 15000.
+	Connections int `yaml:"connections"`
+	// AttestPerSecond is how many attestations a second one IP address may make.
+	// Default 500.
+	AttestPerSecond int `yaml:"attest_per_second"`
+	// SignPerSecond is how many signatures a second one agent may ask for.
+	// Default 2000.
+	SignPerSecond int `yaml:"sign_per_second"`
+}
+
+const (
+	defaultListen      = "127.0.0.1:8081"
+	defaultDataDir     = "/var/lib/hallmark/server"
+	defaultAdminSocket = "/run/hallmark/server.sock"
+
+	// maxLimit bounds the limits: more is a mistake in writing.
+	maxLimit = 1_000_000
+)
+
+// settings is a configuration that was checked, in the form that Run uses.
+type settings struct {
+	Config
+	td       spiffeid.TrustDomain
+	adminIDs []spiffeid.ID
+}
+
+// load reads and checks a configuration.
+func load(src config.Source) (*settings, error) {
+	s := &settings{Config: Config{
+		Listen:      defaultListen,
+		DataDir:     defaultDataDir,
+		AdminSocket: defaultAdminSocket,
+		X509: X509Config{
+			AuthorityLifetime: config.Duration(authority.DefaultLifetime),
+			SVIDLifetime:      config.Duration(time.Hour),
+			AgentLifetime:     config.Duration(time.Hour),
+		},
+		JWT: JWTConfig{
+			AuthorityLifetime: config.Duration(authority.DefaultLifetime),
+			SVIDLifetime:      config.Duration(5 * time.Minute),
+		},
+	}}
+	if err := config.Decode(src, &s.Config); err != nil {
+		return nil, err
+	}
+	if s.NodeAttestors == nil {
+		s.NodeAttestors = &NodeAttestorsConfig{JoinToken: &JoinTokenConfig{}}
+	}
+	if s.Store == (StoreConfig{}) {
+		s.Store.Badger = &BadgerConfig{}
+	}
+	if s.Store.Badger != nil && s.Store.Badger.Dir == "" {
+		s.Store.Badger.Dir = filepath.Join(s.DataDir, "store")
+	}
+	if s.Keys == (KeysConfig{}) {
+		s.Keys.Disk = &DiskConfig{}
+	}
+	if s.Keys.Disk != nil && s.Keys.Disk.Dir == "" {
+		s.Keys.Disk.Dir = filepath.Join(s.DataDir, "keys")
+	}
+	return s, s.check(src)
+}
+
+// check finds what cannot be meant, and fills what is derived.
+func (s *settings) check(src config.Source) error {
+	var errs []error
+	wrong := func(path, format string, args ...any) { errs = append(errs, src.Errorf(path, format, args...)) }
+
+	var err error
+	switch s.td, err = spiffeid.TrustDomainFromString(s.TrustDomain); {
+	case s.TrustDomain == "":
+		wrong("trust_domain", "trust_domain is missing; set it to a name like example.org")
+	case err != nil:
+		wrong("trust_domain", "trust_domain: %v; write a name like example.org", err)
+	case s.td.Name() != s.TrustDomain:
+		wrong("trust_domain", "trust_domain %q is no bare name; write %s", s.TrustDomain, s.td.Name())
+	}
+	if _, err := hostPort(s.Listen); err != nil {
+		wrong("listen", "listen: %v; write host:port, for example %s", err, defaultListen)
+	}
+	if s.Advertise != "" {
+		host, err := hostPort(s.Advertise)
+		ip, _ := netip.ParseAddr(host)
+		switch {
+		case err != nil:
+			wrong("advertise", "advertise: %v; write the host:port that agents dial", err)
+		case host == "" || ip.IsUnspecified() || strings.HasSuffix(s.Advertise, ":0"):
+			wrong("advertise", "advertise %q is no address that an agent can dial; write its host and port", s.Advertise)
+		}
+	}
+	if s.DataDir == "" {
+		wrong("data_dir", "data_dir is empty; the default is %s", defaultDataDir)
+	}
+	switch {
+	case s.AdminSocket == "":
+		wrong("admin_socket", "admin_socket is empty; the default is %s", defaultAdminSocket)
+	case len(s.AdminSocket) > peercred.MaxPath:
+		wrong("admin_socket", "admin_socket is %d bytes long and the kernel takes %d for a socket; choose a shorter path", len(s.AdminSocket), peercred.MaxPath)
+	}
+	if s.Store.Badger != nil && s.Store.Memory != nil {
+		wrong("store", "store names two engines; choose badger or memory")
+	}
+	if b := s.Store.Badger; b != nil && b.MemTable != 0 && (b.MemTable < 8<<20 || b.MemTable > 256<<20) {
+		wrong("store.badger.memtable", "memtable is %d bytes; it is between %d and %d", b.MemTable, 8<<20, 256<<20)
+	}
+	if s.Keys.Disk != nil && s.Keys.Memory != nil {
+		wrong("keys", "keys names two key managers; choose disk or memory")
+	}
+	s.checkLifetimes(wrong)
+	for i, text := range s.AdminIDs {
+		path := "admin_ids." + strconv.Itoa(i)
+		switch id, err := spiffeid.FromString(text); {
+		case err != nil:
+			wrong(path, "admin ID %q: %v", text, err)
+		case !s.td.IsZero() && !id.MemberOf(s.td), id.Path() == "":
+			wrong(path, "admin ID %q is not the ID of a workload in trust domain %q", text, s.TrustDomain)
+		default:
+			s.adminIDs = append(s.adminIDs, id)
+		}
+	}
+	for _, l := range []struct {
+		name  string
+		value int
+	}{
+		{"connections", s.Limits.Connections},
+		{"attest_per_second", s.Limits.AttestPerSecond},
+		{"sign_per_second", s.Limits.SignPerSecond},
+	} {
+		if l.value < 0 || l.value > maxLimit {
+			wrong("limits."+l.name, "%s is %d; it is between 1 and %d, or 0 for the default", l.name, l.value, maxLimit)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// checkLifetimes demands that an authority lives twice as long as what it
+// signs: the next one is prepared at half of its life, and SVIDs are to have
+// their whole lifetime until that takes over.
+func (s *settings) checkLifetimes(wrong func(path, format string, args ...any)) {
+	for _, l := range []struct {
+		path      string
+		lifetime  config.Duration
+		authority string // the path of the lifetime of its authority
+		within    config.Duration
+	}{
+		{"x509.svid_lifetime", s.X509.SVIDLifetime, "x509.authority_lifetime", s.X509.AuthorityLifetime},
+		{"x509.agent_lifetime", s.X509.AgentLifetime, "x509.authority_lifetime", s.X509.AuthorityLifetime},
+		{"jwt.svid_lifetime", s.JWT.SVIDLifetime, "jwt.authority_lifetime", s.JWT.AuthorityLifetime},
+	} {
+		switch d := time.Duration(l.lifetime); {
+		case d < time.Second:
+			wrong(l.path, "%s is %v; it is at least 1s", l.path, l.lifetime)
+		case d%time.Second != 0:
+			wrong(l.path, "%s %v is not a whole number of seconds", l.path, l.lifetime)
+		case l.within < 2*l.lifetime:
+			wrong(l.path, "%s is %v, but %s only %v; an authority must live at least twice as long as what it signs", l.path, l.lifetime, l.authority, l.within)
+		}
+	}
+	for _, l := range []struct {
+		path     string
+		lifetime config.Duration
+	}{
+		{"x509.authority_lifetime", s.X509.AuthorityLifetime},
+		{"jwt.authority_lifetime", s.JWT.AuthorityLifetime},
+	} {
+		if d := time.Duration(l.lifetime); d < authority.MinLifetime || d > authority.MaxLifetime {
+			wrong(l.path, "%s is %v; it is between %v and %v", l.path, l.lifetime, config.Duration(authority.MinLifetime), config.Duration(authority.MaxLifetime))
+		}
+	}
+}
+
+// hostPort checks host:port and returns the host.
+func hostPort(address string) (host string, err error) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return "", err
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return "", errors.New("the port " + strconv.Quote(port) + " is no number between 0 and 65535")
+	}
+	return host, nil
+}

@@ -1,0 +1,227 @@
+// Package server is the authority of a trust domain: it keeps the registry,
+// issues identities and serves agents and operators.
+//
+// [Run] puts it together from its parts and runs it: the store and the
+// registry folded from it, the authorities and the issuer that signs with
+// them, the feed that pushes to agents, and the API in front. [Check] checks a
+// configuration ([Config]), [Restore] fills an empty store from a backup.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"time"
+
+	"go.step.sm/crypto/kms/apiv1"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
+
+	"github.com/hallmark-id/hallmark/attestors"
+	"github.com/hallmark-id/hallmark/attestors/jointoken"
+	"github.com/hallmark-id/hallmark/pkg/config"
+	"github.com/hallmark-id/hallmark/pkg/version"
+	"github.com/hallmark-id/hallmark/server/api"
+	"github.com/hallmark-id/hallmark/server/authority"
+	"github.com/hallmark-id/hallmark/server/feed"
+	"github.com/hallmark-id/hallmark/server/issue"
+	"github.com/hallmark-id/hallmark/server/registry"
+	"github.com/hallmark-id/hallmark/server/store"
+	"github.com/hallmark-id/hallmark/server/store/badger"
+)
+
+// name is this server's in the registry. A store that several servers share
+// will need one for each.
+const name = "main"
+
+// Run runs a server until the context ends (nil) or it cannot go on. It calls
+// ready once it serves. It logs to the standard error.
+func Run(ctx context.Context, src config.Source, ready func()) (err error) {
+	began := time.Now()
+	s, err := load(src)
+	if err != nil {
+		return err
+	}
+	log, err := s.Log.Logger(os.Stderr)
+	if err != nil {
+		return err
+	}
+	// First what fails most often, and quickly.
+	tcp, err := api.ListenTCP(s.Listen)
+	if err != nil {
+		return err
+	}
+	defer tcp.Close()
+	admin, err := api.ListenAdmin(s.AdminSocket)
+	if err != nil {
+		return err
+	}
+	defer admin.Close()
+
+	st, err := s.openStore(log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, st.Close()) }()
+	if err := store.CheckRestored(ctx, st); err != nil {
+		return err
+	}
+	reg, err := registry.Open(ctx, registry.Options{Store: st, TrustDomain: s.td, Log: log})
+	if err != nil {
+		return fmt.Errorf("open the registry: %w", err)
+	}
+	keys, err := s.openKeys()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, keys.Close()) }()
+
+	// What serves ends first; what it stands on, after it.
+	base, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	below, base := errgroup.WithContext(base)
+	below.Go(func() error { return reg.Run(base) })
+	above, cancel := context.WithCancelCause(ctx)
+	defer context.AfterFunc(base, func() { cancel(context.Cause(base)) })()
+
+	authorities, err := s.openAuthorities(above, reg, keys, log)
+	if err == nil {
+		below.Go(func() error { return authorities.Run(base) })
+		served := s.newAPI(st, reg, authorities, log)
+		log.Info("server is ready", append(describe(reg, authorities),
+			"trust_domain", s.TrustDomain, "listen", tcp.Addr().String(), "admin_socket", s.AdminSocket,
+			"version", version.String(), "took", time.Since(began).Round(time.Millisecond))...)
+		ready()
+		err = served.Run(above, tcp, admin)
+	}
+	stop()
+	if failed := below.Wait(); failed != nil && !errors.Is(failed, context.Canceled) {
+		return failed
+	}
+	if ctx.Err() != nil && (errors.Is(err, ctx.Err()) || errors.Is(err, context.Cause(ctx))) {
+		log.Info("server has stopped")
+		return nil
+	}
+	return err
+}
+
+func (s *settings) openAuthorities(ctx context.Context, reg *registry.Registry, keys apiv1.KeyManager, log *slog.Logger) (*authority.Authorities, error) {
+	return authority.Open(ctx, authority.Options{
+		Registry:     reg,
+		Keys:         keys,
+		TrustDomain:  s.td,
+		Server:       name,
+		X509Lifetime: time.Duration(s.X509.AuthorityLifetime),
+		JWTLifetime:  time.Duration(s.JWT.AuthorityLifetime),
+		X509KeyType:  s.X509.KeyType,
+		JWTKeyType:   s.JWT.KeyType,
+		Log:          log,
+	})
+}
+
+func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *authority.Authorities, log *slog.Logger) *api.API {
+	x509TTL, jwtTTL := time.Duration(s.X509.SVIDLifetime), time.Duration(s.JWT.SVIDLifetime)
+	return api.New(api.Options{
+		Store:       st,
+		Registry:    reg,
+		Authorities: authorities,
+		Issuer: issue.New(issue.Options{
+			TrustDomain: s.td,
+			Authorities: authorities,
+			Log:         log,
+			X509TTL:     x509TTL,
+			JWTTTL:      jwtTTL,
+			AgentTTL:    time.Duration(s.X509.AgentLifetime),
+			JWTIssuer:   s.JWT.Issuer,
+		}),
+		Feed:          feed.New(feed.Options{Registry: reg, X509TTL: x509TTL, JWTTTL: jwtTTL, Log: log}),
+		NodeAttestors: s.nodeAttestors(reg, log),
+		AdminIDs:      s.adminIDs,
+		Advertise:     s.Advertise,
+		Limits: api.Limits{
+			Connections:     s.Limits.Connections,
+			AttestPerSecond: s.Limits.AttestPerSecond,
+			SignPerSecond:   s.Limits.SignPerSecond,
+		},
+		Log: log,
+	})
+}
+
+// describe says what a server has, for the log.
+func describe(reg *registry.Registry, authorities *authority.Authorities) (attrs []any) {
+	for _, kind := range []registry.AuthorityKind{registry.X509, registry.JWT} {
+		if active, _, _ := authorities.State(kind); active != nil {
+			attrs = append(attrs, kind.String()+"_authority", active.ID)
+		}
+	}
+	view := reg.View()
+	return append(attrs, "entries", view.EntryCount(), "agents", view.NodeCount())
+}
+
+func (s *settings) openStore(log *slog.Logger) (store.Store, error) {
+	o := badger.Options{InMemory: true, Log: log}
+	if b := s.Store.Badger; b != nil {
+		o = badger.Options{Dir: b.Dir, MemTable: b.MemTable, Log: log}
+	}
+	st, err := badger.Open(o)
+	if errors.Is(err, os.ErrPermission) {
+		return nil, fmt.Errorf("%w; set data_dir to a directory that this user may write to", err)
+	}
+	return st, err
+}
+
+func (s *settings) openKeys() (apiv1.KeyManager, error) {
+	if s.Keys.Memory != nil {
+		return authority.NewMemoryKeys(), nil
+	}
+	return authority.NewDiskKeys(s.Keys.Disk.Dir)
+}
+
+// nodeAttestors makes the attestors of nodes that are configured.
+func (s *settings) nodeAttestors(reg *registry.Registry, log *slog.Logger) map[string]attestors.Server {
+	out := make(map[string]attestors.Server)
+	if s.NodeAttestors.JoinToken != nil {
+		out[jointoken.Name] = jointoken.New(func(ctx context.Context, token string) error {
+			_, err := reg.ConsumeJoinToken(ctx, token)
+			var told *registry.Error
+			if err == nil || errors.As(err, &told) || ctx.Err() != nil {
+				return err
+			}
+			log.Error("a join token could not be checked", "error", err) // of no use to the node
+			return grpcstatus.Error(codes.Unavailable, "join tokens cannot be checked now; try again")
+		})
+	}
+	return out
+}
+
+// Check checks a configuration. It opens nothing.
+func Check(src config.Source) error {
+	_, err := load(src)
+	return err
+}
+
+// Restore fills the empty store that a configuration names from a backup, and
+// returns how many records that had. The server must not run.
+func Restore(ctx context.Context, src config.Source, r io.Reader) (records int, err error) {
+	s, err := load(src)
+	if err != nil {
+		return 0, err
+	}
+	if s.Store.Memory != nil {
+		return 0, src.Errorf("store", "a store in memory cannot be restored: it would be lost at once")
+	}
+	log, err := s.Log.Logger(os.Stderr)
+	if err != nil {
+		return 0, err
+	}
+	st, err := s.openStore(log)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, st.Close()) }()
+	return store.Restore(ctx, st, r)
+}
