@@ -11,18 +11,20 @@ package store
 import (
 	"context"
 	"errors"
+	"fmt"
 )
 
 // Revision numbers the state of a store. It starts at 0 (empty) and grows by
-// one with each transaction.
+// one with each transaction; only [Restore] may make it jump.
 type Revision int64
 
 // Bounds of one transaction, which every engine accepts. A transaction over
 // them fails with [ErrTooLarge].
 const (
-	MaxKey    = 4 << 10 // bytes
-	MaxValue  = 1 << 20 // bytes
-	MaxWrites = 100     // conditions and writes together
+	MaxKey    = 4 << 10   // bytes
+	MaxValue  = 1_000_000 // bytes; leaves an engine room for a header within 1 MiB
+	MaxWrites = 100       // conditions and writes together; etcd takes 128
+	MaxBytes  = 1_100_000 // keys and values of conditions and writes together; etcd takes 1.5 MiB, framing included
 )
 
 var (
@@ -60,10 +62,51 @@ type Write struct {
 }
 
 // Txn is a set of writes that happen together if all conditions hold, or not
-// at all. A key may be written once.
+// at all. A key may be written once. A transaction without writes only checks
+// its conditions, and counts as any other.
 type Txn struct {
 	If []Condition
 	Do []Write
+}
+
+// Check returns an error if the transaction is over its bounds
+// ([ErrTooLarge]) or writes a key twice. Engines call it for each transaction
+// of a Commit; one that fails does not keep the others from happening.
+func (t Txn) Check() error {
+	if n := len(t.If) + len(t.Do); n > MaxWrites {
+		return fmt.Errorf("%w: it has %d conditions and writes; the most is %d", ErrTooLarge, n, MaxWrites)
+	}
+	size := 0
+	key := func(k string) error {
+		if len(k) > MaxKey {
+			return fmt.Errorf("%w: key %.40q… has %d bytes; the most is %d", ErrTooLarge, k, len(k), MaxKey)
+		}
+		size += len(k)
+		return nil
+	}
+	for _, c := range t.If {
+		if err := key(c.Key); err != nil {
+			return err
+		}
+	}
+	for i, w := range t.Do {
+		if err := key(w.Key); err != nil {
+			return err
+		}
+		if len(w.Value) > MaxValue {
+			return fmt.Errorf("%w: value of key %.40q has %d bytes; the most is %d", ErrTooLarge, w.Key, len(w.Value), MaxValue)
+		}
+		size += len(w.Value)
+		for _, earlier := range t.Do[:i] { // at most MaxWrites²/2 comparisons, most of them of lengths
+			if earlier.Key == w.Key {
+				return fmt.Errorf("store: transaction writes key %.40q twice", w.Key)
+			}
+		}
+	}
+	if size > MaxBytes {
+		return fmt.Errorf("%w: its keys and values have %d bytes; the most is %d", ErrTooLarge, size, MaxBytes)
+	}
+	return nil
 }
 
 // Result is the outcome of one transaction.
@@ -97,11 +140,14 @@ type Store interface {
 	// Watch calls yield with every change after the revision, in order and
 	// without a gap, as they become durable, until the context ends, yield
 	// fails or the store is closed ([ErrClosed]); it always returns an error.
-	// Changes that were committed together come in one call. It fails with
-	// [ErrCompacted] when the changes after the revision are no longer known;
-	// an engine keeps at least the last 10,000.
+	// Changes that were committed together come in one call; yield must not
+	// modify them, other watchers see the same. A slow yield delays nobody else.
+	// Watch fails with [ErrCompacted] when the changes after the revision are no
+	// longer known; an engine keeps at least the last 10,000, or the last 32 MiB
+	// of them if that is less.
 	Watch(ctx context.Context, after Revision, yield func([]Change) error) error
 
-	// Close waits for what is under way and releases the store.
+	// Close waits for the commits and reads that are under way and releases the
+	// store. Every call after it fails with [ErrClosed].
 	Close() error
 }
