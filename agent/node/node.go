@@ -281,7 +281,7 @@ func (n *Node) Run(ctx context.Context) error {
 			}
 			return fatal.err
 		case err != nil:
-			n.fail(err)
+			n.fail("not connected to the server; trying again", err)
 			if err := sleep(ctx, backoff.Next()); err != nil {
 				return err
 			}
@@ -362,7 +362,7 @@ func (n *Node) tend(ctx context.Context, link *Link) error {
 				return n.denied(denial{link, reason, err})
 			}
 			if err != nil {
-				n.fail(err)
+				n.fail("could not renew the node's SVID; trying again", err)
 				renewAt = now.Add(backoff.Next())
 				break
 			}
@@ -418,8 +418,8 @@ func (n *Node) forget() {
 	}
 }
 
-// fail records an error that will be tried again.
-func (n *Node) fail(err error) {
+// fail records why something did not work that will be tried again.
+func (n *Node) fail(what string, err error) {
 	n.mu.Lock()
 	repeated := n.lastErr != nil && n.lastErr.Error() == err.Error()
 	n.lastErr = err
@@ -428,7 +428,7 @@ func (n *Node) fail(err error) {
 	if repeated {
 		level = slog.LevelDebug
 	}
-	n.o.Log.Log(context.Background(), level, "no contact with the server; trying again", "server", n.o.Server, "error", err)
+	n.o.Log.Log(context.Background(), level, what, "server", n.o.Server, "error", err)
 }
 
 func (n *Node) identity() *svid {
