@@ -7,9 +7,8 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
-	"testing"
-
 	"net/url"
+	"testing"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
