@@ -53,6 +53,9 @@ func Nearest(word string, valid []string) string {
 		if len(w) >= 3 && len(p) >= 3 && (strings.HasPrefix(w, p) || strings.HasPrefix(p, w)) {
 			d = min(d, 1) // addr for address
 		}
+		if len(w) >= 5 && len(p) >= 5 && (strings.HasSuffix(w, p) || strings.HasSuffix(p, w)) {
+			d = min(d, 1) // lifetime for svid_lifetime
+		}
 		if d < least {
 			best, least = v, d
 		}
