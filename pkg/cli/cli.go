@@ -117,7 +117,16 @@ func (a *app) rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(flagError)
 	root.PersistentFlags().BoolP("help", "h", false, "show this help")
 	root.PersistentFlags().Lookup("help").Hidden = true
-	root.SetHelpCommand(&cobra.Command{Use: "no-help-command", Hidden: true})
+	root.SetHelpCommand(&cobra.Command{
+		Use: "help [COMMAND]", Hidden: true,
+		RunE: func(_ *cobra.Command, args []string) error {
+			cmd, rest, err := root.Find(args)
+			if err != nil || len(rest) > 0 {
+				return noCommand(cmd, rest)
+			}
+			return cmd.Help()
+		},
+	})
 
 	add := func(group string, commands ...*cobra.Command) {
 		for _, c := range commands {

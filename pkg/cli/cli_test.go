@@ -64,6 +64,7 @@ func TestScripts(t *testing.T) {
 				return err
 			}
 			env.Setenv("FAKE_ID", "spiffe://example.org/user/"+u.Username)
+			env.Values[renewals{}] = &fakeAgents{}
 			env.Setenv("GORACE", os.Getenv("GORACE"))
 			for _, name := range []string{"SPIFFE_ENDPOINT_SOCKET", "HALLMARK_ADMIN_SOCKET", "HALLMARK_AGENT_SOCKET", "NO_COLOR"} {
 				env.Setenv(name, "")
@@ -89,7 +90,8 @@ func TestScripts(t *testing.T) {
 				}
 			},
 			"agent": func(ts *testscript.TestScript, _ bool, args []string) {
-				f := &fakeAgent{ca: newAuthority(), refuse: len(args) == 1}
+				f := &fakeAgent{ca: newAuthority(), refuse: len(args) == 1, renew: make(chan struct{})}
+				ts.Value(renewals{}).(*fakeAgents).last = f
 				workload, admin := filepath.Join(ts.Getenv("DEV"), "workload.sock"), filepath.Join(ts.Getenv("DEV"), "agent.sock")
 				background(ts, func(ctx context.Context, ready func()) error { return f.serve(ctx, workload, admin, ready) })
 				ts.Setenv("SPIFFE_ENDPOINT_SOCKET", "unix://"+workload)
@@ -107,6 +109,25 @@ func TestScripts(t *testing.T) {
 				}
 				if fmt.Sprint(code) != args[0] {
 					ts.Fatalf("exit status %d, want %s", code, args[0])
+				}
+			},
+			// renew gives one stream of the agent new SVIDs.
+			"renew": func(ts *testscript.TestScript, _ bool, _ []string) {
+				ts.Value(renewals{}).(*fakeAgents).last.renew <- struct{}{}
+			},
+			// await FILE waits until a file is there; ! until it is not.
+			"await": func(ts *testscript.TestScript, neg bool, args []string) {
+				deadline := time.After(10 * time.Second)
+				for tick := time.NewTicker(5 * time.Millisecond); ; {
+					if _, err := os.Stat(ts.MkAbs(args[0])); (err == nil) != neg {
+						tick.Stop()
+						return
+					}
+					select {
+					case <-tick.C:
+					case <-deadline:
+						ts.Fatalf("%s: waited in vain", args[0])
+					}
 				}
 			},
 			// stale PATH leaves a socket that nobody listens on.
@@ -134,6 +155,11 @@ func TestScripts(t *testing.T) {
 		},
 	})
 }
+
+// fakeAgents are the agents of one script.
+type fakeAgents struct{ last *fakeAgent }
+
+type renewals struct{} // the key of fakeAgents
 
 // background runs something until the script ends.
 func background(ts *testscript.TestScript, run func(ctx context.Context, ready func()) error) {

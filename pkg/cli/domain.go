@@ -191,12 +191,19 @@ func (d *domain) configure(o *domainOptions) error {
 		d.notes = append(d.notes, fmt.Sprintf("%s says listen: %s; --listen overrides it this time.", home(serverFile), listen))
 		listen = o.listen
 	}
-	agent := fmt.Sprintf(head+"trust_domain: %q\nserver: %q\ndata_dir: %q\nsocket: %q\nadmin_socket: %q\n\nworkload_attestors:\n  unix:\n    path: true\n",
-		"agent", name, listen, filepath.Join(d.dir, "agent"), filepath.Join(d.dir, workloadSocket.dev), filepath.Join(d.dir, agentSocket.dev))
+	serverLine := fmt.Sprintf("server: %q", listen)
+	if _, port, err := net.SplitHostPort(listen); err != nil || port == "0" {
+		serverLine = "# server: it takes another port each time"
+	}
+	agent := fmt.Sprintf(head+"trust_domain: %q\n%s\ndata_dir: %q\nsocket: %q\nadmin_socket: %q\n\nworkload_attestors:\n  unix:\n    path: true\n",
+		"agent", name, serverLine, filepath.Join(d.dir, "agent"), filepath.Join(d.dir, workloadSocket.dev), filepath.Join(d.dir, agentSocket.dev))
 	if d.agent, err = fileOr(agentFile, agent); err != nil {
 		return err
 	}
-	if err := errors.Join(d.app.programs.CheckServer(d.server), d.app.programs.CheckAgent(d.agent)); err != nil {
+	// The agent will be given the address that the server has then.
+	checked := d.agent
+	checked.Set = []config.Setting{{Path: "server", Value: devListen, From: "hallmark dev"}}
+	if err := errors.Join(d.app.programs.CheckServer(d.server), d.app.programs.CheckAgent(checked)); err != nil {
 		return err
 	}
 	for _, s := range []struct {

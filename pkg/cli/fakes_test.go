@@ -461,6 +461,7 @@ type fakeAgent struct {
 	ca     *authority
 	refuse bool // nothing matches
 	id     string
+	renew  chan struct{} // for each, streams get new SVIDs of the first identity alone; nil: never
 }
 
 func (f *fakeAgent) serve(ctx context.Context, workloadSocket, adminSocket string, ready func()) error {
@@ -495,8 +496,21 @@ func (f *fakeAgent) FetchX509SVID(_ *workloadv1.X509SVIDRequest, stream grpc.Ser
 	if f.refuse {
 		return denied
 	}
+	for ids := f.ids(); ; ids = ids[:1] {
+		if err := stream.Send(f.x509(ids)); err != nil {
+			return err
+		}
+		select {
+		case <-stream.Context().Done():
+			return nil
+		case <-f.renew:
+		}
+	}
+}
+
+func (f *fakeAgent) x509(ids []spiffeid.ID) *workloadv1.X509SVIDResponse {
 	resp := &workloadv1.X509SVIDResponse{}
-	for i, id := range f.ids() {
+	for i, id := range ids {
 		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 		must(err)
 		der, err := x509.MarshalPKCS8PrivateKey(key)
@@ -508,11 +522,7 @@ func (f *fakeAgent) FetchX509SVID(_ *workloadv1.X509SVIDRequest, stream grpc.Ser
 		}
 		resp.Svids = append(resp.Svids, svid)
 	}
-	if err := stream.Send(resp); err != nil {
-		return err
-	}
-	<-stream.Context().Done()
-	return nil
+	return resp
 }
 
 func (f *fakeAgent) FetchX509Bundles(_ *workloadv1.X509BundlesRequest, stream grpc.ServerStreamingServer[workloadv1.X509BundlesResponse]) error {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -92,9 +93,19 @@ func (a *app) tokenGenerate() *cobra.Command {
 			fmt.Fprintln(w, item.Join)
 			a.remark("\nIt admits one agent at %s, until %s. On the new node:\n\n  hallmark agent run --join STRING",
 				item.Server, a.moment(*item.ExpiresAt))
+			if onlyHere(item.Server) {
+				a.remark("\n%s reaches the server from this machine only; --address names another.", item.Server)
+			}
 		})
 	}
 	return cmd
+}
+
+// onlyHere reports whether an address is that of the machine for itself.
+func onlyHere(address string) bool {
+	host, _, err := net.SplitHostPort(address)
+	ip := net.ParseIP(host)
+	return err == nil && (host == "localhost" || ip != nil && ip.IsLoopback())
 }
 
 // generateToken makes a join token and its join string.

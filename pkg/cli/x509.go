@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/pem"
@@ -11,7 +12,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -84,11 +84,7 @@ func (a *app) showX509(w io.Writer, s *x509svid.SVID, roots []*x509.Certificate)
 func issuers(s *x509svid.SVID, roots []*x509.Certificate) []string {
 	var out []string
 	name := func(c *x509.Certificate, what string) string {
-		subject := c.Subject.String()
-		if subject == "" && len(c.URIs) > 0 {
-			subject = c.URIs[0].String()
-		}
-		return strings.TrimSpace(fmt.Sprintf("%s %s, %s", what, hex.EncodeToString(c.SubjectKeyId), subject))
+		return fmt.Sprintf("%s %s, %s", what, hex.EncodeToString(c.SubjectKeyId), cmp.Or(c.Subject.CommonName, c.Subject.String(), "without a name"))
 	}
 	for _, c := range s.Certificates[1:] {
 		out = append(out, name(c, "intermediate"))
