@@ -4,16 +4,19 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"os"
+	"slices"
 	"strconv"
+
+	"golang.org/x/sys/unix"
 )
 
 // Bounds of what is read of one process, in bytes. A process may be in 65,536
 // groups, each of up to ten digits.
 const (
-	maxStat   = 4 << 10
-	maxStatus = 1 << 20
+	maxStat     = 4 << 10
+	maxStatus   = 1 << 20
+	typicalFile = 2 << 10
 )
 
 // Status is what /proc says of a process's users and groups. The four values
@@ -155,18 +158,41 @@ func parseStat(b []byte) (stat, error) {
 	return stat{}, fmt.Errorf("%d fields after the command name; the start time is missing", i)
 }
 
-func readProc(pid int32, name string, limit int64) ([]byte, error) {
-	f, err := os.Open("/proc/" + strconv.Itoa(int(pid)) + "/" + name)
+// readProc reads a file of a process. It goes around package os, whose files
+// are prepared for waiting: the kernel makes these while they are read.
+func readProc(pid int32, name string, limit int) ([]byte, error) {
+	path := "/proc/" + strconv.Itoa(int(pid)) + "/" + name
+	fd, err := open(path)
 	if err != nil {
-		return nil, err
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err != nil {
-		return nil, err
+	defer unix.Close(fd)
+	b := make([]byte, 0, typicalFile)
+	for {
+		n, err := unix.Read(fd, b[len(b):cap(b)])
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return nil, &os.PathError{Op: "read", Path: path, Err: err}
+		case n == 0:
+			return b, nil
+		}
+		b = b[:len(b)+n]
+		if len(b) > limit {
+			return nil, fmt.Errorf("read %s: larger than %d bytes", path, limit)
+		}
+		if len(b) == cap(b) {
+			b = slices.Grow(b, len(b))
+		}
 	}
-	if int64(len(b)) > limit {
-		return nil, fmt.Errorf("read %s: larger than %d bytes", f.Name(), limit)
+}
+
+func open(path string) (fd int, err error) {
+	for {
+		fd, err = unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != unix.EINTR {
+			return fd, err
+		}
 	}
-	return b, nil
 }

@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math/big"
 	"net/url"
 	"slices"
@@ -56,6 +57,8 @@ type Server struct {
 	down     error
 	broken   map[string]error
 	hold     chan struct{}
+	waiting  chan struct{} // closed once a call waits on hold
+	reached  bool          // it is closed
 	x509s    [][]string
 	jwts     []string
 }
@@ -218,13 +221,20 @@ func (s *Server) Hold() (release func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	hold := make(chan struct{})
-	s.hold = hold
+	s.hold, s.waiting, s.reached = hold, make(chan struct{}), false
 	return sync.OnceFunc(func() {
 		s.mu.Lock()
 		s.hold = nil
 		s.mu.Unlock()
 		close(hold)
 	})
+}
+
+// Waiting returns what is closed once a call waits since Hold.
+func (s *Server) Waiting() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.waiting
 }
 
 // X509Calls returns the entries of each call to sign X509-SVIDs so far.
@@ -244,6 +254,10 @@ func (s *Server) JWTCalls() []string {
 func (s *Server) wait(ctx context.Context) error {
 	s.mu.Lock()
 	hold, down := s.hold, s.down
+	if hold != nil && !s.reached {
+		s.reached = true
+		close(s.waiting)
+	}
 	s.mu.Unlock()
 	if hold != nil {
 		select {
@@ -337,6 +351,16 @@ func (s *Server) SignJWT(ctx context.Context, entryID string, audience []string)
 	}
 	a := s.jwt[len(s.jwt)-1]
 	return held.JWTResult{Token: s.token(a.key, a.id, claims), IssuedAt: now, ExpiresAt: now.Add(ttl)}, nil
+}
+
+// Token signs claims besides those that name the identity and its end.
+func (s *Server) Token(id string, claims map[string]any) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := map[string]any{"sub": TrustDomain.IDString() + "/" + id, "exp": s.now().Add(JWTTTL).Unix()}
+	maps.Copy(all, claims)
+	a := s.jwt[len(s.jwt)-1]
+	return s.token(a.key, a.id, all)
 }
 
 func (s *Server) token(key crypto.Signer, id string, claims map[string]any) string {
