@@ -80,7 +80,7 @@ func TestScripts(t *testing.T) {
 				s := newFakeServer()
 				s.agents = []*types.Agent{
 					{Id: &types.SPIFFEID{TrustDomain: "example.org", Path: "/spire/agent/join_token/one"}, AttestationType: "join_token",
-						X509SvidSerialNumber: "17", X509SvidExpiresAt: time.Now().Add(time.Hour + 30*time.Second).Unix(), AgentVersion: "1.2.3"},
+						X509SvidSerialNumber: "17", X509SvidExpiresAt: time.Now().Add(time.Hour + 10*time.Second).Unix(), AgentVersion: "1.2.3"},
 					{Id: &types.SPIFFEID{TrustDomain: "example.org", Path: "/spire/agent/join_token/two"}, AttestationType: "join_token",
 						X509SvidSerialNumber: "18", X509SvidExpiresAt: time.Now().Add(-time.Hour).Unix(), AgentVersion: "1.2.0"},
 				}

@@ -58,7 +58,7 @@ func newAuthority() *authority {
 	id := sha(key.Public())
 	tmpl := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{Organization: []string{"Hallmark"}},
-		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(24*time.Hour + 30*time.Second),
+		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(24*time.Hour + 10*time.Second),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign, SubjectKeyId: id,
 		URIs: []*url.URL{{Scheme: "spiffe", Host: "example.org"}},
 	}
@@ -374,7 +374,7 @@ func (s *fakeServer) bundle() *types.Bundle {
 	return &types.Bundle{
 		TrustDomain: "example.org", SequenceNumber: 7, RefreshHint: 300,
 		X509Authorities: []*types.X509Certificate{{Asn1: s.ca.cert.Raw}},
-		JwtAuthorities:  []*types.JWTKey{{KeyId: kid, PublicKey: der, ExpiresAt: time.Now().Add(24*time.Hour + 30*time.Second).Unix()}},
+		JwtAuthorities:  []*types.JWTKey{{KeyId: kid, PublicKey: der, ExpiresAt: time.Now().Add(24*time.Hour + 10*time.Second).Unix()}},
 	}
 }
 
@@ -388,7 +388,7 @@ func (s *fakeServer) MintX509SVID(_ context.Context, r *svidv1.MintX509SVIDReque
 		return nil, status.Error(codes.InvalidArgument, "malformed CSR")
 	}
 	id := spiffeid.RequireFromURI(csr.URIs[0])
-	ttl := cmpOr(time.Duration(r.Ttl)*time.Second, time.Hour) + 30*time.Second
+	ttl := cmpOr(time.Duration(r.Ttl)*time.Second, time.Hour) + 10*time.Second
 	return &svidv1.MintX509SVIDResponse{Svid: &types.X509SVID{
 		CertChain: [][]byte{s.ca.sign(id, csr.DNSNames, csr.PublicKey, ttl)},
 		Id:        &types.SPIFFEID{TrustDomain: id.TrustDomain().Name(), Path: id.Path()},
@@ -427,7 +427,7 @@ func (s *fakeServer) ListConnections(context.Context, *hallmarkv1.ListConnection
 
 func (s *fakeServer) authorityRecord(id string, kind hallmarkv1.Authority_Kind, state hallmarkv1.Authority_State) *hallmarkv1.Authority {
 	return &hallmarkv1.Authority{Id: id, Kind: kind, State: state, Server: "server-1",
-		CreatedAt: time.Now().Unix(), ExpiresAt: time.Now().Add(24*time.Hour + 30*time.Second).Unix()}
+		CreatedAt: time.Now().Unix(), ExpiresAt: time.Now().Add(24*time.Hour + 10*time.Second).Unix()}
 }
 
 func (s *fakeServer) ListAuthorities(context.Context, *hallmarkv1.ListAuthoritiesRequest) (*hallmarkv1.ListAuthoritiesResponse, error) {
@@ -516,7 +516,7 @@ func (f *fakeAgent) x509(ids []spiffeid.ID) *workloadv1.X509SVIDResponse {
 		der, err := x509.MarshalPKCS8PrivateKey(key)
 		must(err)
 		svid := &workloadv1.X509SVID{SpiffeId: id.String(), X509SvidKey: der, Bundle: f.ca.cert.Raw,
-			X509Svid: f.ca.sign(id, nil, key.Public(), time.Hour+30*time.Second)}
+			X509Svid: f.ca.sign(id, nil, key.Public(), time.Hour+10*time.Second)}
 		if i == 1 {
 			svid.Hint = "database"
 		}

@@ -190,7 +190,7 @@ func (a *app) relative(t time.Time) string {
 	return "now"
 }
 
-// span shows a length of time in its two largest units.
+// span shows a length of time in its two largest units, rounded.
 func span(d time.Duration) string {
 	const day = 24 * time.Hour
 	two := func(n time.Duration, unit string, m time.Duration, small string) string {
@@ -198,6 +198,12 @@ func span(d time.Duration) string {
 			return fmt.Sprintf("%d%s", n, unit)
 		}
 		return fmt.Sprintf("%d%s %d%s", n, unit, m, small)
+	}
+	switch { // what rounds up to the next unit belongs there
+	case d >= day-30*time.Minute:
+		d = d.Round(time.Hour)
+	case d >= time.Hour-30*time.Second:
+		d = d.Round(time.Minute)
 	}
 	switch {
 	case d >= day:
