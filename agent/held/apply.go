@@ -2,7 +2,6 @@ package held
 
 import (
 	"crypto"
-	"reflect"
 	"slices"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -80,7 +79,7 @@ func (h *Held) dropUnnamed(c Change, rematch map[*view]struct{}) {
 
 func (h *Held) putEntry(e *entry.Entry, rematch map[*view]struct{}) {
 	s := h.slots[e.ID]
-	if s != nil && reflect.DeepEqual(s.entry, e) {
+	if s != nil && sameEntry(s.entry, e) {
 		return // told again by a complete change: what was signed for it is good
 	}
 	if s == nil {
@@ -105,6 +104,17 @@ func (h *Held) putEntry(e *entry.Entry, rematch map[*view]struct{}) {
 		rematch[v] = struct{}{}
 	}
 	h.place(s)
+}
+
+// sameEntry reports whether two entries are equal in everything. A complete
+// change may name very many that are.
+func sameEntry(a, b *entry.Entry) bool {
+	return a.ID == b.ID && a.SPIFFEID == b.SPIFFEID && a.ParentID == b.ParentID && a.Selectors.Equal(b.Selectors) &&
+		a.X509SVIDTTL == b.X509SVIDTTL && a.JWTSVIDTTL == b.JWTSVIDTTL &&
+		slices.Equal(a.DNSNames, b.DNSNames) && slices.Equal(a.FederatesWith, b.FederatesWith) && a.Hint == b.Hint &&
+		a.Admin == b.Admin && a.Downstream == b.Downstream && a.StoreSVID == b.StoreSVID &&
+		a.DisableX509Prefetch == b.DisableX509Prefetch && a.JWTIncludeJTI == b.JWTIncludeJTI &&
+		a.ExpiresAt.Equal(b.ExpiresAt) && a.CreatedAt.Equal(b.CreatedAt) && a.RevisionNumber == b.RevisionNumber
 }
 
 func (h *Held) removeEntry(s *slot, rematch map[*view]struct{}) {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -20,6 +21,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/digest"
 	"github.com/hallmark-id/hallmark/pkg/entry"
+	"github.com/hallmark-id/hallmark/pkg/selector"
 )
 
 // node is an agent's Held that runs on a clock of its own, and its server.
@@ -370,6 +372,51 @@ func TestBeingToldTheSameAgainChangesNothing(t *testing.T) {
 		}
 	})
 }
+
+func TestAChangeOfAnyFieldIsNoticed(t *testing.T) {
+	onNode(t, 0, func(n *node) {
+		e := n.Entry("a", nil, "unix:uid:1")
+		n.sync()
+		held := n.Entries()[0]
+		for i := range reflect.TypeFor[entry.Entry]().NumField() {
+			changed := *e
+			field := reflect.TypeFor[entry.Entry]().Field(i)
+			switch v := reflect.ValueOf(&changed).Elem().Field(i).Addr().Interface().(type) {
+			case *string:
+				if *v += "x"; field.Name == "ID" {
+					continue // another entry
+				}
+			case *bool:
+				*v = !*v
+			case *int64:
+				*v++
+			case *time.Duration:
+				*v += time.Second
+			case *time.Time:
+				*v = v.Add(1e6 * time.Hour)
+			case *[]string:
+				*v = append(*v, "x.example.org")
+			case *spiffeid.ID:
+				*v = spiffeid.RequireFromPath(heldtest.TrustDomain, "/other")
+			case *[]spiffeid.TrustDomain:
+				*v = append(*v, heldtest.TrustDomain)
+			case *selector.Set:
+				*v = heldtest.Selectors("unix:uid:2")
+			default:
+				t.Fatalf("field %s is of an unknown kind", field.Name)
+			}
+			n.sync()
+			n.Apply(heldChange(&changed))
+			if n.Entries()[0] == held {
+				t.Errorf("a change of %s was not noticed", field.Name)
+			}
+			n.Apply(heldChange(e))
+			held = n.Entries()[0]
+		}
+	})
+}
+
+func heldChange(e *entry.Entry) held.Change { return held.Change{Entries: []*entry.Entry{e}} }
 
 func TestABundleWakesThoseItConcerns(t *testing.T) {
 	onNode(t, 0, func(n *node) {

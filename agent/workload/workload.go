@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/semaphore"
+	"golang.org/x/time/rate"
 
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
@@ -31,6 +32,13 @@ const (
 	// maxSelectors is how many selectors one attestor may give a process: more
 	// than the labels and groups that any real one has.
 	maxSelectors = 1000
+)
+
+// How many failures of one attestor are logged, a second: a process can have
+// itself attested as often as it likes.
+const (
+	failuresLogged      = rate.Limit(1)
+	failuresLoggedBurst = 10
 )
 
 // Result is what one attestor said.
@@ -59,6 +67,7 @@ type named struct {
 	name     string
 	attestor attestors.Workload
 	running  *semaphore.Weighted
+	loud     *rate.Limiter // of its failures
 }
 
 // New makes an Attestor.
@@ -71,7 +80,7 @@ func New(o Options) *Attestor {
 		a.log = slog.New(slog.DiscardHandler)
 	}
 	for name, attestor := range o.Attestors {
-		a.attestors = append(a.attestors, named{name, attestor, semaphore.NewWeighted(maxRunning)})
+		a.attestors = append(a.attestors, named{name, attestor, semaphore.NewWeighted(maxRunning), rate.NewLimiter(failuresLogged, failuresLoggedBurst)})
 	}
 	slices.SortFunc(a.attestors, func(x, y named) int { return strings.Compare(x.name, y.name) })
 	return a
@@ -121,7 +130,7 @@ func (a *Attestor) Attest(ctx context.Context, p *peercred.Peer) (selector.Set, 
 			r.Err = fmt.Errorf("it gave no answer within %v", a.timeout)
 			r.Took = time.Since(started)
 		}
-		if r.Err != nil {
+		if r.Err != nil && a.attestors[i].loud.Allow() {
 			a.log.Warn("attestor failed", "attestor", r.Name, "pid", process.PID, "error", r.Err)
 		}
 		all = append(all, r.Selectors...)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc/status"
 
+	agentworkload "github.com/hallmark-id/hallmark/agent/workload"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
 	"github.com/hallmark-id/hallmark/pkg/selector"
 )
@@ -20,6 +22,10 @@ const (
 	// on one connection. A process may change its groups or its labels; it is
 	// not worth attesting it for each of several calls that come together.
 	selectorsLifetime = 3 * time.Second
+	// slowAttestation is how long an attestation may take that is not worth
+	// repeating at once, though an attestor failed: one that hangs would delay
+	// each call by its whole deadline.
+	slowAttestation = time.Second
 	// deniedLogged is how long a process that has no identity is not logged
 	// again.
 	deniedLogged = 10 * time.Second
@@ -185,6 +191,7 @@ func (s *Server) identify(ctx context.Context) (*caller, selector.Set, error) {
 	if set, ok, err := s.knownSelectors(c); ok || err != nil {
 		return c, set, err
 	}
+	started := s.now()
 	set, results, err := s.o.Attestor.Attest(ctx, c.peer)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -192,10 +199,9 @@ func (s *Server) identify(ctx context.Context) (*caller, selector.Set, error) {
 		}
 		return nil, nil, s.ended(c, err)
 	}
-	for _, r := range results {
-		if r.Err != nil {
-			return c, set, nil // not for the next call: it may get more
-		}
+	failed := slices.ContainsFunc(results, func(r agentworkload.Result) bool { return r.Err != nil })
+	if failed && s.now().Sub(started) < slowAttestation {
+		return c, set, nil // the next call may get more
 	}
 	c.known.Store(&attested{set, s.now().Add(selectorsLifetime)})
 	return c, set, nil

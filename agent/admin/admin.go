@@ -1,0 +1,245 @@
+// Package admin serves what an operator asks an agent: how it is, and why a
+// process gets the identities it gets or none. Make a [Server] with [New]. It
+// answers root and the agent's own user only, on a socket of its own.
+package admin
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/status"
+
+	"github.com/hallmark-id/hallmark/agent/held"
+	"github.com/hallmark-id/hallmark/agent/workload"
+	"github.com/hallmark-id/hallmark/pkg/entry"
+	"github.com/hallmark-id/hallmark/pkg/peercred"
+	"github.com/hallmark-id/hallmark/pkg/selector"
+	"github.com/hallmark-id/hallmark/pkg/version"
+	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
+)
+
+// SocketMode is the mode of the socket: the agent's own user and root.
+const SocketMode = 0o600
+
+const (
+	maxMatches = 1000     // in one explanation; agent.proto promises as much
+	maxMessage = 64 << 10 // bytes of a request
+	maxStreams = 16       // calls at once on one connection
+	stopTime   = 2 * time.Second
+)
+
+// Connection is how the agent stands with its server.
+type Connection struct {
+	AgentID       spiffeid.ID // zero until attested
+	SVIDExpiresAt time.Time   // of the node's own SVID
+	Connected     bool        // the push stream is open and in step
+	LastError     error       // why it is not
+}
+
+// Options of [New]. All but Now and Log are required.
+type Options struct {
+	Listener    net.Listener // of a Unix socket; [peercred.Listen] with SocketMode
+	TrustDomain spiffeid.TrustDomain
+	Server      string // host:port
+	Held        *held.Held
+	Attestor    *workload.Attestor
+	Connection  func() Connection
+	Now         func() time.Time // nil is time.Now
+	Log         *slog.Logger     // nil is silent
+}
+
+// Server serves the agent's AdminService.
+type Server struct {
+	hallmarkv1.UnimplementedAgentAdminServiceServer
+
+	o       Options
+	started time.Time
+}
+
+// New makes a server. [Server.Run] closes the listener.
+func New(o Options) *Server {
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Server{o: o, started: o.Now()}
+}
+
+// Run serves until ctx ends, and returns its error. It is called once.
+func (s *Server) Run(ctx context.Context) error {
+	server := grpc.NewServer(
+		grpc.Creds(peercred.New(peercred.Options{RequireOwner: true, Log: s.o.Log})),
+		grpc.UnaryInterceptor(s.recover),
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxConcurrentStreams(maxStreams),
+	)
+	hallmarkv1.RegisterAgentAdminServiceServer(server, s)
+	reflection.Register(server)
+	var serving sync.WaitGroup
+	failed := make(chan error, 1)
+	serving.Go(func() { failed <- server.Serve(s.o.Listener) })
+	defer serving.Wait()
+	select {
+	case err := <-failed:
+		server.Stop()
+		return err
+	case <-ctx.Done():
+	}
+	force := time.AfterFunc(stopTime, server.Stop)
+	server.GracefulStop()
+	force.Stop()
+	return ctx.Err()
+}
+
+func (s *Server) recover(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			s.o.Log.Error("a call panicked", "method", info.FullMethod, "panic", v, "stack", string(debug.Stack()))
+			err = status.Error(codes.Internal, "internal error; see the agent's log")
+		}
+	}()
+	return handler(ctx, req)
+}
+
+// GetStatus says how the agent is.
+func (s *Server) GetStatus(context.Context, *hallmarkv1.GetStatusRequest) (*hallmarkv1.GetStatusResponse, error) {
+	c := s.o.Connection()
+	entries, svids := s.o.Held.Counts()
+	r := &hallmarkv1.GetStatusResponse{
+		TrustDomain: s.o.TrustDomain.Name(),
+		Version:     version.String(),
+		Server:      s.o.Server,
+		Connected:   c.Connected,
+		Revision:    s.o.Held.Revision(),
+		Entries:     int32(entries),
+		Svids:       int32(svids),
+		StartedAt:   s.started.Unix(),
+	}
+	if !c.AgentID.IsZero() {
+		r.AgentId = c.AgentID.String()
+	}
+	if !c.SVIDExpiresAt.IsZero() {
+		r.SvidExpiresAt = c.SVIDExpiresAt.Unix()
+	}
+	if c.LastError != nil {
+		r.LastError = c.LastError.Error()
+	}
+	return r, nil
+}
+
+// Explain attests a process and compares it to each entry.
+func (s *Server) Explain(ctx context.Context, r *hallmarkv1.ExplainRequest) (*hallmarkv1.ExplainResponse, error) {
+	if r.Pid <= 0 {
+		return nil, status.Errorf(codes.InvalidArgument, "pid %d is not one of a process; a PID is positive", r.Pid)
+	}
+	p, err := peercred.Pin(r.Pid)
+	if err != nil {
+		return nil, processError(r.Pid, err)
+	}
+	defer p.Close()
+	set, results, err := s.o.Attestor.Attest(ctx, p)
+	if ctx.Err() != nil {
+		return nil, status.FromContextError(ctx.Err()).Err()
+	}
+	if err != nil {
+		return nil, processError(r.Pid, err)
+	}
+	out := &hallmarkv1.ExplainResponse{Pid: r.Pid, Selectors: entry.SelectorsRecord(set)}
+	if id := s.o.Connection().AgentID; !id.IsZero() {
+		out.AgentId = id.String()
+	}
+	for _, result := range results {
+		a := &hallmarkv1.ExplainResponse_AttestorResult{
+			Name: result.Name, Selectors: int32(len(result.Selectors)), Microseconds: result.Took.Microseconds(),
+		}
+		if result.Err != nil {
+			a.Error = result.Err.Error()
+		}
+		out.Attestors = append(out.Attestors, a)
+	}
+	out.Matches, out.Total = s.matches(set)
+	return out, nil
+}
+
+func processError(pid int32, err error) error {
+	if errors.Is(err, peercred.ErrEnded) {
+		return status.Errorf(codes.NotFound, "there is no process %d; PIDs are those that the agent sees, in its own PID namespace", pid)
+	}
+	return status.Error(codes.FailedPrecondition, err.Error())
+}
+
+// matches compares a set of selectors to each entry held. It returns those
+// that match first, then those that miss fewest selectors.
+func (s *Server) matches(set selector.Set) (matches []*hallmarkv1.ExplainResponse_Match, total int32) {
+	type compared struct {
+		entry   *entry.Entry
+		missing []selector.Selector
+	}
+	var all []compared
+	var matched []*entry.Entry
+	for _, e := range s.o.Held.Entries() { // oldest first
+		missing := slices.Collect(e.Selectors.Missing(set))
+		all = append(all, compared{e, missing})
+		if len(missing) == 0 {
+			matched = append(matched, e)
+		}
+	}
+	total = int32(len(all))
+	slices.SortStableFunc(all, func(a, b compared) int { return cmp.Compare(len(a.missing), len(b.missing)) })
+	why := s.reasons(matched)
+	for _, c := range all[:min(len(all), maxMatches)] {
+		matches = append(matches, &hallmarkv1.ExplainResponse_Match{
+			Entry:   c.entry.Record(),
+			Matched: len(c.missing) == 0,
+			Missing: entry.SelectorsRecord(c.missing),
+			Reason:  why[c.entry],
+		})
+	}
+	return matches, total
+}
+
+// reasons says why entries that match yield no SVID, if so.
+func (s *Server) reasons(matched []*entry.Entry) map[*entry.Entry]string {
+	now := s.o.Now()
+	out := make(map[*entry.Entry]string)
+	var served []*entry.Entry
+	for _, e := range matched {
+		switch {
+		case e.StoreSVID:
+			out[e] = "store_svid: its SVID goes to a store, not to the Workload API"
+		case e.Expired(now):
+			out[e] = fmt.Sprintf("the entry expired at %s", e.ExpiresAt.UTC().Format(time.RFC3339))
+		default:
+			served = append(served, e)
+		}
+	}
+	kept, dropped := held.DistinctHints(served)
+	for _, e := range dropped {
+		out[e] = fmt.Sprintf("an older entry that matches too has the same hint, %q", e.Hint)
+	}
+	for _, e := range kept {
+		st, ok := s.o.Held.Status(e.ID)
+		switch {
+		case !ok:
+			out[e] = "the entry was deleted just now"
+		case st.SVID == nil && st.Err != nil:
+			out[e] = fmt.Sprintf("signing its X509-SVID failed: %v; the next attempt is in %v",
+				st.Err, max(0, st.RetryAt.Sub(now)).Round(time.Second/10))
+		}
+	}
+	return out
+}
