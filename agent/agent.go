@@ -1,0 +1,145 @@
+// Package agent is the node's side of a trust domain: it proves what its node
+// is, holds the identities that are its node's to give, and gives them to
+// processes.
+//
+// [Run] puts it together from its parts and runs it: the node's own identity
+// and its connection to the server (node), the push stream (feed), what is
+// held and signed (held), the attestation of processes (workload), and the two
+// sockets in front (workloadapi, admin). [Check] checks a configuration
+// ([Config]).
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/hallmark-id/hallmark/agent/admin"
+	"github.com/hallmark-id/hallmark/agent/feed"
+	"github.com/hallmark-id/hallmark/agent/held"
+	"github.com/hallmark-id/hallmark/agent/node"
+	"github.com/hallmark-id/hallmark/agent/workload"
+	"github.com/hallmark-id/hallmark/agent/workloadapi"
+	"github.com/hallmark-id/hallmark/pkg/config"
+	"github.com/hallmark-id/hallmark/pkg/peercred"
+	"github.com/hallmark-id/hallmark/pkg/version"
+)
+
+// Check checks a configuration. It starts nothing.
+func Check(src config.Source) error {
+	_, err := load(src)
+	return err
+}
+
+// Run runs an agent until the context ends (nil) or it cannot go on without
+// its operator: the error says what to do. It calls ready once both sockets
+// are there; processes that come before the node has its identity, or before
+// the server has said what it is authorized for, are told to try again. It logs
+// to the standard error.
+func Run(ctx context.Context, src config.Source, ready func()) error {
+	began := time.Now()
+	s, err := load(src)
+	if err != nil {
+		return err
+	}
+	log, err := s.Log.Logger(os.Stderr)
+	if err != nil {
+		return err
+	}
+	n, err := node.Open(node.Options{
+		TrustDomain: s.td,
+		Server:      s.Server,
+		Dir:         s.DataDir,
+		Attestor:    s.node,
+		TrustBundle: s.trust,
+		Join:        s.join,
+		Insecure:    s.InsecureBootstrap,
+		Log:         log,
+	})
+	if err != nil {
+		return err
+	}
+	defer n.Close()
+	workloads, err := listen("socket", s.Socket, workloadapi.SocketMode)
+	if err != nil {
+		return err
+	}
+	defer workloads.Close()
+	operators, err := listen("admin_socket", s.AdminSocket, admin.SocketMode)
+	if err != nil {
+		return err
+	}
+	defer operators.Close()
+
+	h := held.New(held.Options{TrustDomain: s.td, Signer: n, Limit: s.HeldSVIDs, Log: log})
+	f := feed.New(feed.Options{TrustDomain: s.td, Node: n, Held: h, Log: log})
+	attestor := workload.New(workload.Options{Attestors: s.workloads, Log: log})
+	api := workloadapi.New(workloadapi.Options{
+		Listener: workloads, Held: h, Attestor: attestor, Log: log,
+	})
+	console := admin.New(admin.Options{
+		Listener: operators, TrustDomain: s.td, Server: s.Server, Held: h, Attestor: attestor, Log: log,
+		Connection: func() admin.Connection { return connection(n.Status(), f.Status()) },
+	})
+
+	// What serves ends first; what it stands on, after it.
+	base, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	below, base := errgroup.WithContext(base)
+	below.Go(func() error {
+		err := n.Run(base)
+		if errors.Is(err, node.ErrBanned) {
+			// At once, before anything is wound down.
+			h.Apply(held.Change{Complete: true})
+			log.Error("this agent was banned; nothing is served any more", "error", err)
+		}
+		return err
+	})
+	below.Go(func() error { return f.Run(base) })
+	below.Go(func() error { return h.Run(base) })
+
+	serving, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	defer context.AfterFunc(base, func() { end(context.Cause(base)) })()
+	above, serving := errgroup.WithContext(serving)
+	above.Go(func() error { return api.Run(serving) })
+	above.Go(func() error { return console.Run(serving) })
+
+	log.Info("agent is ready", "trust_domain", s.td.Name(), "server", s.Server, "socket", s.Socket,
+		"admin_socket", s.AdminSocket, "version", version.String(), "took", time.Since(began).Round(time.Millisecond))
+	ready()
+	err = above.Wait()
+	stop()
+	if failed := below.Wait(); failed != nil && !errors.Is(failed, context.Canceled) {
+		return failed
+	}
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		log.Info("agent has stopped")
+		return nil
+	}
+	return err
+}
+
+// connection is how the agent stands with its server: in step, or the reason
+// that comes first.
+func connection(n node.Status, f feed.Status) admin.Connection {
+	c := admin.Connection{AgentID: n.ID, SVIDExpiresAt: n.ExpiresAt, Connected: f.InStep, LastError: n.LastError}
+	if c.LastError == nil {
+		c.LastError = f.LastError
+	}
+	return c
+}
+
+// listen listens on a socket that the configuration names by key.
+func listen(key, path string, mode os.FileMode) (net.Listener, error) {
+	l, err := peercred.Listen(path, mode)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", key, err)
+	}
+	return l, nil
+}

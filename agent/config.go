@@ -1,0 +1,341 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/hallmark-id/hallmark/agent/held"
+	"github.com/hallmark-id/hallmark/agent/node"
+	"github.com/hallmark-id/hallmark/attestors"
+	"github.com/hallmark-id/hallmark/attestors/jointoken"
+	"github.com/hallmark-id/hallmark/attestors/unix"
+	"github.com/hallmark-id/hallmark/pkg/bundle"
+	"github.com/hallmark-id/hallmark/pkg/config"
+	"github.com/hallmark-id/hallmark/pkg/join"
+	"github.com/hallmark-id/hallmark/pkg/peercred"
+)
+
+// Config is an agent's configuration, as agent.yaml has it. With a join string
+// nothing else is required.
+type Config struct {
+	// TrustDomain is the name of the trust domain that this node belongs to, for
+	// example example.org. Default: that of the join string.
+	TrustDomain string `yaml:"trust_domain" env:"expand"`
+
+	// Server is the host:port of the server. Default: that of the join string.
+	Server string `yaml:"server" env:"expand"`
+
+	// DataDir is the directory of the agent's own identity, which it makes with
+	// mode 0700. It belongs to this agent alone. Default
+	// /var/lib/hallmark/agent.
+	DataDir string `yaml:"data_dir" env:"expand"`
+
+	// Socket is the path of the Unix socket where processes find the Workload
+	// API. Every user may connect; what a process gets depends on what it is.
+	// Default /run/hallmark/workload.sock.
+	Socket string `yaml:"socket" env:"expand"`
+
+	// AdminSocket is the path of the Unix socket for operators on this node:
+	// root, and the user that the agent runs as. Default
+	// /run/hallmark/agent.sock.
+	AdminSocket string `yaml:"admin_socket" env:"expand"`
+
+	// Join is the string that "hallmark token generate" printed. It is used as
+	// long as the node has no identity, and needs no trust_bundle and no
+	// node_attestor beside it. It is a secret until then.
+	Join string `yaml:"join" env:"expand"`
+
+	// TrustBundle is a file with the server's bundle, which says whether the
+	// server is the right one when the node has no identity yet: PEM
+	// certificates, or SPIFFE's JSON format ("hallmark bundle show" prints
+	// both). At most 1 MiB.
+	TrustBundle string `yaml:"trust_bundle" env:"expand"`
+
+	// InsecureBootstrap makes a node that has no identity yet trust whoever
+	// answers at the server's address, and keep to that. Somebody between node
+	// and server can then take over the node for good: for trials only.
+	InsecureBootstrap bool `yaml:"insecure_bootstrap"`
+
+	// NodeAttestor says how this node proves what it is. Default: by the token
+	// of the join string, if there is one.
+	NodeAttestor *NodeAttestorConfig `yaml:"node_attestor"`
+
+	// WorkloadAttestors say how processes are attested. Default: unix alone.
+	WorkloadAttestors *WorkloadAttestorsConfig `yaml:"workload_attestors"`
+
+	// HeldSVIDs is how many X509-SVIDs are signed before a process asked for
+	// them and kept ready, 1 to 1000000. Those of processes that are being
+	// served are held in any case. Default 1000.
+	HeldSVIDs int `yaml:"held_svids"`
+
+	Log config.Log `yaml:"log"` // to the standard error
+}
+
+// NodeAttestorConfig says how the node proves what it is: one of its fields is
+// set.
+type NodeAttestorConfig struct {
+	JoinToken *JoinTokenConfig `yaml:"join_token"` // by a token that an operator made
+}
+
+// JoinTokenConfig is attestation by join token.
+type JoinTokenConfig struct {
+	// Token is what "hallmark token generate" printed as the token. It works
+	// once. Join, which carries it, is the simpler way.
+	Token string `yaml:"token" env:"expand"`
+}
+
+// WorkloadAttestorsConfig says how processes are attested: by each attestor
+// that is set.
+type WorkloadAttestorsConfig struct {
+	Unix *unix.Config `yaml:"unix"` // by user, groups and program
+}
+
+// nodeAttestors is the table of what a node can prove itself with. A
+// constructor returns nil if its part of the configuration is not there.
+var nodeAttestors = []struct {
+	path string // in the configuration, for errors
+	make func(*NodeAttestorConfig) (*node.Attestor, error)
+}{
+	{"node_attestor.join_token", func(c *NodeAttestorConfig) (*node.Attestor, error) {
+		if c.JoinToken == nil {
+			return nil, nil
+		}
+		return joinTokenAttestor(c.JoinToken.Token)
+	}},
+}
+
+func joinTokenAttestor(token string) (*node.Attestor, error) {
+	a, err := jointoken.NewAgent(token)
+	if err != nil {
+		return nil, err
+	}
+	path := node.AgentPathPrefix + jointoken.Name + "/" + token
+	return &node.Attestor{
+		Name:  jointoken.Name,
+		Agent: a,
+		Spent: func(id spiffeid.ID) bool { return id.Path() == path },
+	}, nil
+}
+
+// workloadAttestors is the table of what processes can be attested by, as
+// nodeAttestors is for nodes.
+var workloadAttestors = []struct {
+	name string // of the attestor, and in the configuration
+	make func(*WorkloadAttestorsConfig) (attestors.Workload, error)
+}{
+	{unix.Name, func(c *WorkloadAttestorsConfig) (attestors.Workload, error) {
+		if c.Unix == nil {
+			return nil, nil
+		}
+		return unix.New(*c.Unix)
+	}},
+}
+
+const (
+	defaultDataDir     = "/var/lib/hallmark/agent"
+	defaultSocket      = "/run/hallmark/workload.sock"
+	defaultAdminSocket = "/run/hallmark/agent.sock"
+
+	maxHeldSVIDs   = 1_000_000 // more is a mistake in writing
+	maxTrustBundle = 1 << 20   // bytes
+)
+
+// settings is a configuration that was checked, in the form that Run uses.
+type settings struct {
+	Config
+	td        spiffeid.TrustDomain
+	join      *join.String   // nil: none
+	trust     *bundle.Bundle // of trust_bundle; nil: none
+	node      *node.Attestor // nil: none
+	workloads map[string]attestors.Workload
+}
+
+// load reads and checks a configuration. It reads the file that trust_bundle
+// names.
+func load(src config.Source) (*settings, error) {
+	s := &settings{Config: Config{
+		DataDir:     defaultDataDir,
+		Socket:      defaultSocket,
+		AdminSocket: defaultAdminSocket,
+		HeldSVIDs:   held.DefaultLimit,
+	}}
+	if err := config.Decode(src, &s.Config); err != nil {
+		return nil, err
+	}
+	if s.WorkloadAttestors == nil {
+		s.WorkloadAttestors = &WorkloadAttestorsConfig{Unix: &unix.Config{}}
+	}
+	var errs []error
+	wrong := func(path, format string, args ...any) { errs = append(errs, src.Errorf(path, format, args...)) }
+	s.checkServer(wrong)
+	s.checkTrust(wrong)
+	s.checkPaths(wrong)
+	s.checkAttestors(wrong)
+	if s.HeldSVIDs < 1 || s.HeldSVIDs > maxHeldSVIDs {
+		wrong("held_svids", "held_svids is %d; it is between 1 and %d", s.HeldSVIDs, maxHeldSVIDs)
+	}
+	return s, errors.Join(errs...)
+}
+
+type wrongFunc func(path, format string, args ...any)
+
+// checkServer finds out the trust domain and the server, which the join string
+// may name.
+func (s *settings) checkServer(wrong wrongFunc) {
+	if s.Join != "" {
+		j, err := join.Parse(s.Join)
+		if err != nil {
+			wrong("join", "join: %v", err)
+			return // what follows from it is unknown
+		}
+		s.join = j
+	}
+	switch td, err := spiffeid.TrustDomainFromString(s.TrustDomain); {
+	case s.TrustDomain == "" && s.join == nil:
+		wrong("trust_domain", "trust_domain is missing; set it to the name of the server's, or join with a string from \"hallmark token generate\"")
+	case s.TrustDomain == "":
+		s.td = s.join.TrustDomain
+	case err != nil:
+		wrong("trust_domain", "trust_domain: %v; write a name like example.org", err)
+	case td.Name() != s.TrustDomain:
+		wrong("trust_domain", "trust_domain %q is no bare name; write %s", s.TrustDomain, td.Name())
+	case s.join != nil && s.join.TrustDomain != td:
+		wrong("trust_domain", "trust_domain is %s, but join is for %s; remove one of the two", td.Name(), s.join.TrustDomain.Name())
+	default:
+		s.td = td
+	}
+	switch {
+	case s.Server == "" && s.join == nil:
+		wrong("server", "server is missing; set it to the host:port of the server, or join with a string from \"hallmark token generate\"")
+	case s.Server == "":
+		s.Server = s.join.Server
+	default:
+		if err := checkAddress(s.Server); err != nil {
+			wrong("server", "server: %v", err)
+		}
+	}
+}
+
+// checkAddress checks that an agent can dial an address.
+func checkAddress(address string) error {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return fmt.Errorf("%q is not host:port, for example hallmark.example.org:8081", address)
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+		return fmt.Errorf("%q has no port between 1 and 65535", address)
+	}
+	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
+		return fmt.Errorf("%q names no host; write the name or the IP address of the server's machine", address)
+	}
+	return nil
+}
+
+// checkTrust finds out why a server is to be trusted: there is one reason at
+// most. Without any the node needs an identity from an earlier run, which is
+// found out when it starts.
+func (s *settings) checkTrust(wrong wrongFunc) {
+	if s.Join != "" && s.TrustBundle != "" {
+		wrong("trust_bundle", "trust_bundle and join exclude each other: the join string says which server to trust; remove one of the two")
+	}
+	if s.Join != "" && s.InsecureBootstrap {
+		wrong("insecure_bootstrap", "insecure_bootstrap and join exclude each other: the join string says which server to trust; remove one of the two")
+	}
+	if s.TrustBundle != "" && s.InsecureBootstrap {
+		wrong("insecure_bootstrap", "insecure_bootstrap and trust_bundle exclude each other: the bundle says which server to trust; remove one of the two")
+	}
+	if s.TrustBundle == "" || s.td.IsZero() {
+		return
+	}
+	data, err := readBounded(s.TrustBundle, maxTrustBundle)
+	if err != nil {
+		wrong("trust_bundle", "trust_bundle: %v", err)
+		return
+	}
+	if s.trust, err = node.ParseTrustBundle(s.td, data); err != nil {
+		wrong("trust_bundle", "trust_bundle: %s: %v", s.TrustBundle, err)
+	}
+}
+
+func readBounded(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(data)) > limit {
+		err = fmt.Errorf("%s is larger than %d bytes", path, limit)
+	}
+	return data, err
+}
+
+func (s *settings) checkPaths(wrong wrongFunc) {
+	if s.DataDir == "" {
+		wrong("data_dir", "data_dir is empty; the default is %s", defaultDataDir)
+	}
+	for _, p := range []struct{ name, path, standard string }{
+		{"socket", s.Socket, defaultSocket}, {"admin_socket", s.AdminSocket, defaultAdminSocket},
+	} {
+		switch {
+		case p.path == "":
+			wrong(p.name, "%s is empty; the default is %s", p.name, p.standard)
+		case len(p.path) > peercred.MaxPath:
+			wrong(p.name, "%s is %d bytes long and the kernel takes %d for a socket; choose a shorter path", p.name, len(p.path), peercred.MaxPath)
+		}
+	}
+	if s.Socket != "" && s.Socket == s.AdminSocket {
+		wrong("admin_socket", "admin_socket and socket are the same; processes must not reach what is for operators")
+	}
+}
+
+// checkAttestors makes the attestors.
+func (s *settings) checkAttestors(wrong wrongFunc) {
+	if c := s.NodeAttestor; c != nil {
+		if s.Join != "" {
+			wrong("node_attestor", "node_attestor and join exclude each other: the join string carries a token to attest with; remove one of the two")
+			return
+		}
+		for _, kind := range nodeAttestors {
+			a, err := kind.make(c)
+			if err != nil {
+				wrong(kind.path, "%v", err)
+				continue
+			}
+			if a != nil {
+				s.node = a
+			}
+		}
+		if *c == (NodeAttestorConfig{}) {
+			wrong("node_attestor", "node_attestor names no attestor; choose join_token, or remove it")
+		}
+	}
+	if s.join != nil {
+		var err error
+		if s.node, err = joinTokenAttestor(s.join.Token); err != nil {
+			wrong("join", "join: %v", err)
+		}
+	}
+
+	s.workloads = make(map[string]attestors.Workload)
+	for _, kind := range workloadAttestors {
+		a, err := kind.make(s.WorkloadAttestors)
+		if err != nil {
+			wrong("workload_attestors."+kind.name, "%v", err)
+			continue
+		}
+		if a != nil {
+			s.workloads[kind.name] = a
+		}
+	}
+	if *s.WorkloadAttestors == (WorkloadAttestorsConfig{}) {
+		wrong("workload_attestors", "workload_attestors names no attestor, so no process would get an identity; choose unix, or remove it")
+	}
+}
