@@ -385,9 +385,9 @@ func TestWorkloadEndpoint_E09_E24_E27_ReflectionTellsTheStandardService(t *testi
 	ask := func(ctx context.Context) (*reflectionpb.ServerReflectionResponse, error) {
 		s, err := reflectionpb.NewServerReflectionClient(a.conn).ServerReflectionInfo(ctx)
 		must(t, err)
-		must(t, s.Send(&reflectionpb.ServerReflectionRequest{
+		s.Send(&reflectionpb.ServerReflectionRequest{ // it fails if the call was refused already; Recv says why
 			MessageRequest: &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: "SpiffeWorkloadAPI"},
-		}))
+		})
 		return s.Recv()
 	}
 	_, err := ask(a.bare())
