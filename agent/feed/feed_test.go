@@ -197,7 +197,7 @@ func (c *call) acked(t *testing.T) int64 {
 	return r.Revision
 }
 
-// ended waits until the agent has ended the stream.
+// ended waits until the agent has ended the stream and settled.
 func (c *call) ended(t *testing.T) {
 	t.Helper()
 	select {
@@ -205,6 +205,7 @@ func (c *call) ended(t *testing.T) {
 	case <-time.After(2 * time.Minute):
 		t.Fatal("the stream goes on")
 	}
+	synctest.Wait()
 }
 
 func anEntry(id string, revision int64) *hallmarkv1.Entry {

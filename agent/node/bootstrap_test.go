@@ -290,7 +290,7 @@ func TestAConnectionIsNotUsedBeforeTheServerHasTakenTheCertificate(t *testing.T)
 			t.Error("connected to a server that refuses the certificate")
 		}
 		wantError(t, r.Status().LastError, "connect to server")
-		if strings.Count(w.log.String(), "connected to the server") != 1 {
+		if strings.Count(w.log.String(), `msg="connected to the server"`) != 1 {
 			t.Errorf("a refused connection was used: %s", w.log)
 		}
 	})
