@@ -268,6 +268,7 @@ func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
 type ListAuthoritiesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Authorities   []*Authority           `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	Uses          []*AuthorityUse        `protobuf:"bytes,2,rep,name=uses,proto3" json:"uses,omitempty"` // one for each authority, in the same order
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -309,6 +310,95 @@ func (x *ListAuthoritiesResponse) GetAuthorities() []*Authority {
 	return nil
 }
 
+func (x *ListAuthoritiesResponse) GetUses() []*AuthorityUse {
+	if x != nil {
+		return x.Uses
+	}
+	return nil
+}
+
+// AuthorityUse says what an authority has signed that may still be in use, as
+// far as the server knows: what tainting and revoking it are about.
+type AuthorityUse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Agents whose SVID in use, still valid, it signed, and that have no newer
+	// one of another authority. None of a JWT authority.
+	Agents          int32 `protobuf:"varint,1,opt,name=agents,proto3" json:"agents,omitempty"`
+	ConnectedAgents int32 `protobuf:"varint,2,opt,name=connected_agents,json=connectedAgents,proto3" json:"connected_agents,omitempty"` // those among them that hold a push stream to this server
+	LostAgents      int32 `protobuf:"varint,3,opt,name=lost_agents,json=lostAgents,proto3" json:"lost_agents,omitempty"`                // those among them that could not come back by themselves were it revoked now
+	// SVIDs of any kind that it signed since this server started, and the end of
+	// the one that lasts longest (Unix seconds; 0 if there is none).
+	Signed        int64 `protobuf:"varint,4,opt,name=signed,proto3" json:"signed,omitempty"`
+	LastExpiresAt int64 `protobuf:"varint,5,opt,name=last_expires_at,json=lastExpiresAt,proto3" json:"last_expires_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuthorityUse) Reset() {
+	*x = AuthorityUse{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuthorityUse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuthorityUse) ProtoMessage() {}
+
+func (x *AuthorityUse) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuthorityUse.ProtoReflect.Descriptor instead.
+func (*AuthorityUse) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *AuthorityUse) GetAgents() int32 {
+	if x != nil {
+		return x.Agents
+	}
+	return 0
+}
+
+func (x *AuthorityUse) GetConnectedAgents() int32 {
+	if x != nil {
+		return x.ConnectedAgents
+	}
+	return 0
+}
+
+func (x *AuthorityUse) GetLostAgents() int32 {
+	if x != nil {
+		return x.LostAgents
+	}
+	return 0
+}
+
+func (x *AuthorityUse) GetSigned() int64 {
+	if x != nil {
+		return x.Signed
+	}
+	return 0
+}
+
+func (x *AuthorityUse) GetLastExpiresAt() int64 {
+	if x != nil {
+		return x.LastExpiresAt
+	}
+	return 0
+}
+
 type RotateAuthorityRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Kind  Authority_Kind         `protobuf:"varint,1,opt,name=kind,proto3,enum=hallmark.v1.Authority_Kind" json:"kind,omitempty"`
@@ -321,7 +411,7 @@ type RotateAuthorityRequest struct {
 
 func (x *RotateAuthorityRequest) Reset() {
 	*x = RotateAuthorityRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[6]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -333,7 +423,7 @@ func (x *RotateAuthorityRequest) String() string {
 func (*RotateAuthorityRequest) ProtoMessage() {}
 
 func (x *RotateAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[6]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -346,7 +436,7 @@ func (x *RotateAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*RotateAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RotateAuthorityRequest) GetKind() Authority_Kind {
@@ -373,7 +463,7 @@ type RotateAuthorityResponse struct {
 
 func (x *RotateAuthorityResponse) Reset() {
 	*x = RotateAuthorityResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[7]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -385,7 +475,7 @@ func (x *RotateAuthorityResponse) String() string {
 func (*RotateAuthorityResponse) ProtoMessage() {}
 
 func (x *RotateAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[7]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -398,7 +488,7 @@ func (x *RotateAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*RotateAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *RotateAuthorityResponse) GetActivated() *Authority {
@@ -423,7 +513,7 @@ type ListConnectionsRequest struct {
 
 func (x *ListConnectionsRequest) Reset() {
 	*x = ListConnectionsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[8]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -435,7 +525,7 @@ func (x *ListConnectionsRequest) String() string {
 func (*ListConnectionsRequest) ProtoMessage() {}
 
 func (x *ListConnectionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[8]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -448,7 +538,7 @@ func (x *ListConnectionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListConnectionsRequest.ProtoReflect.Descriptor instead.
 func (*ListConnectionsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 type ListConnectionsResponse struct {
@@ -460,7 +550,7 @@ type ListConnectionsResponse struct {
 
 func (x *ListConnectionsResponse) Reset() {
 	*x = ListConnectionsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[9]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -472,7 +562,7 @@ func (x *ListConnectionsResponse) String() string {
 func (*ListConnectionsResponse) ProtoMessage() {}
 
 func (x *ListConnectionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[9]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -485,7 +575,7 @@ func (x *ListConnectionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListConnectionsResponse.ProtoReflect.Descriptor instead.
 func (*ListConnectionsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListConnectionsResponse) GetConnections() []*Connection {
@@ -508,7 +598,7 @@ type Connection struct {
 
 func (x *Connection) Reset() {
 	*x = Connection{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[10]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -520,7 +610,7 @@ func (x *Connection) String() string {
 func (*Connection) ProtoMessage() {}
 
 func (x *Connection) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[10]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -533,7 +623,7 @@ func (x *Connection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Connection.ProtoReflect.Descriptor instead.
 func (*Connection) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Connection) GetAgentId() string {
@@ -579,7 +669,7 @@ type GetJoinInfoRequest struct {
 
 func (x *GetJoinInfoRequest) Reset() {
 	*x = GetJoinInfoRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[11]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -591,7 +681,7 @@ func (x *GetJoinInfoRequest) String() string {
 func (*GetJoinInfoRequest) ProtoMessage() {}
 
 func (x *GetJoinInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[11]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -604,7 +694,7 @@ func (x *GetJoinInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJoinInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetJoinInfoRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 type GetJoinInfoResponse struct {
@@ -618,7 +708,7 @@ type GetJoinInfoResponse struct {
 
 func (x *GetJoinInfoResponse) Reset() {
 	*x = GetJoinInfoResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -630,7 +720,7 @@ func (x *GetJoinInfoResponse) String() string {
 func (*GetJoinInfoResponse) ProtoMessage() {}
 
 func (x *GetJoinInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -643,7 +733,7 @@ func (x *GetJoinInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJoinInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetJoinInfoResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *GetJoinInfoResponse) GetTrustDomain() string {
@@ -685,9 +775,17 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\x04data\x18\x01 \x01(\fR\x04data\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x12\n" +
 	"\x04done\x18\x03 \x01(\bR\x04done\"\x18\n" +
-	"\x16ListAuthoritiesRequest\"S\n" +
+	"\x16ListAuthoritiesRequest\"\x82\x01\n" +
 	"\x17ListAuthoritiesResponse\x128\n" +
-	"\vauthorities\x18\x01 \x03(\v2\x16.hallmark.v1.AuthorityR\vauthorities\"]\n" +
+	"\vauthorities\x18\x01 \x03(\v2\x16.hallmark.v1.AuthorityR\vauthorities\x12-\n" +
+	"\x04uses\x18\x02 \x03(\v2\x19.hallmark.v1.AuthorityUseR\x04uses\"\xb2\x01\n" +
+	"\fAuthorityUse\x12\x16\n" +
+	"\x06agents\x18\x01 \x01(\x05R\x06agents\x12)\n" +
+	"\x10connected_agents\x18\x02 \x01(\x05R\x0fconnectedAgents\x12\x1f\n" +
+	"\vlost_agents\x18\x03 \x01(\x05R\n" +
+	"lostAgents\x12\x16\n" +
+	"\x06signed\x18\x04 \x01(\x03R\x06signed\x12&\n" +
+	"\x0flast_expires_at\x18\x05 \x01(\x03R\rlastExpiresAt\"]\n" +
 	"\x16RotateAuthorityRequest\x12/\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x1b.hallmark.v1.Authority.KindR\x04kind\x12\x12\n" +
 	"\x04wait\x18\x02 \x01(\x05R\x04wait\"g\n" +
@@ -730,7 +828,7 @@ func file_hallmark_v1_admin_proto_rawDescGZIP() []byte {
 	return file_hallmark_v1_admin_proto_rawDescData
 }
 
-var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*GetServerRequest)(nil),        // 0: hallmark.v1.GetServerRequest
 	(*GetServerResponse)(nil),       // 1: hallmark.v1.GetServerResponse
@@ -738,38 +836,40 @@ var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*BackupResponse)(nil),          // 3: hallmark.v1.BackupResponse
 	(*ListAuthoritiesRequest)(nil),  // 4: hallmark.v1.ListAuthoritiesRequest
 	(*ListAuthoritiesResponse)(nil), // 5: hallmark.v1.ListAuthoritiesResponse
-	(*RotateAuthorityRequest)(nil),  // 6: hallmark.v1.RotateAuthorityRequest
-	(*RotateAuthorityResponse)(nil), // 7: hallmark.v1.RotateAuthorityResponse
-	(*ListConnectionsRequest)(nil),  // 8: hallmark.v1.ListConnectionsRequest
-	(*ListConnectionsResponse)(nil), // 9: hallmark.v1.ListConnectionsResponse
-	(*Connection)(nil),              // 10: hallmark.v1.Connection
-	(*GetJoinInfoRequest)(nil),      // 11: hallmark.v1.GetJoinInfoRequest
-	(*GetJoinInfoResponse)(nil),     // 12: hallmark.v1.GetJoinInfoResponse
-	(*Authority)(nil),               // 13: hallmark.v1.Authority
-	(Authority_Kind)(0),             // 14: hallmark.v1.Authority.Kind
+	(*AuthorityUse)(nil),            // 6: hallmark.v1.AuthorityUse
+	(*RotateAuthorityRequest)(nil),  // 7: hallmark.v1.RotateAuthorityRequest
+	(*RotateAuthorityResponse)(nil), // 8: hallmark.v1.RotateAuthorityResponse
+	(*ListConnectionsRequest)(nil),  // 9: hallmark.v1.ListConnectionsRequest
+	(*ListConnectionsResponse)(nil), // 10: hallmark.v1.ListConnectionsResponse
+	(*Connection)(nil),              // 11: hallmark.v1.Connection
+	(*GetJoinInfoRequest)(nil),      // 12: hallmark.v1.GetJoinInfoRequest
+	(*GetJoinInfoResponse)(nil),     // 13: hallmark.v1.GetJoinInfoResponse
+	(*Authority)(nil),               // 14: hallmark.v1.Authority
+	(Authority_Kind)(0),             // 15: hallmark.v1.Authority.Kind
 }
 var file_hallmark_v1_admin_proto_depIdxs = []int32{
-	13, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
-	14, // 1: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
-	13, // 2: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
-	10, // 3: hallmark.v1.ListConnectionsResponse.connections:type_name -> hallmark.v1.Connection
-	0,  // 4: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
-	2,  // 5: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
-	4,  // 6: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
-	6,  // 7: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
-	8,  // 8: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
-	11, // 9: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
-	1,  // 10: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
-	3,  // 11: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
-	5,  // 12: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
-	7,  // 13: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
-	9,  // 14: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
-	12, // 15: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
-	10, // [10:16] is the sub-list for method output_type
-	4,  // [4:10] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	14, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
+	6,  // 1: hallmark.v1.ListAuthoritiesResponse.uses:type_name -> hallmark.v1.AuthorityUse
+	15, // 2: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
+	14, // 3: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
+	11, // 4: hallmark.v1.ListConnectionsResponse.connections:type_name -> hallmark.v1.Connection
+	0,  // 5: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
+	2,  // 6: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
+	4,  // 7: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
+	7,  // 8: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
+	9,  // 9: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
+	12, // 10: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
+	1,  // 11: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
+	3,  // 12: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
+	5,  // 13: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
+	8,  // 14: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
+	10, // 15: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
+	13, // 16: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
+	11, // [11:17] is the sub-list for method output_type
+	5,  // [5:11] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_hallmark_v1_admin_proto_init() }
@@ -784,7 +884,7 @@ func file_hallmark_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_admin_proto_rawDesc), len(file_hallmark_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

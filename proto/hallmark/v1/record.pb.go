@@ -365,7 +365,9 @@ type Node struct {
 	Banned          bool                   `protobuf:"varint,8,opt,name=banned,proto3" json:"banned,omitempty"`
 	CanReattest     bool                   `protobuf:"varint,9,opt,name=can_reattest,json=canReattest,proto3" json:"can_reattest,omitempty"`
 	AgentVersion    string                 `protobuf:"bytes,10,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
-	AttestedAt      int64                  `protobuf:"varint,11,opt,name=attested_at,json=attestedAt,proto3" json:"attested_at,omitempty"` // Unix seconds
+	AttestedAt      int64                  `protobuf:"varint,11,opt,name=attested_at,json=attestedAt,proto3" json:"attested_at,omitempty"`              // Unix seconds
+	AuthorityId     string                 `protobuf:"bytes,12,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`            // of the X.509 authority that signed the SVID in use; empty if not known
+	NewAuthorityId  string                 `protobuf:"bytes,13,opt,name=new_authority_id,json=newAuthorityId,proto3" json:"new_authority_id,omitempty"` // of that which signed the SVID that was issued and not yet presented
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -475,6 +477,20 @@ func (x *Node) GetAttestedAt() int64 {
 		return x.AttestedAt
 	}
 	return 0
+}
+
+func (x *Node) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *Node) GetNewAuthorityId() string {
+	if x != nil {
+		return x.NewAuthorityId
+	}
+	return ""
 }
 
 // JoinToken admits one agent, once. Its key in the store is the SHA-256 of
@@ -888,7 +904,7 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"created_at\x18\x0e \x01(\x03R\tcreatedAt\x12'\n" +
 	"\x0frevision_number\x18\x0f \x01(\x03R\x0erevisionNumber\x12;\n" +
 	"\x1adisable_x509_svid_prefetch\x18\x10 \x01(\bR\x17disableX509SvidPrefetch\x12/\n" +
-	"\x14jwt_svid_include_jti\x18\x11 \x01(\bR\x11jwtSvidIncludeJti\"\x8d\x03\n" +
+	"\x14jwt_svid_include_jti\x18\x11 \x01(\bR\x11jwtSvidIncludeJti\"\xda\x03\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12)\n" +
 	"\x10attestation_type\x18\x02 \x01(\tR\x0fattestationType\x123\n" +
@@ -903,7 +919,9 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"\ragent_version\x18\n" +
 	" \x01(\tR\fagentVersion\x12\x1f\n" +
 	"\vattested_at\x18\v \x01(\x03R\n" +
-	"attestedAt\"E\n" +
+	"attestedAt\x12!\n" +
+	"\fauthority_id\x18\f \x01(\tR\vauthorityId\x12(\n" +
+	"\x10new_authority_id\x18\r \x01(\tR\x0enewAuthorityId\"E\n" +
 	"\tJoinToken\x12\x1d\n" +
 	"\n" +
 	"expires_at\x18\x01 \x01(\x03R\texpiresAt\x12\x19\n" +
