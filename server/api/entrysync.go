@@ -2,6 +2,7 @@ package api
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"io"
 	"slices"
@@ -105,30 +106,21 @@ func (s *entrySync) receive() (*entryv1.SyncAuthorizedEntriesRequest, error) {
 			return r.req, r.err
 		case <-s.changes.C:
 			view, _ := s.changes.Take()
-			if err := s.admitted(view); err != nil {
+			if err := admitted(view, s.agent); err != nil {
 				return nil, err
 			}
+		case <-s.stream.Context().Done():
+			return nil, context.Cause(s.stream.Context())
 		case <-timer.C:
 			return nil, callErrorf(codes.DeadlineExceeded, "no request for %v; open a new stream", idle)
 		}
 	}
 }
 
-// admitted fails if the agent was banned or deleted.
-func (s *entrySync) admitted(v *registry.View) error {
-	switch n := v.Node(s.agent); {
-	case n == nil:
-		return permissionDenied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent is not attested")
-	case n.Banned:
-		return permissionDenied(types.PermissionDeniedDetails_AGENT_BANNED, "agent is banned")
-	}
-	return nil
-}
-
 // begin sends all entries, if they go into one message, or else all revisions.
 func (s *entrySync) begin() error {
 	view := s.registry.View()
-	if err := s.admitted(view); err != nil {
+	if err := admitted(view, s.agent); err != nil {
 		return err
 	}
 	entries := view.Authorized(s.agent, s.now())
@@ -147,7 +139,7 @@ func (s *entrySync) begin() error {
 			r.Id, r.RevisionNumber, r.CreatedAt = e.ID, e.RevisionNumber, timeToWire(e.CreatedAt)
 			revisions[i] = r
 		}
-		if err := s.admitted(s.registry.View()); err != nil {
+		if err := admitted(s.registry.View(), s.agent); err != nil {
 			return err
 		}
 		if err := s.stream.Send(&entryv1.SyncAuthorizedEntriesResponse{EntryRevisions: revisions, More: len(entries) > 0}); err != nil {
@@ -168,7 +160,7 @@ func (s *entrySync) answer(ids []string) error {
 	ids = slices.Compact(ids)
 	for {
 		view := s.registry.View()
-		if err := s.admitted(view); err != nil {
+		if err := admitted(view, s.agent); err != nil {
 			return err
 		}
 		now := s.now()

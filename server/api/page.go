@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"iter"
 	"math"
+	"strings"
 )
 
 // A page token is the key of the last item of the page before, with the
@@ -45,11 +46,12 @@ func parsePageToken(token string) (string, error) {
 	if len(token) > base64.RawURLEncoding.EncodedLen(maxPageKey+len(pageTokenVersion)) {
 		return "", malformed
 	}
-	b, err := base64.RawURLEncoding.Strict().DecodeString(token)
-	if err != nil || len(b) < 2 || string(b[:1]) != pageTokenVersion {
+	b, err := base64.RawURLEncoding.DecodeString(token)
+	key := strings.TrimPrefix(string(b), pageTokenVersion)
+	if err != nil || key == "" || pageToken(key) != token { // one key, one token
 		return "", malformed
 	}
-	return string(b[1:]), nil
+	return key, nil
 }
 
 func pageToken(key string) string {
