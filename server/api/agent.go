@@ -171,7 +171,7 @@ func (s *agentService) admit(ctx context.Context, attestor string, evidence *att
 	if err != nil {
 		return nil, nil, status(err)
 	}
-	node.SerialNumber, node.ExpiresAt = svid.SerialNumber, svid.ExpiresAt
+	node.SerialNumber, node.ExpiresAt, node.AuthorityID = svid.SerialNumber, svid.ExpiresAt, svid.AuthorityID
 	if err := s.registry.PutNode(ctx, node); err != nil {
 		if old := s.registry.View().Node(id); old != nil && old.Banned {
 			return nil, nil, errBanned
@@ -204,7 +204,7 @@ func (s *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRe
 		if n.Banned {
 			return errAgentBanned
 		}
-		n.NewSerialNumber, n.NewExpiresAt = svid.SerialNumber, svid.ExpiresAt
+		n.NewSerialNumber, n.NewExpiresAt, n.NewAuthorityID = svid.SerialNumber, svid.ExpiresAt, svid.AuthorityID
 		return nil
 	})
 	if err != nil {

@@ -285,8 +285,8 @@ func (a *API) standing(ctx context.Context, view *registry.View, p *tlsPeer) (*r
 		if n.NewSerialNumber != p.serial {
 			return errNotActive
 		}
-		n.SerialNumber, n.ExpiresAt = n.NewSerialNumber, n.NewExpiresAt
-		n.NewSerialNumber, n.NewExpiresAt = "", time.Time{}
+		n.SerialNumber, n.ExpiresAt, n.AuthorityID = n.NewSerialNumber, n.NewExpiresAt, n.NewAuthorityID
+		n.NewSerialNumber, n.NewExpiresAt, n.NewAuthorityID = "", time.Time{}, ""
 		return nil
 	})
 	switch {

@@ -71,6 +71,8 @@ type Issuer struct {
 	x509 atomic.Pointer[x509Signer]
 	jwt  atomic.Pointer[jwtSigner]
 
+	signed sync.Map // *tally, by authority ID: one for each that has signed
+
 	serverMu sync.Mutex
 	server   atomic.Pointer[serverSVID]
 }
@@ -117,6 +119,7 @@ type X509SVID struct {
 	Chain        [][]byte // DER, leaf first, without the root
 	SerialNumber string   // decimal
 	ExpiresAt    time.Time
+	AuthorityID  string // of the authority that signed it
 	Hint         string // of the entry
 }
 

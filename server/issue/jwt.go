@@ -49,6 +49,7 @@ type jwtSigner struct {
 	header string // encoded, with the dot that follows
 	hash   crypto.Hash
 	half   int // octets of each half of an ECDSA signature; 0: RSA
+	signed *tally
 }
 
 // jwtSigner returns the active JWT authority.
@@ -64,6 +65,7 @@ func (i *Issuer) jwtSigner() (*jwtSigner, error) {
 	if err != nil {
 		return nil, fmt.Errorf("JWT authority %s: %w", a.ID, err)
 	}
+	s.signed = i.tallyOf(a.ID)
 	i.jwt.Store(s)
 	return s, nil
 }
@@ -124,6 +126,7 @@ func (i *Issuer) signJWT(ctx context.Context, t token) (*JWTSVID, error) {
 	if err != nil {
 		return nil, fmt.Errorf("sign the token of %s: %w", t.id, err)
 	}
+	s.signed.add(expires)
 	if i.log.Enabled(ctx, slog.LevelInfo) {
 		i.log.LogAttrs(ctx, slog.LevelInfo, "issued", recordJWT(&t, s, jti, expires)...)
 	}

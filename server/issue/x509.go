@@ -54,6 +54,7 @@ type x509Signer struct {
 	notBefore time.Time
 	notAfter  time.Time
 	chain     [][]byte // what follows a leaf, DER
+	signed    *tally
 }
 
 type signatureAlgorithm struct {
@@ -75,6 +76,7 @@ func (i *Issuer) x509Signer() (*x509Signer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("X.509 authority %s: %w", a.ID, err)
 	}
+	s.signed = i.tallyOf(a.ID)
 	i.x509.Store(s)
 	return s, nil
 }
@@ -167,7 +169,9 @@ func (i *Issuer) signX509(ctx context.Context, c certificate) (*X509SVID, error)
 		Chain:        append(make([][]byte, 0, 1+len(s.chain)), der),
 		SerialNumber: new(big.Int).SetBytes(serial).String(),
 		ExpiresAt:    notAfter,
+		AuthorityID:  s.ID,
 	}
+	s.signed.add(notAfter)
 	svid.Chain = append(svid.Chain, s.chain...)
 	if i.log.Enabled(ctx, slog.LevelInfo) {
 		i.log.LogAttrs(ctx, slog.LevelInfo, "issued", recordX509(&c, s, svid)...)

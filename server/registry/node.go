@@ -22,8 +22,10 @@ type Node struct {
 	Selectors       selector.Set
 	SerialNumber    string    // decimal; of the X509-SVID in use
 	ExpiresAt       time.Time // its end
+	AuthorityID     string    // of the X.509 authority that signed it; empty if not known
 	NewSerialNumber string    // decimal; issued, not presented yet; empty if none
 	NewExpiresAt    time.Time
+	NewAuthorityID  string
 	Banned          bool
 	CanReattest     bool
 	AgentVersion    string // at most 255 characters
@@ -48,8 +50,10 @@ func (n *Node) record() *hallmarkv1.Node {
 		Selectors:       entry.SelectorsRecord(n.Selectors),
 		SerialNumber:    n.SerialNumber,
 		ExpiresAt:       unixOf(n.ExpiresAt),
+		AuthorityId:     n.AuthorityID,
 		NewSerialNumber: n.NewSerialNumber,
 		NewExpiresAt:    unixOf(n.NewExpiresAt),
+		NewAuthorityId:  n.NewAuthorityID,
 		Banned:          n.Banned,
 		CanReattest:     n.CanReattest,
 		AgentVersion:    n.AgentVersion,
@@ -72,8 +76,10 @@ func nodeFromRecord(value []byte, rev store.Revision) (*Node, error) {
 		Selectors:       entry.SelectorsFromRecord(r.Selectors),
 		SerialNumber:    r.SerialNumber,
 		ExpiresAt:       timeOf(r.ExpiresAt),
+		AuthorityID:     r.AuthorityId,
 		NewSerialNumber: r.NewSerialNumber,
 		NewExpiresAt:    timeOf(r.NewExpiresAt),
+		NewAuthorityID:  r.NewAuthorityId,
 		Banned:          r.Banned,
 		CanReattest:     r.CanReattest,
 		AgentVersion:    r.AgentVersion,
