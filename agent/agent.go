@@ -51,6 +51,7 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 	if err != nil {
 		return err
 	}
+	var h *held.Held
 	n, err := node.Open(node.Options{
 		TrustDomain: s.td,
 		Server:      s.Server,
@@ -59,6 +60,7 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 		TrustBundle: s.trust,
 		Join:        s.join,
 		Insecure:    s.InsecureBootstrap,
+		NextExpiry:  func() time.Time { return h.NextExpiry() },
 		Log:         log,
 	})
 	if err != nil {
@@ -76,7 +78,7 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 	}
 	defer operators.Close()
 
-	h := held.New(held.Options{TrustDomain: s.td, Signer: n, Limit: s.HeldSVIDs, Log: log})
+	h = held.New(held.Options{TrustDomain: s.td, Signer: n, Limit: s.HeldSVIDs, Log: log})
 	f := feed.New(feed.Options{TrustDomain: s.td, Node: n, Held: h, Log: log})
 	attestor := workload.New(workload.Options{Attestors: s.workloads, Log: log})
 	api := workloadapi.New(workloadapi.Options{

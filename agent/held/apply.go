@@ -48,6 +48,7 @@ func (h *Held) Apply(c Change) {
 	h.revision = c.Revision
 	if c.Complete && !h.synced {
 		h.synced = true
+		close(h.first)
 		for _, v := range h.views.all { // what was unknown is known now
 			v.changed()
 		}

@@ -116,6 +116,7 @@ type Held struct {
 	stopped  bool
 	revision int64
 	synced   bool
+	first    chan struct{} // closed when synced is set
 	sum      digest.Sum
 	slots    map[string]*slot // by entry ID
 	index    map[selector.Selector]map[*slot]struct{}
@@ -134,6 +135,7 @@ func New(o Options) *Held {
 		now:         o.Now,
 		log:         o.Log,
 		wake:        make(chan struct{}, 1),
+		first:       make(chan struct{}),
 		tickets:     make(chan struct{}, maxFlights),
 		slots:       make(map[string]*slot),
 		index:       make(map[selector.Selector]map[*slot]struct{}),
@@ -176,6 +178,32 @@ func (h *Held) Synced() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.synced
+}
+
+// WaitSynced waits until a complete change has been applied, and returns ctx's
+// error if that ends first.
+func (h *Held) WaitSynced(ctx context.Context) error {
+	select {
+	case <-h.first:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// NextExpiry returns when the first X509-SVID that is wanted ends; zero if none
+// is held. Whoever cannot reach the server should have tried well before.
+func (h *Held) NextExpiry() time.Time {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	now := h.now()
+	var first time.Time
+	for _, s := range h.slots {
+		if svid := s.valid(now); svid != nil && h.keeps(s) {
+			first = earlier(first, svid.ExpiresAt)
+		}
+	}
+	return first
 }
 
 // Match returns the entries whose selectors are all among those given and that

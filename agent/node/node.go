@@ -80,6 +80,11 @@ type Options struct {
 	Join        *join.String
 	Insecure    bool
 
+	// NextExpiry says when the next of those credentials ends that depend on the
+	// connection, zero for none. The node tries more often as that comes
+	// near. Nil: never.
+	NextExpiry func() time.Time
+
 	// Dial opens a connection to an address; nil is TCP.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
 	Now  func() time.Time // nil is time.Now
@@ -282,12 +287,27 @@ func (n *Node) Run(ctx context.Context) error {
 			return fatal.err
 		case err != nil:
 			n.fail("not connected to the server; trying again", err)
-			if err := sleep(ctx, backoff.Next()); err != nil {
+			if err := sleep(ctx, min(backoff.Next(), n.patience())); err != nil {
 				return err
 			}
 		}
 	}
 	return ctx.Err()
+}
+
+// patience bounds the wait for the next attempt to connect: an eighth of what
+// is left of the credential that ends next, so that there are several attempts
+// however short its life is.
+func (n *Node) patience() time.Duration {
+	if n.o.NextExpiry == nil {
+		return backoffMax
+	}
+	left := n.o.NextExpiry().Sub(n.o.Now())
+	if left <= 0 { // nothing is held, or it is too late
+		return backoffMax
+	}
+	bound := max(left/8, firstRetryMax)
+	return between(bound/2, bound)
 }
 
 // step brings the node from where it is to a working link and stays there

@@ -26,6 +26,8 @@ const (
 	// repeating at once, though an attestor failed: one that hangs would delay
 	// each call by its whole deadline.
 	slowAttestation = time.Second
+	// startWait is how long a call waits for an agent that has just started.
+	startWait = 2 * time.Second
 	// deniedLogged is how long a process that has no identity is not logged
 	// again.
 	deniedLogged = 10 * time.Second
@@ -175,8 +177,8 @@ func (s *Server) identify(ctx context.Context) (*caller, selector.Set, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	if !s.o.Held.Synced() {
-		return nil, nil, errNotYet
+	if err := s.waitSynced(ctx); err != nil {
+		return nil, nil, err
 	}
 	if set, ok, err := s.knownSelectors(c); ok || err != nil {
 		return c, set, err
@@ -205,6 +207,23 @@ func (s *Server) identify(ctx context.Context) (*caller, selector.Set, error) {
 	}
 	c.known.Store(&attested{set, s.now().Add(selectorsLifetime)})
 	return c, set, nil
+}
+
+// waitSynced waits a while for an agent that has just started to learn what
+// it may give out: a client that is told to try again does so much later.
+func (s *Server) waitSynced(ctx context.Context) error {
+	if s.o.Held.Synced() {
+		return nil
+	}
+	wait, cancel := context.WithTimeout(ctx, startWait)
+	defer cancel()
+	if s.o.Held.WaitSynced(wait) == nil {
+		return nil
+	}
+	if ctx.Err() != nil {
+		return status.FromContextError(ctx.Err()).Err()
+	}
+	return errNotYet
 }
 
 // knownSelectors returns the selectors of an earlier call. They are the

@@ -122,6 +122,8 @@ func (r *Registry) ConsumeJoinToken(ctx context.Context, token string) (JoinToke
 			ParentID:  nodeID,
 			Selectors: selector.Set{SpiffeIDSelector(nodeID)},
 			CreatedAt: now.Truncate(time.Second),
+			// It is no workload's: its selector is one of nodes.
+			DisableX509Prefetch: true,
 		}
 		if err := alias.Validate(r.td); err != nil {
 			return store.Txn{}, &Error{Kind: Invalid, Msg: err.Error()}
