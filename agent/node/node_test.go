@@ -332,6 +332,24 @@ func TestANodeOutlivesTheServersAbsence(t *testing.T) {
 	})
 }
 
+func TestANodeTriesMoreOftenAsWhatItHoldsNearsItsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := joining(t)
+		ends := time.Now().Add(21 * time.Minute)
+		w.options.NextExpiry = func() time.Time { return ends }
+		r := w.run(t)
+		l := r.connected(t)
+		w.Stop()
+		<-l.Done()
+		time.Sleep(20 * time.Minute)
+		before := strings.Count(w.log.String(), "connection refused")
+		time.Sleep(time.Until(ends))
+		if n := strings.Count(w.log.String(), "connection refused") - before; n < 15 || n > 200 { // backoff alone makes it 2 to 6
+			t.Errorf("tried %d times in the last minute", n)
+		}
+	})
+}
+
 func TestANodeIsBackSoonAfterARestartOfTheServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := joining(t)
