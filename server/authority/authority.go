@@ -4,7 +4,9 @@
 // Of each kind a server has one active authority, which signs; at times one
 // that is prepared to follow it, which is in the bundle already so that every
 // verifier knows it when it begins to sign; and old ones, which sign no more
-// but stay in the bundle until all they signed has expired. The private keys
+// but stay in the bundle until all they signed has expired. An old one that is
+// not to be trusted any longer is tainted, which makes everyone replace what it
+// signed, and then revoked, which takes it out of the bundle. The private keys
 // are in a key manager, one authority one key; the rest is in the registry,
 // changed together with the bundle.
 //
@@ -116,9 +118,10 @@ type Authorities struct {
 
 	wake chan struct{} // a signature found no authority to sign with
 
-	lock    chan struct{}                  // holds one token: one change at a time
-	signers map[string]crypto.Signer       // by key name; of own prepared and active ones; under lock
-	spare   map[registry.AuthorityKind]key // keys of authorities that were not published; under lock
+	lock     chan struct{}                  // holds one token: one change at a time
+	signers  map[string]crypto.Signer       // by key name; of own prepared and active ones; under lock
+	recorded map[string]bool                // key names of own authorities, as of the last look; under lock
+	spare    map[registry.AuthorityKind]key // keys of authorities that were not published; under lock
 }
 
 // plan is how authorities of one kind are made.

@@ -108,10 +108,13 @@ func (a *Authorities) acquire(ctx context.Context) (unlock func(), err error) {
 }
 
 // adopt opens the keys of this server's authorities that may have to sign. One
-// whose key is lost becomes old.
+// whose key is lost becomes old. It deletes the keys of those that another
+// server has revoked.
 func (a *Authorities) adopt(ctx context.Context) error {
 	var lost []string
-	for _, r := range a.registry.View().Authorities() {
+	all := a.registry.View().Authorities()
+	a.sweep(all)
+	for _, r := range all {
 		if r.Server != a.server || r.State == registry.Old || a.signers[r.KeyName] != nil {
 			continue
 		}
@@ -522,6 +525,7 @@ func (a *Authorities) expired(own *bundle.Bundle, all []*registry.Authority, now
 // key stays behind, of no use to anyone.
 func (a *Authorities) deleteKey(name string) {
 	delete(a.signers, name)
+	delete(a.recorded, name)
 	deleter, ok := a.keys.(apiv1.KeyDeleter)
 	if !ok {
 		return

@@ -1,0 +1,179 @@
+package authority
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/hallmark-id/hallmark/pkg/bundle"
+	"github.com/hallmark-id/hallmark/server/registry"
+)
+
+// Taint marks an old authority, named by its ID, as tainted: in its record and
+// in the bundle, in one transaction. What it signed still verifies; whoever
+// holds such a thing and sees the mark replaces it at once. One that is tainted
+// already stays so.
+//
+// The authority may be another server's, if that lets it sign no more: no key
+// is needed for this. One that signs, or is about to, must be retired on the
+// server that has its key, as only that one can tell what signs instead. (Of a
+// server that is gone for good, start one of the same name without its keys:
+// its authorities are old then.)
+//
+// Errors of the caller's are [registry.Error]s; before there is an authority of
+// this kind the error is [ErrUnavailable].
+func (a *Authorities) Taint(ctx context.Context, kind registry.AuthorityKind, id string) (*registry.Authority, error) {
+	unlock, err := a.lockFor(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	var tainted *registry.Authority
+	already := false
+	view, err := a.registry.ChangeAuthorities(ctx, func(own *bundle.Bundle, all []*registry.Authority) (registry.AuthorityChange, error) {
+		r, err := a.retired(kind, id, all, "taint")
+		if err != nil {
+			return registry.AuthorityChange{}, err
+		}
+		for i := range own.X509Authorities {
+			if hasX509Key(r, own.X509Authorities[i]) {
+				own.X509Authorities[i].Tainted = true
+			}
+		}
+		for i := range own.JWTAuthorities {
+			if hasJWTKey(r, own.JWTAuthorities[i]) {
+				own.JWTAuthorities[i].Tainted = true
+			}
+		}
+		c := *r
+		c.Tainted = true
+		tainted = &c
+		if already = r.Tainted; already {
+			return registry.AuthorityChange{}, nil
+		}
+		return registry.AuthorityChange{Put: []*registry.Authority{tainted}}, nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("taint %s authority: %w", kind, err)
+	}
+	if !already {
+		a.log.Info("authority tainted", "kind", kind, "id", id, "server", tainted.Server)
+	}
+	return a.find(view, tainted), nil
+}
+
+// Revoke takes a tainted authority, named by its ID, out of the bundle and the
+// registry, in one transaction, and deletes its key: what it signed verifies no
+// more. It returns the authority as it was.
+//
+// The key of another server's authority is deleted by that server, within a
+// minute if it runs. If it does not, its key stays behind, of no use to anyone.
+//
+// Errors are those of [Authorities.Taint].
+func (a *Authorities) Revoke(ctx context.Context, kind registry.AuthorityKind, id string) (*registry.Authority, error) {
+	unlock, err := a.lockFor(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	fail := func(err error) (*registry.Authority, error) {
+		return nil, fmt.Errorf("revoke %s authority: %w", kind, err)
+	}
+	revoked, err := a.revocable(kind, id, a.registry.View().Authorities())
+	if err != nil {
+		return fail(err)
+	}
+	// First the key, of which nobody would know after a crash between the two.
+	// It is of no use: from here the authority can only go.
+	if revoked.Server == a.server {
+		a.deleteKey(revoked.KeyName)
+	}
+	_, err = a.registry.ChangeAuthorities(ctx, func(own *bundle.Bundle, all []*registry.Authority) (registry.AuthorityChange, error) {
+		r, err := a.revocable(kind, id, all)
+		if err != nil {
+			return registry.AuthorityChange{}, err
+		}
+		own.X509Authorities = slices.DeleteFunc(own.X509Authorities, func(x bundle.X509Authority) bool { return hasX509Key(r, x) })
+		own.JWTAuthorities = slices.DeleteFunc(own.JWTAuthorities, func(k bundle.JWTAuthority) bool { return hasJWTKey(r, k) })
+		revoked = r
+		return registry.AuthorityChange{Delete: []*registry.Authority{r}}, nil
+	})
+	if err != nil {
+		return fail(err)
+	}
+	a.log.Info("authority revoked", "kind", kind, "id", id, "server", revoked.Server)
+	return revoked, nil
+}
+
+// lockFor begins a change of the authority that a caller names.
+func (a *Authorities) lockFor(ctx context.Context, id string) (unlock func(), err error) {
+	if id == "" {
+		return nil, &registry.Error{Kind: registry.Invalid, Msg: "no authority ID provided"}
+	}
+	return a.acquire(ctx)
+}
+
+// retired finds an authority that signs no more, of any server. The verb is
+// what is to be done with it.
+func (a *Authorities) retired(kind registry.AuthorityKind, id string, all []*registry.Authority, verb string) (*registry.Authority, error) {
+	if active, _, _ := a.state(kind, all); active == nil {
+		return nil, ErrUnavailable
+	}
+	i := slices.IndexFunc(all, func(r *registry.Authority) bool { return r.Kind == kind && r.ID == id })
+	if i < 0 {
+		return nil, &registry.Error{Kind: registry.Invalid, Msg: "unexpected authority ID"}
+	}
+	r := all[i]
+	why := ""
+	switch {
+	case r.State == registry.Old:
+		return r, nil
+	case r.Server != a.server:
+		why = fmt.Sprintf("it is %s on server %q; activate another one there first", r.State, r.Server)
+	case r.State == registry.Active:
+		why = "it is the one that signs; activate another one first"
+	default:
+		why = "it is prepared and has signed nothing; prepare another one in its place"
+	}
+	return nil, &registry.Error{Kind: registry.FailedPrecondition, Msg: fmt.Sprintf("unable to %s %s authority %s: %s", verb, kind, id, why)}
+}
+
+// revocable finds an authority that may be revoked.
+func (a *Authorities) revocable(kind registry.AuthorityKind, id string, all []*registry.Authority) (*registry.Authority, error) {
+	r, err := a.retired(kind, id, all, "revoke")
+	if err == nil && !r.Tainted {
+		return nil, &registry.Error{Kind: registry.FailedPrecondition, Msg: fmt.Sprintf(
+			"unable to revoke %s authority %s: it is not tainted; taint it first, so that what it signed is replaced", kind, id)}
+	}
+	return r, err
+}
+
+// hasX509Key and hasJWTKey report whether an authority in a bundle has the key
+// of a record: under whichever certificate or name it is there, it is as much
+// in doubt.
+func hasX509Key(r *registry.Authority, x bundle.X509Authority) bool {
+	return r.Kind == registry.X509 && len(r.Chain) > 0 &&
+		bytes.Equal(x.Certificate.RawSubjectPublicKeyInfo, r.Chain[0].RawSubjectPublicKeyInfo)
+}
+
+func hasJWTKey(r *registry.Authority, k bundle.JWTAuthority) bool {
+	return r.Kind == registry.JWT && (k.KeyID == r.ID || sameKey(k.PublicKey, r.PublicKey))
+}
+
+// sweep deletes the keys of authorities that another server has revoked.
+func (a *Authorities) sweep(all []*registry.Authority) {
+	mine := make(map[string]bool)
+	for _, r := range all {
+		if r.Server == a.server {
+			mine[r.KeyName] = true
+		}
+	}
+	for name := range a.recorded {
+		if !mine[name] {
+			a.log.Info("another server has removed an authority of this one; its key is deleted", "key", name)
+			a.deleteKey(name)
+		}
+	}
+	a.recorded = mine
+}
