@@ -82,7 +82,7 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 	f := feed.New(feed.Options{TrustDomain: s.td, Node: n, Held: h, Log: log})
 	attestor := workload.New(workload.Options{Attestors: s.workloads, Log: log})
 	api := workloadapi.New(workloadapi.Options{
-		Listener: workloads, Held: h, Attestor: attestor, Log: log,
+		Listener: workloads, Held: h, Attestor: attestor, Limits: s.Limits.workloadAPI(), Log: log,
 	})
 	console := admin.New(admin.Options{
 		Listener: operators, TrustDomain: s.td, Server: s.Server, Held: h, Attestor: attestor, Log: log,

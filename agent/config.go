@@ -13,6 +13,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/agent/held"
 	"github.com/hallmark-id/hallmark/agent/node"
+	"github.com/hallmark-id/hallmark/agent/workloadapi"
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/unix"
@@ -75,7 +76,37 @@ type Config struct {
 	// served are held in any case. Default 1000.
 	HeldSVIDs int `yaml:"held_svids"`
 
+	// Limits bound what processes can make the agent do.
+	Limits LimitsConfig `yaml:"limits"`
+
 	Log config.Log `yaml:"log"` // to the standard error
+}
+
+// LimitsConfig bounds what processes can make the agent do through the Workload
+// API. 0 is the default.
+type LimitsConfig struct {
+	// Connections at once; each takes two file descriptors. Default 4096.
+	Connections int `yaml:"connections"`
+	// ConnectionsPerUser are those of all processes of one user. Default 2048.
+	ConnectionsPerUser int `yaml:"connections_per_user"`
+	// ConnectionsPerProcess are those of one process. Default 32.
+	ConnectionsPerProcess int `yaml:"connections_per_process"`
+	// StreamsPerUser are the open streams of all processes of one user. Default
+	// 8192.
+	StreamsPerUser int `yaml:"streams_per_user"`
+	// CallsPerSecond is how many calls and connections a second all processes of
+	// one user may make. Default 2000.
+	CallsPerSecond int `yaml:"calls_per_second"`
+}
+
+func (l LimitsConfig) workloadAPI() workloadapi.Limits {
+	return workloadapi.Limits{
+		Connections:       l.Connections,
+		ConnectionsOfUser: l.ConnectionsPerUser,
+		ConnectionsOfPID:  l.ConnectionsPerProcess,
+		StreamsOfUser:     l.StreamsPerUser,
+		CallsOfUser:       float64(l.CallsPerSecond),
+	}
 }
 
 // NodeAttestorConfig says how the node proves what it is: one of its fields is
@@ -144,6 +175,7 @@ const (
 	defaultAdminSocket = "/run/hallmark/agent.sock"
 
 	maxHeldSVIDs   = 1_000_000 // more is a mistake in writing
+	maxLimit       = 1_000_000
 	maxTrustBundle = 1 << 20   // bytes
 )
 
@@ -181,7 +213,25 @@ func load(src config.Source) (*settings, error) {
 	if s.HeldSVIDs < 1 || s.HeldSVIDs > maxHeldSVIDs {
 		wrong("held_svids", "held_svids is %d; it is between 1 and %d", s.HeldSVIDs, maxHeldSVIDs)
 	}
+	s.checkLimits(wrong)
 	return s, errors.Join(errs...)
+}
+
+func (s *settings) checkLimits(wrong wrongFunc) {
+	for _, l := range []struct {
+		name  string
+		value int
+	}{
+		{"connections", s.Limits.Connections},
+		{"connections_per_user", s.Limits.ConnectionsPerUser},
+		{"connections_per_process", s.Limits.ConnectionsPerProcess},
+		{"streams_per_user", s.Limits.StreamsPerUser},
+		{"calls_per_second", s.Limits.CallsPerSecond},
+	} {
+		if l.value < 0 || l.value > maxLimit {
+			wrong("limits."+l.name, "%s is %d; it is between 1 and %d, or 0 for the default", l.name, l.value, maxLimit)
+		}
+	}
 }
 
 type wrongFunc func(path, format string, args ...any)

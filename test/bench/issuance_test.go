@@ -23,7 +23,10 @@ import (
 // startServer starts a server and connects to its admin socket.
 func startServer(b *testing.B) (*harness.Domain, *grpc.ClientConn) {
 	b.Helper()
-	d := harness.NewDomain(b, harness.Settings{Server: "log: {level: warn}\n"})
+	d := harness.NewDomain(b, harness.Settings{
+		Server: "limits: {sign_per_second: 1000000}\nlog: {level: warn}\n",
+		Agent:  "limits: {calls_per_second: 1000000}\nlog: {level: warn}\n",
+	})
 	d.StartServer(b)
 	conn, err := grpc.NewClient("unix:"+d.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
