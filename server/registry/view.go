@@ -28,6 +28,7 @@ type View struct {
 	bySPIFFEID  tree[*storedEntry] // by SPIFFE ID, ID
 	byExpiry    tree[*storedEntry] // by end, ID; only those that end
 	aliases     tree[*storedEntry] // by first selector, ID; node aliases only
+	interior    tree[*storedEntry] // by parent ID, ID; only those whose SPIFFE ID is a parent, and no aliases
 	nodes       tree[*Node]        // by ID
 	bySelector  tree[nodeSelector] // by selector, node ID
 	tokens      tree[*storedToken] // by key
@@ -126,8 +127,13 @@ func (v *View) EntriesByParent(id spiffeid.ID) iter.Seq[*entry.Entry] {
 // after the one given, by ID.
 func (v *View) EntriesByParentAfter(id spiffeid.ID, after string) iter.Seq[*entry.Entry] {
 	return func(yield func(*entry.Entry) bool) {
+		parent := id
 		v.byParent.Ascend(&storedEntry{Entry: entry.Entry{ParentID: id, ID: after}}, func(e *storedEntry) bool {
-			return e.ParentID == id && (after != "" && e.ID == after || yield(&e.Entry))
+			if e.ParentID != parent {
+				return false
+			}
+			parent = e.ParentID // the string that all of them share: equal at one look
+			return after != "" && e.ID == after || yield(&e.Entry)
 		})
 	}
 }
@@ -224,6 +230,7 @@ func (v *View) Authorized(node spiffeid.ID, now time.Time) []*entry.Entry {
 		parents = append(parents, alias.SPIFFEID)
 	}
 	var out []*entry.Entry
+	var ends []int // of the runs in out that are in order
 	seen := make(map[spiffeid.ID]bool, len(parents))
 	for len(parents) > 0 {
 		p := parents[len(parents)-1]
@@ -235,12 +242,52 @@ func (v *View) Authorized(node spiffeid.ID, now time.Time) []*entry.Entry {
 		for e := range v.EntriesByParent(p) {
 			if !e.Expired(now) {
 				out = append(out, e)
-				parents = append(parents, e.SPIFFEID)
 			}
 		}
+		ends = append(ends, len(out))
+		v.interior.Ascend(&storedEntry{Entry: entry.Entry{ParentID: p}}, func(e *storedEntry) bool {
+			if e.ParentID != p {
+				return false
+			}
+			if !e.Expired(now) {
+				parents = append(parents, e.SPIFFEID)
+			}
+			return true
+		})
 	}
-	slices.SortFunc(out, func(a, b *entry.Entry) int { return strings.Compare(a.ID, b.ID) })
-	return out
+	return mergeRuns(out, ends)
+}
+
+// mergeRuns puts entries in the order of their IDs that consist of runs, each
+// in order, which end at the indexes given. There are few: one a parent.
+func mergeRuns(entries []*entry.Entry, ends []int) []*entry.Entry {
+	if len(ends) < 2 {
+		return entries
+	}
+	merged := make([]*entry.Entry, 0, len(entries))
+	for len(ends) > 1 {
+		merged = merged[:0]
+		var mergedEnds []int
+		start := 0
+		for i := 0; i < len(ends); i += 2 {
+			a, b := entries[start:ends[i]], []*entry.Entry(nil)
+			if i+1 < len(ends) {
+				b = entries[ends[i]:ends[i+1]]
+			}
+			start += len(a) + len(b)
+			for len(a) > 0 && len(b) > 0 {
+				if a[0].ID < b[0].ID {
+					merged, a = append(merged, a[0]), a[1:]
+				} else {
+					merged, b = append(merged, b[0]), b[1:]
+				}
+			}
+			merged = append(append(merged, a...), b...)
+			mergedEnds = append(mergedEnds, len(merged))
+		}
+		entries, merged, ends = merged, entries, mergedEnds
+	}
+	return entries
 }
 
 // aliasesOf yields the node aliases that a node matches.

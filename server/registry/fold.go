@@ -1,0 +1,266 @@
+package registry
+
+import (
+	"errors"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/tidwall/btree"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/hallmark-id/hallmark/pkg/bundle"
+	"github.com/hallmark-id/hallmark/pkg/entry"
+	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
+	"github.com/hallmark-id/hallmark/server/store"
+)
+
+// fold is the state that is being changed: a working tree for each index, of
+// which publish hands out copies.
+type fold struct {
+	entries, byParent, bySPIFFEID, byExpiry, aliases, interior index[*storedEntry]
+	nodes                                                      index[*Node]
+	bySelector                                                 index[nodeSelector]
+	tokens                                                     index[*storedToken]
+	bundles                                                    index[*storedBundle]
+	authorities                                                index[*Authority]
+}
+
+// index is a working tree and its last published copy.
+type index[T any] struct {
+	work, public *btree.BTreeG[T]
+	dirty        bool
+}
+
+func newIndex[T any](less func(a, b T) bool) index[T] {
+	t := btree.NewBTreeGOptions(less, btree.Options{NoLocks: true})
+	return index[T]{work: t, dirty: true}
+}
+
+func (x *index[T]) set(item T) { x.work.Set(item); x.dirty = true }
+
+func (x *index[T]) delete(item T) {
+	if _, ok := x.work.Delete(item); ok {
+		x.dirty = true
+	}
+}
+
+func (x *index[T]) publish() *btree.BTreeG[T] {
+	if x.dirty {
+		x.public, x.dirty = x.work.Copy(), false
+	}
+	return x.public
+}
+
+func newFold() fold {
+	return fold{
+		entries:     newIndex(lessByID),
+		byParent:    newIndex(lessByParent),
+		bySPIFFEID:  newIndex(lessBySPIFFEID),
+		byExpiry:    newIndex(lessByExpiry),
+		aliases:     newIndex(lessByFirstSelector),
+		interior:    newIndex(lessByParent),
+		nodes:       newIndex(lessNode),
+		bySelector:  newIndex(lessNodeSelector),
+		tokens:      newIndex(func(a, b *storedToken) bool { return a.key < b.key }),
+		bundles:     newIndex(func(a, b *storedBundle) bool { return a.TrustDomain.Compare(b.TrustDomain) < 0 }),
+		authorities: newIndex(func(a, b *Authority) bool { return authorityKey(a) < authorityKey(b) }),
+	}
+}
+
+func (f *fold) publish(rev store.Revision, td spiffeid.TrustDomain) *View {
+	return &View{
+		revision:    rev,
+		td:          td,
+		entries:     f.entries.publish(),
+		byParent:    f.byParent.publish(),
+		bySPIFFEID:  f.bySPIFFEID.publish(),
+		byExpiry:    f.byExpiry.publish(),
+		aliases:     f.aliases.publish(),
+		interior:    f.interior.publish(),
+		nodes:       f.nodes.publish(),
+		bySelector:  f.bySelector.publish(),
+		tokens:      f.tokens.publish(),
+		bundles:     f.bundles.publish(),
+		authorities: f.authorities.publish(),
+	}
+}
+
+// apply folds one written record. Keys of no known prefix are another
+// version's, and none of ours.
+func (f *fold) apply(rec store.Record) error {
+	prefix, rest, _ := strings.Cut(rec.Key, "/")
+	switch prefix + "/" {
+	case entryPrefix:
+		return f.applyEntry(rest, rec)
+	case nodePrefix:
+		return f.applyNode(rest, rec)
+	case tokenPrefix:
+		if rec.Value == nil {
+			f.tokens.delete(&storedToken{key: rec.Key})
+			return nil
+		}
+		t, err := tokenFromRecord(rec)
+		if err != nil {
+			return err
+		}
+		f.tokens.set(t)
+	case bundlePrefix:
+		td, err := spiffeid.TrustDomainFromString(rest)
+		if err != nil {
+			return err
+		}
+		if rec.Value == nil {
+			f.bundles.delete(&storedBundle{Bundle: &bundle.Bundle{TrustDomain: td}})
+			return nil
+		}
+		var r hallmarkv1.Bundle
+		if err := proto.Unmarshal(rec.Value, &r); err != nil {
+			return err
+		}
+		b, err := bundle.FromRecord(&r)
+		if err != nil {
+			return err
+		}
+		f.bundles.set(&storedBundle{Bundle: b, revision: rec.Revision})
+	case authorityPrefix:
+		if rec.Value == nil {
+			for _, a := range f.authorities.work.Items() { // a handful
+				if authorityKey(a) == rec.Key {
+					f.authorities.delete(a)
+				}
+			}
+			return nil
+		}
+		a, err := authorityFromRecord(rec.Value, rec.Revision)
+		if err != nil {
+			return err
+		}
+		f.authorities.set(a)
+	}
+	return nil
+}
+
+func (f *fold) applyEntry(id string, rec store.Record) error {
+	var e *storedEntry
+	if rec.Value != nil {
+		var r hallmarkv1.Entry
+		if err := proto.Unmarshal(rec.Value, &r); err != nil {
+			return err
+		}
+		parsed, err := entry.FromRecord(&r)
+		if err != nil {
+			return err
+		}
+		if len(parsed.Selectors) == 0 {
+			return errors.New("entry has no selectors")
+		}
+		e = &storedEntry{Entry: *parsed, revision: rec.Revision}
+	}
+	old, _ := f.entries.work.Get(&storedEntry{Entry: entry.Entry{ID: id}})
+	if e == nil && old == nil {
+		return nil
+	}
+	first := false // child of its parent
+	if e != nil {
+		if sibling := f.childOf(e.ParentID); sibling != nil {
+			e.ParentID = sibling.ParentID // one string in memory, and quick to compare
+		} else {
+			first = true
+		}
+	}
+	if old != nil {
+		f.remove(old)
+	}
+	if e != nil {
+		f.add(e)
+	}
+	// Whether their SPIFFE ID is a parent may have changed of all these.
+	if first {
+		f.eachOf(e.ParentID, func(p *storedEntry) { f.interior.set(p) })
+	}
+	if old != nil && f.childOf(old.ParentID) == nil {
+		f.eachOf(old.ParentID, func(p *storedEntry) { f.interior.delete(p) })
+	}
+	return nil
+}
+
+func (f *fold) remove(e *storedEntry) {
+	f.entries.delete(e)
+	f.byParent.delete(e)
+	f.bySPIFFEID.delete(e)
+	if !e.ExpiresAt.IsZero() {
+		f.byExpiry.delete(e)
+	}
+	if e.IsAlias() {
+		f.aliases.delete(e)
+	} else {
+		f.interior.delete(e)
+	}
+}
+
+func (f *fold) add(e *storedEntry) {
+	f.entries.set(e)
+	f.byParent.set(e)
+	f.bySPIFFEID.set(e)
+	if !e.ExpiresAt.IsZero() {
+		f.byExpiry.set(e)
+	}
+	if e.IsAlias() {
+		f.aliases.set(e)
+	} else if f.childOf(e.SPIFFEID) != nil {
+		f.interior.set(e)
+	}
+}
+
+// childOf returns an entry that has an ID as its parent, or nil.
+func (f *fold) childOf(id spiffeid.ID) (child *storedEntry) {
+	f.byParent.work.Ascend(&storedEntry{Entry: entry.Entry{ParentID: id}}, func(e *storedEntry) bool {
+		if e.ParentID == id {
+			child = e
+		}
+		return false
+	})
+	return child
+}
+
+// eachOf calls a function with the entries of a SPIFFE ID that are no aliases.
+func (f *fold) eachOf(id spiffeid.ID, do func(*storedEntry)) {
+	f.bySPIFFEID.work.Ascend(&storedEntry{Entry: entry.Entry{SPIFFEID: id}}, func(e *storedEntry) bool {
+		if e.SPIFFEID != id {
+			return false
+		}
+		if !e.IsAlias() {
+			do(e)
+		}
+		return true
+	})
+}
+
+func (f *fold) applyNode(name string, rec store.Record) error {
+	id, err := spiffeid.FromString(name)
+	if err != nil {
+		return err
+	}
+	var n *Node
+	if rec.Value != nil {
+		if n, err = nodeFromRecord(rec.Value, rec.Revision); err != nil {
+			return err
+		}
+	}
+	if old, ok := f.nodes.work.Get(&Node{ID: id}); ok {
+		for _, s := range old.match {
+			f.bySelector.delete(nodeSelector{s, old})
+		}
+		if n == nil {
+			f.nodes.delete(old)
+		}
+	}
+	if n == nil {
+		return nil
+	}
+	f.nodes.set(n)
+	for _, s := range n.match {
+		f.bySelector.set(nodeSelector{s, n})
+	}
+	return nil
+}
