@@ -176,7 +176,7 @@ const (
 
 	maxHeldSVIDs   = 1_000_000 // more is a mistake in writing
 	maxLimit       = 1_000_000
-	maxTrustBundle = 1 << 20   // bytes
+	maxTrustBundle = 1 << 20 // bytes
 )
 
 // settings is a configuration that was checked, in the form that Run uses.
