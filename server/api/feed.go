@@ -3,11 +3,13 @@ package api
 import (
 	"errors"
 
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
 
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/feed"
+	"github.com/hallmark-id/hallmark/server/registry"
 )
 
 // feedService is our push stream over the feed.
@@ -22,6 +24,9 @@ func (s *feedService) Follow(stream hallmarkv1.FeedService_FollowServer) error {
 	p := feed.Peer{Node: callerFrom(ctx).ID}
 	if from, ok := peer.FromContext(ctx); ok {
 		p.Address = from.Addr.String()
+		if client, ok := from.AuthInfo.(*tlsPeer); ok {
+			p.Verify = func(v *registry.View) error { return client.verify(v.Bundle(s.td), s.now()) }
+		}
 	}
 	err := s.feed.Follow(ctx, stream, p)
 	switch {
@@ -30,6 +35,8 @@ func (s *feedService) Follow(stream hallmarkv1.FeedService_FollowServer) error {
 			return err
 		}
 		return errNotActive // deleted, and attested again already
+	case errors.Is(err, feed.ErrUntrusted):
+		return permissionDenied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, err.Error())
 	case errors.Is(err, feed.ErrReplaced):
 		return callErrorf(codes.Aborted, "%v", err)
 	case errors.Is(err, feed.ErrSlow):

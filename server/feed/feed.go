@@ -60,6 +60,9 @@ const (
 var (
 	// ErrNodeGone: the node was banned or deleted.
 	ErrNodeGone = errors.New("the node was banned or deleted")
+	// ErrUntrusted: the agent's SVID verifies no more, as an authority was
+	// revoked. It is wrapped.
+	ErrUntrusted = errors.New("the agent's SVID verifies no more")
 	// ErrSlow: the agent does not read, or did not say what it has.
 	ErrSlow = errors.New("the agent is too slow")
 	// ErrReplaced: the agent has opened another stream, which takes the place of

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/digest"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/registry"
@@ -26,6 +27,9 @@ type Stream interface {
 type Peer struct {
 	Node    spiffeid.ID
 	Address string // host:port, for the operator to read
+	// Verify verifies the agent's SVID against the own bundle of a view. It is
+	// asked at the start and whenever that bundle has changed. Nil: never.
+	Verify func(*registry.View) error
 }
 
 // stream is the one stream of an agent.
@@ -33,13 +37,15 @@ type stream struct {
 	feed        *Feed
 	node        spiffeid.ID
 	address     string
+	verify      func(*registry.View) error // nil: nothing to verify
 	connectedAt time.Time
 	sub         *registry.Subscription
 	end         context.CancelCauseFunc
 	look        chan struct{} // asks push to look at everything up to now
 	hello       chan *hallmarkv1.FollowRequest
 
-	held held // push's own
+	held held           // push's own
+	by   *bundle.Bundle // push's own; that against which the agent's SVID was verified
 
 	mu       sync.Mutex
 	version  string         // of the agent
@@ -63,6 +69,7 @@ func (f *Feed) Follow(ctx context.Context, g Stream, p Peer) error {
 		feed:        f,
 		node:        p.Node,
 		address:     p.Address,
+		verify:      p.Verify,
 		connectedAt: f.now(),
 		end:         end,
 		look:        make(chan struct{}, 1),
@@ -159,6 +166,12 @@ func (s *stream) push(ctx context.Context, g Stream) error {
 		if delta.NodeGone {
 			return ErrNodeGone
 		}
+		if err := s.trusted(view); err != nil {
+			if failed := s.farewell(view, w); failed != nil {
+				return failed
+			}
+			return err
+		}
 		said, err := s.change(view, delta, w)
 		if err == nil && beat && !said {
 			said, err = true, w.beat(view.Revision(), s.held.sum)
@@ -193,9 +206,42 @@ func (s *stream) admitted() error {
 	return nil
 }
 
+// trusted fails once the agent's SVID verifies no more: an authority was
+// revoked, so whoever is at the other end may be anybody.
+func (s *stream) trusted(view *registry.View) error {
+	own := view.Bundle(view.TrustDomain())
+	if s.verify == nil || own == s.by {
+		return nil
+	}
+	if err := s.verify(view); err != nil {
+		return fmt.Errorf("%w: %w", ErrUntrusted, err)
+	}
+	s.by = own
+	return nil
+}
+
+// farewell sends the own bundle, which anyone may have, as the last thing on
+// the stream of an agent that is not trusted any more: its workloads learn at
+// once whom not to trust, even if it cannot come back.
+func (s *stream) farewell(view *registry.View, w *writer) error {
+	var d difference
+	s.held.reconcile(view, map[spiffeid.TrustDomain]bool{view.TrustDomain(): true}, &d)
+	if d.empty() {
+		return nil
+	}
+	s.moved(view.Revision(), true)
+	if err := s.write(d, w); err != nil {
+		return err
+	}
+	return w.finish(view.Revision(), s.held.sum)
+}
+
 // start sends the whole set, unless the agent has it.
 func (s *stream) start(view *registry.View, hello *hallmarkv1.FollowRequest, w *writer) error {
 	if err := s.admitted(); err != nil {
+		return err
+	}
+	if err := s.trusted(view); err != nil {
 		return err
 	}
 	rev := view.Revision()

@@ -144,6 +144,7 @@ type agent struct {
 	node   spiffeid.ID
 	hold   chan struct{} // while it has a value, messages stay unread
 	manual bool          // acknowledges nothing by itself
+	verify func(*registry.View) error
 
 	mu       sync.Mutex
 	wake     chan struct{}                // closed at each message
@@ -194,7 +195,7 @@ func (a *agent) open(w *world) {
 	a.call, a.messages, a.begun = c, nil, nil
 	a.mu.Unlock()
 	go func() {
-		c.result = w.feed.Follow(w.ctx, c, feed.Peer{Node: a.node, Address: "192.0.2.1:1"})
+		c.result = w.feed.Follow(w.ctx, c, feed.Peer{Node: a.node, Address: "192.0.2.1:1", Verify: a.verify})
 		close(c.ended)
 	}()
 }
