@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health/grpc_health_v1"
 
@@ -60,17 +61,56 @@ func (w backupWriter) Write(b []byte) (n int, err error) {
 	return n, nil
 }
 
-// ListAuthorities lists the authorities of every server, the oldest first.
+// ListAuthorities lists the authorities of every server, the oldest first, and
+// what depends on each.
 func (s *adminService) ListAuthorities(context.Context, *hallmarkv1.ListAuthoritiesRequest) (*hallmarkv1.ListAuthoritiesResponse, error) {
 	resp := &hallmarkv1.ListAuthoritiesResponse{}
-	for _, a := range s.registry.View().Authorities() {
+	view := s.registry.View()
+	uses := s.authorityUses(view)
+	for _, a := range view.Authorities() {
 		rec, err := a.Record()
 		if err != nil {
 			return nil, status(err)
 		}
+		use := uses[a.ID]
+		if use == nil {
+			use = &hallmarkv1.AuthorityUse{}
+		}
+		signed, last := s.issuer.Signed(a.ID)
+		use.Signed, use.LastExpiresAt = signed, timeToWire(last)
 		resp.Authorities = append(resp.Authorities, rec)
+		resp.Uses = append(resp.Uses, use)
 	}
 	return resp, nil
+}
+
+// authorityUses counts the agents that depend on each X.509 authority. Its cost
+// is that of looking at every node.
+func (s *adminService) authorityUses(view *registry.View) map[string]*hallmarkv1.AuthorityUse {
+	connected := make(map[spiffeid.ID]bool)
+	for _, c := range s.feed.Connections() {
+		connected[c.Node] = true
+	}
+	uses, now := make(map[string]*hallmarkv1.AuthorityUse), s.now()
+	for n := range view.Nodes("") {
+		renewed := n.NewSerialNumber != "" && n.NewAuthorityID != n.AuthorityID
+		if n.AuthorityID == "" || n.Banned || renewed || now.After(n.ExpiresAt) && now.After(n.NewExpiresAt) {
+			continue
+		}
+		use := uses[n.AuthorityID]
+		if use == nil {
+			use = &hallmarkv1.AuthorityUse{}
+			uses[n.AuthorityID] = use
+		}
+		use.Agents++
+		if connected[n.ID] {
+			use.ConnectedAgents++
+		}
+		if !n.CanReattest {
+			use.LostAgents++
+		}
+	}
+	return uses
 }
 
 // How long RotateAuthority waits for agents.

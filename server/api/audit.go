@@ -112,10 +112,12 @@ func subject(req, resp any) []slog.Attr {
 		return items("entry", r.Params, (*svidv1.NewX509SVIDParams).GetEntryId, statuses(resp))
 	case *svidv1.NewJWTSVIDRequest:
 		return []slog.Attr{slog.String("entry", clip(r.EntryId)), slog.Any("audience", shorten(r.Audience))}
-	case *localauthorityv1.ActivateX509AuthorityRequest:
-		return []slog.Attr{slog.String("authority", clip(r.AuthorityId))}
-	case *localauthorityv1.ActivateJWTAuthorityRequest:
-		return []slog.Attr{slog.String("authority", clip(r.AuthorityId))}
+	case *localauthorityv1.TaintX509UpstreamAuthorityRequest:
+		return []slog.Attr{slog.String("authority", clip(r.SubjectKeyId))}
+	case *localauthorityv1.RevokeX509UpstreamAuthorityRequest:
+		return []slog.Attr{slog.String("authority", clip(r.SubjectKeyId))}
+	case interface{ GetAuthorityId() string }: // every other call of LocalAuthority that names one
+		return []slog.Attr{slog.String("authority", clip(r.GetAuthorityId()))}
 	case *hallmarkv1.RotateAuthorityRequest:
 		return []slog.Attr{slog.String("kind", r.Kind.String())}
 	}

@@ -10,11 +10,18 @@ import (
 )
 
 // authorityService is SPIRE's LocalAuthority API over this server's
-// authorities. Tainting and revoking are not served yet.
+// authorities. Old ones of other servers can be tainted and revoked here too.
+//
+// A caller that names an authority which is not in the state for what it asks
+// gets FailedPrecondition, as the contract says; SPIRE's server answers
+// InvalidArgument to some of these.
 type authorityService struct {
-	localauthorityv1.UnimplementedLocalAuthorityServer
+	localauthorityv1.UnsafeLocalAuthorityServer // every call is here: one that is missing does not compile
 	*API
 }
+
+// errNoUpstream answers the calls about authorities above this server's.
+var errNoUpstream = callErrorf(codes.FailedPrecondition, "this server has no upstream authority: its X.509 authorities are their own roots")
 
 // authorityState is an authority as the API has it.
 type authorityState = localauthorityv1.AuthorityState
@@ -37,6 +44,28 @@ func (s *authorityService) ActivateX509Authority(ctx context.Context, req *local
 	return &localauthorityv1.ActivateX509AuthorityResponse{ActivatedAuthority: stateToWire(active)}, status(err)
 }
 
+// TaintX509Authority marks an old X.509 authority: agents replace what it signed.
+func (s *authorityService) TaintX509Authority(ctx context.Context, req *localauthorityv1.TaintX509AuthorityRequest) (*localauthorityv1.TaintX509AuthorityResponse, error) {
+	tainted, err := s.authorities.Taint(ctx, registry.X509, req.AuthorityId)
+	return &localauthorityv1.TaintX509AuthorityResponse{TaintedAuthority: stateToWire(tainted)}, status(err)
+}
+
+// RevokeX509Authority takes a tainted X.509 authority out of the bundle.
+func (s *authorityService) RevokeX509Authority(ctx context.Context, req *localauthorityv1.RevokeX509AuthorityRequest) (*localauthorityv1.RevokeX509AuthorityResponse, error) {
+	revoked, err := s.authorities.Revoke(ctx, registry.X509, req.AuthorityId)
+	return &localauthorityv1.RevokeX509AuthorityResponse{RevokedAuthority: stateToWire(revoked)}, status(err)
+}
+
+// TaintX509UpstreamAuthority is for a server with an authority above its own.
+func (s *authorityService) TaintX509UpstreamAuthority(context.Context, *localauthorityv1.TaintX509UpstreamAuthorityRequest) (*localauthorityv1.TaintX509UpstreamAuthorityResponse, error) {
+	return nil, errNoUpstream
+}
+
+// RevokeX509UpstreamAuthority is for a server with an authority above its own.
+func (s *authorityService) RevokeX509UpstreamAuthority(context.Context, *localauthorityv1.RevokeX509UpstreamAuthorityRequest) (*localauthorityv1.RevokeX509UpstreamAuthorityResponse, error) {
+	return nil, errNoUpstream
+}
+
 // GetJWTAuthorityState returns this server's JWT authorities.
 func (s *authorityService) GetJWTAuthorityState(context.Context, *localauthorityv1.GetJWTAuthorityStateRequest) (*localauthorityv1.GetJWTAuthorityStateResponse, error) {
 	active, prepared, old, err := s.states(registry.JWT)
@@ -53,6 +82,44 @@ func (s *authorityService) PrepareJWTAuthority(ctx context.Context, _ *localauth
 func (s *authorityService) ActivateJWTAuthority(ctx context.Context, req *localauthorityv1.ActivateJWTAuthorityRequest) (*localauthorityv1.ActivateJWTAuthorityResponse, error) {
 	active, err := s.authorities.Activate(ctx, registry.JWT, req.AuthorityId)
 	return &localauthorityv1.ActivateJWTAuthorityResponse{ActivatedAuthority: stateToWire(active)}, status(err)
+}
+
+// TaintJWTAuthority marks an old JWT authority: agents replace what it signed.
+func (s *authorityService) TaintJWTAuthority(ctx context.Context, req *localauthorityv1.TaintJWTAuthorityRequest) (*localauthorityv1.TaintJWTAuthorityResponse, error) {
+	tainted, err := s.authorities.Taint(ctx, registry.JWT, req.AuthorityId)
+	return &localauthorityv1.TaintJWTAuthorityResponse{TaintedAuthority: stateToWire(tainted)}, status(err)
+}
+
+// RevokeJWTAuthority takes a tainted JWT authority out of the bundle.
+func (s *authorityService) RevokeJWTAuthority(ctx context.Context, req *localauthorityv1.RevokeJWTAuthorityRequest) (*localauthorityv1.RevokeJWTAuthorityResponse, error) {
+	revoked, err := s.authorities.Revoke(ctx, registry.JWT, req.AuthorityId)
+	return &localauthorityv1.RevokeJWTAuthorityResponse{RevokedAuthority: stateToWire(revoked)}, status(err)
+}
+
+// GetWITAuthorityState and those below are for a kind of authority that this
+// server has not.
+func (s *authorityService) GetWITAuthorityState(context.Context, *localauthorityv1.GetWITAuthorityStateRequest) (*localauthorityv1.GetWITAuthorityStateResponse, error) {
+	return nil, errNoWIT
+}
+
+// PrepareWITAuthority is not offered.
+func (s *authorityService) PrepareWITAuthority(context.Context, *localauthorityv1.PrepareWITAuthorityRequest) (*localauthorityv1.PrepareWITAuthorityResponse, error) {
+	return nil, errNoWIT
+}
+
+// ActivateWITAuthority is not offered.
+func (s *authorityService) ActivateWITAuthority(context.Context, *localauthorityv1.ActivateWITAuthorityRequest) (*localauthorityv1.ActivateWITAuthorityResponse, error) {
+	return nil, errNoWIT
+}
+
+// TaintWITAuthority is not offered.
+func (s *authorityService) TaintWITAuthority(context.Context, *localauthorityv1.TaintWITAuthorityRequest) (*localauthorityv1.TaintWITAuthorityResponse, error) {
+	return nil, errNoWIT
+}
+
+// RevokeWITAuthority is not offered.
+func (s *authorityService) RevokeWITAuthority(context.Context, *localauthorityv1.RevokeWITAuthorityRequest) (*localauthorityv1.RevokeWITAuthorityResponse, error) {
+	return nil, errNoWIT
 }
 
 // states returns the active, the prepared and the newest old authority.
