@@ -108,7 +108,7 @@ func (a *app) launch(ctx context.Context, d *domain, name string, events chan<- 
 	if p.id, err = spiffeid.FromPath(d.trustDomain, "/"+name); err != nil {
 		return nil, err
 	}
-	if err := d.ensureEntry(ctx, "demo-"+name, p.id, d.alias, "unix:path:"+p.path); err != nil {
+	if _, err := d.ensureEntry(ctx, "demo-"+name, p.id, d.alias, "unix:path:"+p.path); err != nil {
 		return nil, err
 	}
 	p.cmd = exec.CommandContext(ctx, p.path, append([]string{"demo", "service", name}, args...)...)

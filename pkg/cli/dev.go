@@ -100,7 +100,8 @@ func (d *domain) addUser(ctx context.Context) (spiffeid.ID, error) {
 		return spiffeid.ID{}, fmt.Errorf("name the identity of user %q: %w", name, err)
 	}
 	uid := os.Getuid()
-	return id, d.ensureEntry(ctx, fmt.Sprintf("dev-user-%d", uid), id, d.alias, fmt.Sprintf("unix:uid:%d", uid))
+	_, err = d.ensureEntry(ctx, fmt.Sprintf("dev-user-%d", uid), id, d.alias, fmt.Sprintf("unix:uid:%d", uid))
+	return id, err
 }
 
 // firstSVID asks the Workload API for an identity until it is there, as a
@@ -148,24 +149,16 @@ func (a *app) welcome(d *domain, svid *x509svid.SVID, took time.Duration) {
 	det.add("until", fmt.Sprintf("%s, %s; it renews itself", expires.Local().Format(time.TimeOnly), a.relative(expires)))
 	b.WriteString(det.String())
 
-	fmt.Fprintf(&b, "\n  %s\n\n", "For programs that speak the SPIFFE Workload API:")
-	fmt.Fprintf(&b, "    %s\n", s.cyan("export SPIFFE_ENDPOINT_SOCKET="+workloadAddress(d.workloadSocket)))
-
-	fmt.Fprintf(&b, "\n  %s\n\n", "Three things to try, in another terminal:")
-	prefix := ""
-	if !d.isDefault {
-		prefix = "SPIFFE_ENDPOINT_SOCKET=" + workloadAddress(d.workloadSocket) + " "
-	}
-	for _, try := range [][2]string{
-		{prefix + self + " fetch x509", "that identity, and who vouches for it"},
-		{prefix + self + " explain", "why a process has it"},
+	fmt.Fprintf(&b, "\n  In another terminal, for every program that speaks the SPIFFE Workload API:\n\n    %s\n",
+		s.cyan("export SPIFFE_ENDPOINT_SOCKET="+workloadAddress(d.workloadSocket)))
+	fmt.Fprintf(&b, "\n  Three things to try there:\n\n")
+	tries := [][2]string{
+		{self + " fetch x509", "that identity, and who vouches for it"},
+		{self + " explain", "why a process has it"},
 		{self + " demo mtls", "two services trust each other while keys rotate"},
-	} {
-		if prefix != "" {
-			fmt.Fprintf(&b, "    %s\n    %s\n", s.cyan(try[0]), s.dim("  "+try[1]))
-			continue
-		}
-		fmt.Fprintf(&b, "    %s%s%s\n", s.cyan(try[0]), strings.Repeat(" ", max(2, 26-len(try[0]))), s.dim(try[1]))
+	}
+	for _, try := range tries {
+		fmt.Fprintf(&b, "    %s%s%s\n", s.cyan(try[0]), strings.Repeat(" ", len(tries[0][0])-len(try[0])+3), s.dim(try[1]))
 	}
 	fmt.Fprintf(&b, "\n  %s\n", s.dim(fmt.Sprintf("Server %s · state and log in %s · Ctrl-C stops it", d.address, home(d.dir))))
 	for _, n := range d.notes {

@@ -2,7 +2,6 @@ package cli
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -45,7 +44,6 @@ type domainOptions struct {
 type domain struct {
 	app           *app
 	dir           string
-	isDefault     bool // the directory is where other commands look
 	trustDomain   spiffeid.TrustDomain
 	alias         spiffeid.ID // parent of entries on this node, whatever the agent's ID
 	server, agent config.Source
@@ -63,6 +61,9 @@ type domain struct {
 const (
 	// readyTimeout is how long server and agent may take to start.
 	readyTimeout = 30 * time.Second
+	// reuseTimeout is how long an agent with an identity of an earlier run may
+	// take to be connected, before it gets a new one.
+	reuseTimeout = 5 * time.Second
 	// joinTTL is how long the agent may take to present its token.
 	joinTTL = 5 * time.Minute
 	// maxRejoins bounds how often within rejoinWindow an agent that lost its
@@ -109,7 +110,6 @@ func (a *app) runDomain(ctx context.Context, o domainOptions, body func(context.
 
 func (a *app) prepareDomain(o *domainOptions) (*domain, error) {
 	d := &domain{app: a}
-	standard, standardErr := defaultDevDir()
 	var err error
 	switch {
 	case o.ephemeral:
@@ -117,12 +117,11 @@ func (a *app) prepareDomain(o *domainOptions) (*domain, error) {
 	case o.dir != "":
 		d.dir, err = filepath.Abs(o.dir)
 	default:
-		d.dir, err = standard, standardErr
+		d.dir, err = defaultDevDir()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("choose a directory: %w", err)
 	}
-	d.isDefault = standardErr == nil && d.dir == standard
 	if n := len(d.dir) + len("/"+workloadSocket.dev); n > maxSocketPath {
 		return nil, usageError(fmt.Errorf("the path of %s is %d bytes too long for sockets in it; choose a shorter --dir", d.dir, n-maxSocketPath))
 	}
@@ -293,8 +292,8 @@ func divertLog(path string, terminal io.Writer, s style) (end func(), err error)
 		for {
 			line, err := lines.ReadSlice('\n') // a longer line comes in pieces
 			_, _ = file.Write(line)            // a full disk must not stop the domain
-			if bytes.Contains(line, []byte("level=ERROR")) || bytes.Contains(line, []byte(`"level":"ERROR"`)) {
-				fmt.Fprintf(terminal, "%s %s\n", s.red("hallmark:"), printable(strings.TrimSpace(string(line))))
+			if text, ok := loggedError(string(line)); ok {
+				fmt.Fprintf(terminal, "%s %s\n", s.red("hallmark:"), printable(text))
 			}
 			if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
 				return
@@ -308,6 +307,25 @@ func divertLog(path string, terminal io.Writer, s style) (end func(), err error)
 		r.Close()
 		file.Close()
 	}, nil
+}
+
+// loggedError returns what a line of the log says, if it is an error: without
+// time and level, and the message without quotes.
+func loggedError(line string) (string, bool) {
+	line = strings.TrimSpace(line)
+	if strings.Contains(line, `"level":"ERROR"`) {
+		return line, true
+	}
+	_, text, ok := strings.Cut(line, "level=ERROR msg=")
+	if !ok {
+		return "", false
+	}
+	if quoted, err := strconv.QuotedPrefix(text); err == nil {
+		if message, err := strconv.Unquote(quoted); err == nil {
+			text = message + text[len(quoted):]
+		}
+	}
+	return text, true
 }
 
 // program is a server or an agent that runs.
@@ -418,6 +436,9 @@ func (d *domain) run(ctx context.Context, body func(context.Context, *domain) er
 				cancel()
 				<-finished
 				agent = &program{name: "agent", cancel: func() {}, done: closed()}
+				if known := (*failure)(nil); errors.As(err, &known) {
+					return err
+				}
 				return fmt.Errorf("%w (%w)", cause, err)
 			}
 			fmt.Fprintln(os.Stderr, "the agent had ended and joined anew:", cause)
@@ -441,28 +462,48 @@ func (d *domain) mayRejoin(ctx context.Context, before []time.Time) ([]time.Time
 	}
 	n, err := d.admin.agents().GetAgent(ctx, &agentv1.GetAgentRequest{Id: wireID(d.agentID)})
 	if err == nil && n.Banned {
-		return recent, errors.New("it is banned; the next start of hallmark dev brings in a new one")
+		return recent, &failure{code: exitDenied, err: errors.New("the agent was banned, and dev ends with it"),
+			remedy: "Start it again to bring in a new agent."}
 	}
 	return recent, nil
 }
 
-// startAgent runs the agent with a new join string, which it uses only if it
-// has no identity that is still valid, and ties the node's alias to its ID.
+// startAgent runs the agent and ties the node's alias to its ID. An identity
+// of an earlier run is used again; an agent without one that serves gets a
+// join string.
+//
+// The string is only given to an agent that needs it: so the agent of a domain
+// never changes its ID while it runs, which the alias would not follow.
 func (d *domain) startAgent(ctx context.Context) (*program, error) {
+	if entries, err := os.ReadDir(filepath.Join(d.dir, "agent")); err == nil && len(entries) > 0 {
+		agent, err := d.tryAgent(ctx, "", reuseTimeout)
+		if err == nil || ctx.Err() != nil {
+			return agent, err
+		}
+		fmt.Fprintln(os.Stderr, "the agent's identity of an earlier run is of no use:", err)
+		if err := os.RemoveAll(filepath.Join(d.dir, "agent")); err != nil {
+			return nil, fmt.Errorf("remove the agent's old identity: %w", err)
+		}
+	}
 	token, err := generateToken(ctx, d.admin, int32(joinTTL/time.Second), nil, d.address)
 	if err != nil {
 		return nil, err
 	}
+	return d.tryAgent(ctx, token.Join, readyTimeout)
+}
+
+func (d *domain) tryAgent(ctx context.Context, join string, within time.Duration) (*program, error) {
 	src := d.agent
-	src.Set = append(slices.Clone(src.Set),
-		config.Setting{Path: "server", Value: d.address, From: "hallmark dev"},
-		config.Setting{Path: "join", Value: token.Join, From: "hallmark dev"})
+	src.Set = append(slices.Clone(src.Set), config.Setting{Path: "server", Value: d.address, From: "hallmark dev"})
+	if join != "" {
+		src.Set = append(src.Set, config.Setting{Path: "join", Value: join, From: "hallmark dev"})
+	}
 	agent := start(ctx, "agent", func(ctx context.Context, ready func()) error {
 		return d.app.programs.RunAgent(ctx, src, ready)
 	})
-	err = agent.awaitReady(ctx)
+	err := agent.awaitReady(ctx)
 	if err == nil {
-		err = d.adopt(ctx)
+		err = d.adopt(ctx, agent, within)
 	}
 	if err != nil {
 		_ = agent.stop() // err says more
@@ -471,43 +512,65 @@ func (d *domain) startAgent(ctx context.Context) (*program, error) {
 	return agent, nil
 }
 
-// adopt makes the alias name the agent that runs now.
-func (d *domain) adopt(ctx context.Context) error {
+// adopt waits until the agent is connected and makes the alias name it.
+func (d *domain) adopt(ctx context.Context, agent *program, within time.Duration) error {
 	conn, err := dialUnix(d.agentSocket, nil)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	client := hallmarkv1.NewAgentAdminServiceClient(conn)
 	for {
 		s, err := client.GetStatus(ctx, &hallmarkv1.GetStatusRequest{})
-		if err != nil {
-			return rpcError("ask the agent how it is", err)
-		}
-		if s.AgentId != "" {
+		if err == nil && s.Connected {
 			if d.agentID, err = spiffeid.FromString(s.AgentId); err != nil {
 				return fmt.Errorf("the agent's ID: %w", err)
 			}
-			return d.ensureEntry(ctx, "dev-node", d.alias, d.agentID, "spiffe_id:"+s.AgentId)
+			old, err := d.ensureEntry(ctx, "dev-node", d.alias, d.agentID, "spiffe_id:"+s.AgentId)
+			if err == nil && old != nil {
+				d.forget(ctx, old.ParentId)
+			}
+			return err
 		}
 		timer := time.NewTimer(firstSVIDRetry)
 		select {
 		case <-timer.C:
+		case <-agent.done:
+			timer.Stop()
+			return agent.failure()
 		case <-ctx.Done():
 			timer.Stop()
-			return fmt.Errorf("the agent did not attest within %v: %s", readyTimeout, s.LastError)
+			if err != nil {
+				return rpcError("ask the agent how it is", err)
+			}
+			return fmt.Errorf("the agent did not connect to the server within %v: %s", within, s.LastError)
 		}
 	}
 }
 
-// ensureEntry makes an entry be as given, whether it exists or not.
-func (d *domain) ensureEntry(ctx context.Context, id string, who, parent spiffeid.ID, selector string) error {
+// forget evicts the agent that this one took the place of, unless it was
+// banned. That it stays listed otherwise does no harm.
+func (d *domain) forget(ctx context.Context, id *types.SPIFFEID) {
+	n, err := d.admin.agents().GetAgent(ctx, &agentv1.GetAgentRequest{Id: id})
+	if err == nil && !n.Banned {
+		_, err = d.admin.agents().DeleteAgent(ctx, &agentv1.DeleteAgentRequest{Id: id})
+	}
+	if err != nil && status.Code(err) != codes.NotFound {
+		fmt.Fprintln(os.Stderr, "the former agent could not be evicted:", err)
+	}
+}
+
+// ensureEntry makes an entry be as given, whether it exists or not. It returns
+// the former one if that had to be changed.
+func (d *domain) ensureEntry(ctx context.Context, id string, who, parent spiffeid.ID, selector string) (*types.Entry, error) {
 	typ, value, _ := strings.Cut(selector, ":")
 	want := &types.Entry{
 		Id: id, SpiffeId: wireID(who), ParentId: wireID(parent),
 		Selectors: []*types.Selector{{Type: typ, Value: value}},
+		// Nobody is the alias: it only gives its children a place.
+		AdditionalAttributes: &types.Entry_AdditionalAttributes{DisableX509SvidPrefetch: who == d.alias},
 	}
 	what := "register " + who.String()
 	have, err := d.admin.entries().GetEntry(ctx, &entryv1.GetEntryRequest{Id: id})
@@ -515,28 +578,28 @@ func (d *domain) ensureEntry(ctx context.Context, id string, who, parent spiffei
 	case status.Code(err) == codes.NotFound:
 		resp, err := d.admin.entries().BatchCreateEntry(ctx, &entryv1.BatchCreateEntryRequest{Entries: []*types.Entry{want}})
 		if err != nil {
-			return rpcError(what, err)
+			return nil, rpcError(what, err)
 		}
 		// A similar one of the user's own is as good.
 		if s := firstStatus(resp.Results); s.GetCode() != int32(codes.OK) && s.GetCode() != int32(codes.AlreadyExists) {
-			return itemError(what, s.GetCode(), s.GetMessage())
+			return nil, itemError(what, s.GetCode(), s.GetMessage())
 		}
-		return nil
+		return nil, nil
 	case err != nil:
-		return rpcError(what, err)
+		return nil, rpcError(what, err)
 	case idText(have.ParentId) == parent.String() && slices.Equal(selectorTexts(have.Selectors), []string{selector}):
-		return nil
+		return nil, nil
 	}
 	resp, err := d.admin.entries().BatchUpdateEntry(ctx, &entryv1.BatchUpdateEntryRequest{
 		Entries: []*types.Entry{want}, InputMask: &types.EntryMask{ParentId: true, Selectors: true},
 	})
 	if err != nil {
-		return rpcError(what, err)
+		return nil, rpcError(what, err)
 	}
 	if len(resp.Results) != 1 || resp.Results[0].GetStatus().GetCode() != int32(codes.OK) {
-		return fmt.Errorf("%s: %v", what, resp.Results)
+		return nil, fmt.Errorf("%s: %v", what, resp.Results)
 	}
-	return nil
+	return have, nil
 }
 
 func firstStatus(results []*entryv1.BatchCreateEntryResponse_Result) *types.Status {

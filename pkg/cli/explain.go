@@ -44,6 +44,17 @@ type explainedEntry struct {
 	Reason    string   `json:"reason"` // why an entry that matches yields no SVID
 }
 
+// namesNode reports whether an entry gives a name to nodes, which no process
+// can have.
+func (e *explainedEntry) namesNode() bool {
+	for _, s := range e.Selectors {
+		if !strings.HasPrefix(s, "spiffe_id:") {
+			return false
+		}
+	}
+	return true
+}
+
 func (a *app) explainCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "explain [PID]",
@@ -147,14 +158,20 @@ func (a *app) showExplanation(w io.Writer, x *explanation) {
 		}
 	}
 
-	matched := 0
+	matched, total := 0, int(x.Total)
 	for _, e := range x.Entries {
-		if e.Matched {
+		switch {
+		case e.Matched:
 			matched++
+		case e.namesNode():
+			total--
 		}
 	}
-	fmt.Fprintf(w, "\n%s  %s\n", s.bold("What it may be"), s.dim(fmt.Sprintf("%s of %s on this node match", thousands(matched), count(int(x.Total), "entry", "entries"))))
+	fmt.Fprintf(w, "\n%s  %s\n", s.bold("What it may be"), s.dim(fmt.Sprintf("%s of %s on this node match", thousands(matched), count(total, "entry", "entries"))))
 	for _, e := range x.Entries {
+		if !e.Matched && e.namesNode() {
+			continue
+		}
 		fmt.Fprintln(w)
 		a.showExplained(w, x, e)
 	}
