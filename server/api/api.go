@@ -120,8 +120,9 @@ func New(o Options) *API {
 	for _, id := range o.AdminIDs {
 		a.adminIDs[id] = true
 	}
-	a.attests = newLimiter(a.limits.AttestPerSecond, a.now)
-	a.signs = newLimiter(a.limits.SignPerSecond, a.now)
+	// Two seconds' worth at once, and a whole batch in any case.
+	a.attests = newLimiter(a.limits.AttestPerSecond, 2*a.limits.AttestPerSecond, a.now)
+	a.signs = newLimiter(a.limits.SignPerSecond, max(2*a.limits.SignPerSecond, maxCSRs), a.now)
 	a.started = a.now()
 	a.stopping, a.stop = context.WithCancel(context.Background())
 

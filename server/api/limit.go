@@ -34,6 +34,7 @@ const maxLimitWait = 5 * time.Second
 // not called for a while, so that its size is bounded whoever calls.
 type limiter struct {
 	perSecond int
+	burst     int
 	now       func() time.Time
 
 	mu     sync.Mutex
@@ -47,8 +48,8 @@ const (
 	limiterSize = 20_000           // callers in each generation
 )
 
-func newLimiter(perSecond int, now func() time.Time) *limiter {
-	return &limiter{perSecond: perSecond, now: now, young: make(map[string]*rate.Limiter), turned: now()}
+func newLimiter(perSecond, burst int, now func() time.Time) *limiter {
+	return &limiter{perSecond: perSecond, burst: burst, now: now, young: make(map[string]*rate.Limiter), turned: now()}
 }
 
 // of returns the limiter of a caller.
@@ -63,7 +64,7 @@ func (l *limiter) of(caller string, now time.Time) *rate.Limiter {
 	}
 	r := l.old[caller]
 	if r == nil {
-		r = rate.NewLimiter(rate.Limit(l.perSecond), max(2*l.perSecond, maxCSRs)) // two seconds' worth at once
+		r = rate.NewLimiter(rate.Limit(l.perSecond), l.burst)
 	}
 	l.young[caller] = r
 	return r

@@ -9,6 +9,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"log/slog"
 	"math/big"
 	"net/url"
@@ -22,7 +23,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
@@ -71,7 +72,7 @@ func newWorld(t testing.TB, change ...func(*api.Options)) *world {
 	t.Helper()
 	w := &world{t: t, log: &logBuffer{}}
 	log := slog.New(slog.NewTextHandler(w.log, nil))
-	now := func() time.Time { return time.Now().Add(time.Duration(w.offset.Load())) }
+	now := w.now
 	db, err := badger.Open(badger.Options{InMemory: true})
 	must(t, err)
 	w.registry, err = registry.Open(t.Context(), registry.Options{Store: db, TrustDomain: td, Now: now})
@@ -157,6 +158,8 @@ func expectReason(t testing.TB, err error, want types.PermissionDeniedDetails_Re
 	}
 }
 
+func (w *world) now() time.Time { return time.Now().Add(time.Duration(w.offset.Load())) }
+
 // sleep moves the server's clock.
 func (w *world) sleep(d time.Duration) { w.offset.Add(int64(d)) }
 
@@ -210,7 +213,17 @@ func (w *world) tlsConfig(s *svid) *tls.Config {
 	for _, a := range w.registry.View().Bundle(td).X509Authorities {
 		roots.AddX509Authority(a.Certificate)
 	}
-	c := tlsconfig.TLSClientConfig(roots, tlsconfig.AuthorizeID(id(entry.ServerPath)))
+	c := &tls.Config{
+		MinVersion:         tls.VersionTLS13,
+		InsecureSkipVerify: true, // verified by the rules of SPIFFE instead
+		VerifyPeerCertificate: func(raw [][]byte, _ [][]*x509.Certificate) error {
+			got, _, err := x509svid.ParseAndVerify(raw, roots, x509svid.WithTime(w.now()))
+			if err == nil && got != id(entry.ServerPath) {
+				err = fmt.Errorf("the server presents %s", got)
+			}
+			return err
+		},
+	}
 	if s != nil {
 		c.Certificates = []tls.Certificate{s.tls}
 	}

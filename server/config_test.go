@@ -1,0 +1,101 @@
+package server_test
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/hallmark-id/hallmark/pkg/config"
+	"github.com/hallmark-id/hallmark/server"
+)
+
+func source(yaml string) config.Source { return config.Source{Name: "server.yaml", Data: []byte(yaml)} }
+
+func TestTheShortestConfigurationIsATrustDomain(t *testing.T) {
+	if err := server.Check(source("trust_domain: example.org\n")); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestEveryKeyIsUnderstood(t *testing.T) {
+	err := server.Check(source(`
+trust_domain: example.org
+listen: "[::1]:0"
+advertise: server.example.org:8081
+data_dir: /var/lib/hallmark/server
+admin_socket: /run/hallmark/server.sock
+store:
+  badger:
+    dir: /var/lib/hallmark/store
+    memtable: 16777216
+keys:
+  disk:
+    dir: /var/lib/hallmark/keys
+x509:
+  key_type: ec-p384
+  authority_lifetime: 30d
+  svid_lifetime: 4s
+  agent_lifetime: 2h
+jwt:
+  key_type: rsa-2048
+  authority_lifetime: 48h
+  svid_lifetime: 1m30s
+  issuer: https://issuer.example.org
+node_attestors:
+  join_token: {}
+admin_ids:
+  - spiffe://example.org/ops
+limits:
+  connections: 100
+  attest_per_second: 10
+  sign_per_second: 20
+log:
+  level: debug
+  format: json
+`))
+	if err != nil {
+		t.Error(err)
+	}
+	if err := server.Check(source("trust_domain: example.org\nstore: {memory: {}}\nkeys: {memory: {}}\nnode_attestors: {}\n")); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestWhatCannotBeMeantIsRefusedWithItsPlaceAndARemedy(t *testing.T) {
+	for _, c := range []struct{ yaml, want string }{
+		{"", "server.yaml: trust_domain is missing; set it to a name like example.org"},
+		{"trust_domain: Example Org", "server.yaml:1:15: trust_domain: "},
+		{"trust_domain: spiffe://example.org", `trust_domain "spiffe://example.org" is no bare name; write example.org`},
+		{"listen: nowhere", "listen: address nowhere: missing port in address; write host:port"},
+		{"listen: localhost:http", `the port "http" is no number`},
+		{"listen: localhost:65536", "between 0 and 65535"},
+		{"advertise: 0.0.0.0:8081", "is no address that an agent can dial"},
+		{"advertise: example.org:0", "is no address that an agent can dial"},
+		{"advertise: :8081", "is no address that an agent can dial"},
+		{"admin_socket: /" + strings.Repeat("x", 120), "admin_socket is 121 bytes long and the kernel takes 107"},
+		{"store: {badger: {}, memory: {}}", "choose badger or memory"},
+		{"store: {badger: {memtable: 1}}", "memtable is 1 bytes"},
+		{"keys: {disk: {}, memory: {}}", "choose disk or memory"},
+		{"x509: {key_type: dsa}", `unknown key type "dsa"; it is one of ec-p256`},
+		{"x509: {svid_lifetime: 13h}", "server.yaml:2:23: x509.svid_lifetime is 13h, but x509.authority_lifetime only 24h; an authority must live at least twice as long"},
+		{"x509: {agent_lifetime: 13h}", "x509.agent_lifetime is 13h"},
+		{"x509: {svid_lifetime: 1500ms}", "not a whole number of seconds"},
+		{"x509: {svid_lifetime: 0s}", "at least 1s"},
+		{"x509: {authority_lifetime: 9s, svid_lifetime: 1s, agent_lifetime: 1s}", "x509.authority_lifetime is 9s; it is between 10s"},
+		{"jwt: {svid_lifetime: 13h}", "jwt.svid_lifetime is 13h"},
+		{"admin_ids: [spiffe://other.org/x]", `admin ID "spiffe://other.org/x" is not the ID of a workload in trust domain "example.org"`},
+		{"admin_ids: [example]", `admin ID "example"`},
+		{"limits: {connections: -1}", "connections is -1"},
+		{"log: {level: loud}", "loud"},
+		{"node_attestors: {magic: {}}", "magic"},
+		{"tust_domain: x", "trust_domain"},
+	} {
+		yaml := c.yaml
+		if !strings.Contains(yaml, "trust_domain") && yaml != "" {
+			yaml = "trust_domain: example.org\n" + yaml
+		}
+		err := server.Check(source(yaml))
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s:\n%v\nwant %q", c.yaml, err, c.want)
+		}
+	}
+}
