@@ -9,6 +9,7 @@ package attestors
 
 import (
 	"context"
+	"errors"
 
 	"github.com/hallmark-id/hallmark/pkg/selector"
 )
@@ -22,12 +23,18 @@ type Agent interface {
 	Respond(ctx context.Context, challenge []byte) ([]byte, error)
 }
 
+// ErrUnavailable is what [Server.Verify] returns, wrapped or not, when a proof
+// cannot be checked for a reason that is not the node's. The node tries again;
+// the attestor has logged the reason.
+var ErrUnavailable = errors.New("proof of what the node is cannot be checked now; try again")
+
 // Server is the half that verifies a node's proof.
 type Server interface {
 	// Verify checks a payload of at most 64 KiB. It may send challenges, at
 	// most ten, through the function it is given, which returns the node's
-	// response. An error's text is told to the node: it says what is wrong
-	// with the proof and nothing of what else exists.
+	// response. An error's text is told to the node, except beside
+	// [ErrUnavailable]: it says what is wrong with the proof and nothing of what
+	// else exists.
 	Verify(ctx context.Context, payload []byte, challenge func(context.Context, []byte) ([]byte, error)) (*Evidence, error)
 }
 

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/codes"
 	grpcstatus "google.golang.org/grpc/status"
 
+	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/issue"
 	"github.com/hallmark-id/hallmark/server/registry"
@@ -76,6 +77,8 @@ func status(err error) error {
 		return &callError{code: codes.InvalidArgument, text: err.Error()}
 	case errors.Is(err, authority.ErrUnavailable):
 		return &callError{code: codes.Unavailable, text: authority.ErrUnavailable.Error()}
+	case errors.Is(err, attestors.ErrUnavailable):
+		return &callError{code: codes.Unavailable, text: attestors.ErrUnavailable.Error()}
 	case errors.Is(err, store.ErrTooLarge):
 		return &callError{code: codes.InvalidArgument, text: fmt.Sprintf("what was to be stored is too large; a record may be %d bytes", store.MaxValue)}
 	case errors.Is(err, store.ErrClosed):
