@@ -19,6 +19,10 @@ type Limits struct {
 	SignPerSecond   int // signatures for one agent or downstream server
 }
 
+// maxAnonymous is how many connections may be without a valid X509-SVID: the
+// rest is for agents, however many others come.
+func (l Limits) maxAnonymous() int64 { return int64(max(l.Connections/2, 10)) }
+
 // Defaults of [Limits]: far above what well-behaved agents need, and below
 // what one of them needs to be in the way of the others.
 const (

@@ -39,6 +39,8 @@ const (
 	// send in its life: enough for an attestation with ten challenges of 64 KiB.
 	// After that it is closed, and the client may connect again.
 	maxAnonymousBytes = 1 << 20
+	// maxAnonymousLife is how long such a connection may last, whatever it does.
+	maxAnonymousLife = 5 * time.Minute
 	// keepaliveTime and keepaliveTimeout find agents that vanished: a connection
 	// that nothing came from for so long is pinged, and closed if no answer comes.
 	keepaliveTime    = time.Minute
@@ -99,7 +101,8 @@ func serverOptions() []grpc.ServerOption {
 // so that a client can be told what is wrong with it.
 type tlsCredentials struct {
 	credentials.TransportCredentials
-	api *API
+	api       *API
+	anonymous atomic.Int64 // connections without a valid X509-SVID
 }
 
 func (a *API) tlsCredentials() credentials.TransportCredentials {
@@ -128,7 +131,11 @@ func (t *tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 	p := newTLSPeer(info.(credentials.TLSInfo), raw.RemoteAddr().String())
 	now := t.api.now()
 	if p.leaf == nil || now.After(p.leaf.NotAfter) || p.verify(t.api.registry.View().Bundle(t.api.td), now) != nil {
-		conn = &anonymousConn{Conn: conn, left: maxAnonymousBytes}
+		if t.anonymous.Add(1) > t.api.limits.maxAnonymous() {
+			t.anonymous.Add(-1)
+			return nil, nil, errors.New("there are too many connections without an X509-SVID")
+		}
+		conn = newAnonymousConn(conn, &t.anonymous)
 	}
 	return conn, p, nil
 }
@@ -187,12 +194,34 @@ func (p *tlsPeer) verify(by *bundle.Bundle, now time.Time) error {
 	return err
 }
 
-// anonymousConn is a connection whose client may send little.
+// anonymousConn is a connection whose client may not send much, nor stay long.
 type anonymousConn struct {
 	net.Conn
-	left int64 // read by one goroutine
+	left int64 // bytes; of the goroutine that reads
+	end  *time.Timer
+	once sync.Once
+	open *atomic.Int64
 }
 
+func newAnonymousConn(conn net.Conn, open *atomic.Int64) *anonymousConn {
+	return &anonymousConn{
+		Conn: conn,
+		left: maxAnonymousBytes,
+		end:  time.AfterFunc(maxAnonymousLife, func() { conn.Close() }),
+		open: open,
+	}
+}
+
+// Close closes the connection and makes room for another.
+func (c *anonymousConn) Close() error {
+	c.once.Do(func() {
+		c.end.Stop()
+		c.open.Add(-1)
+	})
+	return c.Conn.Close()
+}
+
+// Read reads from the connection until the client has sent too much.
 func (c *anonymousConn) Read(b []byte) (int, error) {
 	if c.left <= 0 {
 		return 0, errors.New("the client sent more than one without an X509-SVID may")

@@ -243,3 +243,18 @@ func TestOpenStreamsEndWhenTheSVIDDoes(t *testing.T) {
 	}
 	expectReason(t, err, types.PermissionDeniedDetails_AGENT_EXPIRED)
 }
+
+func TestConnectionsWithoutAnSVIDLeaveRoomForAgents(t *testing.T) {
+	w := newWorld(t, func(o *api.Options) { o.Limits.Connections = 24 })
+	agent := w.newAgent()
+	for range 12 {
+		_, err := bundlev1.NewBundleClient(w.connect(nil)).GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
+		if err != nil {
+			break // the connection that the agent attested on may be open still
+		}
+	}
+	_, err := bundlev1.NewBundleClient(w.connect(nil)).GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
+	expectCode(t, err, codes.Unavailable, "")
+	_, err = bundlev1.NewBundleClient(w.connect(agent)).GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
+	must(t, err)
+}
