@@ -126,7 +126,7 @@ func (a *app) prepareDomain(o *domainOptions) (*domain, error) {
 		return nil, usageError(fmt.Errorf("the path of %s is %d bytes too long for sockets in it; choose a shorter --dir", d.dir, n-maxSocketPath))
 	}
 	if err := os.MkdirAll(d.dir, 0o700); err != nil {
-		return nil, fmt.Errorf("make the directory: %w", err)
+		return nil, &failure{code: exitFailed, err: fmt.Errorf("make the directory: %w", err), remedy: "Name another with --dir, or use --ephemeral."}
 	}
 	d.log = filepath.Join(d.dir, "hallmark.log")
 	return d, nil
