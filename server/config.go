@@ -130,14 +130,6 @@ type JWTConfig struct {
 	Issuer string `yaml:"issuer" env:"expand"`
 }
 
-// NodeAttestorsConfig says how nodes may attest.
-type NodeAttestorsConfig struct {
-	JoinToken *JoinTokenConfig `yaml:"join_token"` // by a token that an operator made
-}
-
-// JoinTokenConfig enables join tokens; there is nothing to say of them.
-type JoinTokenConfig struct{}
-
 // LimitsConfig bounds what callers can make the server do. 0 is the default.
 type LimitsConfig struct {
 	// Connections over TCP at once; each takes a file descriptor. Default 15000.
@@ -166,7 +158,8 @@ type settings struct {
 	adminIDs []spiffeid.ID
 }
 
-// load reads and checks a configuration.
+// load reads and checks a configuration, and the files of what is trusted that
+// it names.
 func load(src config.Source) (*settings, error) {
 	s := &settings{Config: Config{
 		Listen:      defaultListen,
@@ -249,6 +242,7 @@ func (s *settings) check(src config.Source) error {
 		wrong("keys", "keys names two key managers; choose disk or memory")
 	}
 	s.checkLifetimes(wrong)
+	s.checkAttestors(wrong)
 	for i, text := range s.AdminIDs {
 		path := "admin_ids." + strconv.Itoa(i)
 		switch id, err := spiffeid.FromString(text); {

@@ -18,11 +18,8 @@ import (
 
 	"go.step.sm/crypto/kms/apiv1"
 	"golang.org/x/sync/errgroup"
-	"google.golang.org/grpc/codes"
-	grpcstatus "google.golang.org/grpc/status"
 
 	"github.com/hallmark-id/hallmark/attestors"
-	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/pkg/config"
 	"github.com/hallmark-id/hallmark/pkg/version"
 	"github.com/hallmark-id/hallmark/server/api"
@@ -79,6 +76,10 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, keys.Close()) }()
+	evidence, err := s.makeAttestors(reg, log)
+	if err != nil {
+		return err
+	}
 
 	// What serves ends first; what it stands on, after it.
 	base, stop := context.WithCancel(context.WithoutCancel(ctx))
@@ -91,7 +92,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	authorities, err := s.openAuthorities(above, reg, keys, log)
 	if err == nil {
 		below.Go(func() error { return authorities.Run(base) })
-		served := s.newAPI(st, reg, authorities, log)
+		served := s.newAPI(st, reg, authorities, evidence, log)
 		log.Info("server is ready", append(describe(reg, authorities),
 			"trust_domain", s.TrustDomain, "listen", tcp.Addr().String(), "admin_socket", s.AdminSocket,
 			"version", version.String(), "took", time.Since(began).Round(time.Millisecond))...)
@@ -123,7 +124,7 @@ func (s *settings) openAuthorities(ctx context.Context, reg *registry.Registry, 
 	})
 }
 
-func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *authority.Authorities, log *slog.Logger) *api.API {
+func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *authority.Authorities, evidence map[string]attestors.Server, log *slog.Logger) *api.API {
 	x509TTL, jwtTTL := time.Duration(s.X509.SVIDLifetime), time.Duration(s.JWT.SVIDLifetime)
 	return api.New(api.Options{
 		Store:       st,
@@ -139,7 +140,7 @@ func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *a
 			JWTIssuer:   s.JWT.Issuer,
 		}),
 		Feed:          feed.New(feed.Options{Registry: reg, X509TTL: x509TTL, JWTTTL: jwtTTL, Log: log}),
-		NodeAttestors: s.nodeAttestors(reg, log),
+		NodeAttestors: evidence,
 		AdminIDs:      s.adminIDs,
 		Advertise:     s.Advertise,
 		Limits: api.Limits{
@@ -181,24 +182,8 @@ func (s *settings) openKeys() (apiv1.KeyManager, error) {
 	return authority.NewDiskKeys(s.Keys.Disk.Dir)
 }
 
-// nodeAttestors makes the attestors of nodes that are configured.
-func (s *settings) nodeAttestors(reg *registry.Registry, log *slog.Logger) map[string]attestors.Server {
-	out := make(map[string]attestors.Server)
-	if s.NodeAttestors.JoinToken != nil {
-		out[jointoken.Name] = jointoken.New(func(ctx context.Context, token string) error {
-			_, err := reg.ConsumeJoinToken(ctx, token)
-			var told *registry.Error
-			if err == nil || errors.As(err, &told) || ctx.Err() != nil {
-				return err
-			}
-			log.Error("a join token could not be checked", "error", err) // of no use to the node
-			return grpcstatus.Error(codes.Unavailable, "join tokens cannot be checked now; try again")
-		})
-	}
-	return out
-}
-
-// Check checks a configuration. It opens nothing.
+// Check checks a configuration, and the files of what is trusted that it names.
+// It starts nothing.
 func Check(src config.Source) error {
 	_, err := load(src)
 	return err

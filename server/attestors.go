@@ -1,0 +1,91 @@
+package server
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/hallmark-id/hallmark/attestors"
+	"github.com/hallmark-id/hallmark/attestors/jointoken"
+	"github.com/hallmark-id/hallmark/attestors/x509pop"
+	"github.com/hallmark-id/hallmark/server/registry"
+)
+
+// NodeAttestorsConfig says how nodes may attest: by each attestor that is set.
+type NodeAttestorsConfig struct {
+	JoinToken *JoinTokenConfig      `yaml:"join_token"` // by a token that an operator made
+	X509PoP   *x509pop.ServerConfig `yaml:"x509pop"`    // by a certificate and its private key
+}
+
+// JoinTokenConfig enables join tokens; there is nothing to say of them.
+type JoinTokenConfig struct{}
+
+// nodeAttestors is the table of how nodes may attest. A constructor returns nil
+// if its part of the configuration is not there. The registry and the log are
+// for what it makes: they are nil when a configuration is only checked.
+var nodeAttestors = []struct {
+	name string // of the attestor, and in the configuration
+	make func(*settings, *registry.Registry, *slog.Logger) (attestors.Server, error)
+}{
+	{jointoken.Name, func(s *settings, reg *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+		if s.NodeAttestors.JoinToken == nil {
+			return nil, nil
+		}
+		return joinTokenAttestor(reg, log), nil
+	}},
+	{x509pop.Name, func(s *settings, reg *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+		if s.NodeAttestors.X509PoP == nil {
+			return nil, nil
+		}
+		return x509pop.New(*s.NodeAttestors.X509PoP, x509pop.Options{
+			TrustDomain: s.td,
+			Roots: func(td spiffeid.TrustDomain) *x509.CertPool {
+				if b := reg.View().Bundle(td); b != nil {
+					return b.Pool()
+				}
+				return nil
+			},
+			Log: log,
+		})
+	}},
+}
+
+func joinTokenAttestor(reg *registry.Registry, log *slog.Logger) *jointoken.Server {
+	return jointoken.New(func(ctx context.Context, token string) error {
+		_, err := reg.ConsumeJoinToken(ctx, token)
+		var told *registry.Error
+		if err == nil || errors.As(err, &told) || ctx.Err() != nil {
+			return err
+		}
+		log.Error("a join token could not be checked", "error", err) // of no use to the node
+		return attestors.ErrUnavailable
+	})
+}
+
+// makeAttestors makes the attestors of nodes that are configured, by name.
+func (s *settings) makeAttestors(reg *registry.Registry, log *slog.Logger) (map[string]attestors.Server, error) {
+	out := make(map[string]attestors.Server)
+	for _, kind := range nodeAttestors {
+		a, err := kind.make(s, reg, log)
+		if err != nil {
+			return nil, fmt.Errorf("node attestor %s: %w", kind.name, err)
+		}
+		if a != nil {
+			out[kind.name] = a
+		}
+	}
+	return out, nil
+}
+
+// checkAttestors finds out whether the attestors of nodes can be made.
+func (s *settings) checkAttestors(wrong func(path, format string, args ...any)) {
+	for _, kind := range nodeAttestors {
+		if _, err := kind.make(s, nil, nil); err != nil {
+			wrong("node_attestors."+kind.name, "%s: %v", kind.name, err)
+		}
+	}
+}

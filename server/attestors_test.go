@@ -1,0 +1,72 @@
+package server_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hallmark-id/hallmark/server"
+)
+
+// caBundle writes the certificate of an authority that nodes' certificates may
+// lead to.
+func caBundle(t *testing.T) string {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "nodes"},
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		NotBefore: time.Now(), NotAfter: time.Now().Add(time.Hour),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, ca, ca, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestNodesMayAttestInSeveralWays(t *testing.T) {
+	ca := caBundle(t)
+	for _, yaml := range []string{
+		"join_token: {}\n  x509pop: {ca_bundle_path: " + ca + "}",
+		"x509pop: {ca_bundle_path: " + ca + ", ca_bundle_paths: [" + ca + "], agent_path_template: 'x509pop/{{ .Subject.CommonName }}'}",
+		"x509pop: {mode: spiffe}",
+		"x509pop: {mode: spiffe, trust_domain: other.org, svid_prefix: /nodes}",
+	} {
+		if err := server.Check(source("trust_domain: example.org\nnode_attestors:\n  " + yaml + "\n")); err != nil {
+			t.Errorf("%s: %v", yaml, err)
+		}
+	}
+}
+
+func TestAnAttestorThatCannotBeMadeIsRefusedWithItsPlace(t *testing.T) {
+	ca := caBundle(t)
+	for yaml, want := range map[string]string{
+		"{}":                    "ca_bundle_path is missing",
+		"{ca_bundle_path: /no}": "/no: no such file",
+		"{mode: pki}":           `cannot be "pki"`,
+		"{ca_bundle: /no}":      "ca_bundle_path",
+		"{ca_bundle_path: " + ca + ", agent_path_template: '/spire/{{ .Fingerprint }}'}": "does not begin with x509pop/",
+	} {
+		err := server.Check(source("trust_domain: example.org\nnode_attestors:\n  join_token: {}\n  x509pop: " + yaml + "\n"))
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "server.yaml:4") {
+			t.Errorf("%s: error is %v, want one on line 4 with %q", yaml, err, want)
+		}
+	}
+}
