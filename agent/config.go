@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +18,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/unix"
+	"github.com/hallmark-id/hallmark/attestors/x509pop"
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/config"
 	"github.com/hallmark-id/hallmark/pkg/join"
@@ -112,7 +114,8 @@ func (l LimitsConfig) workloadAPI() workloadapi.Limits {
 // NodeAttestorConfig says how the node proves what it is: one of its fields is
 // set.
 type NodeAttestorConfig struct {
-	JoinToken *JoinTokenConfig `yaml:"join_token"` // by a token that an operator made
+	JoinToken *JoinTokenConfig     `yaml:"join_token"` // by a token that an operator made
+	X509PoP   *x509pop.AgentConfig `yaml:"x509pop"`    // by a certificate and its private key
 }
 
 // JoinTokenConfig is attestation by join token.
@@ -139,6 +142,16 @@ var nodeAttestors = []struct {
 			return nil, nil
 		}
 		return joinTokenAttestor(c.JoinToken.Token)
+	}},
+	{"node_attestor.x509pop", func(c *NodeAttestorConfig) (*node.Attestor, error) {
+		if c.X509PoP == nil {
+			return nil, nil
+		}
+		a, err := x509pop.NewAgent(*c.X509PoP)
+		if err != nil {
+			return nil, err
+		}
+		return &node.Attestor{Name: x509pop.Name, Agent: a}, nil
 	}},
 }
 
@@ -353,18 +366,22 @@ func (s *settings) checkAttestors(wrong wrongFunc) {
 			wrong("node_attestor", "node_attestor and join exclude each other: the join string carries a token to attest with; remove one of the two")
 			return
 		}
+		named := 0
 		for _, kind := range nodeAttestors {
 			a, err := kind.make(c)
 			if err != nil {
 				wrong(kind.path, "%v", err)
-				continue
 			}
-			if a != nil {
-				s.node = a
+			if err != nil || a != nil {
+				named++
 			}
+			s.node = cmp.Or(a, s.node)
 		}
-		if *c == (NodeAttestorConfig{}) {
-			wrong("node_attestor", "node_attestor names no attestor; choose join_token, or remove it")
+		switch {
+		case named == 0:
+			wrong("node_attestor", "node_attestor names no attestor; choose join_token or x509pop, or remove it")
+		case named > 1:
+			wrong("node_attestor", "node_attestor names %d attestors; a node proves what it is by one", named)
 		}
 	}
 	if s.join != nil {

@@ -48,6 +48,8 @@ func TestConfigurationsThatAreComplete(t *testing.T) {
 		"an identity from an earlier run": "trust_domain: example.org\nserver: localhost:8081",
 		"a trust bundle":                  "trust_domain: example.org\nserver: '[::1]:8081'\ntrust_bundle: " + bundleFile(t) + "\nnode_attestor: {join_token: {token: abc}}",
 		"nothing but trust":               "trust_domain: example.org\nserver: localhost:8081\ninsecure_bootstrap: true\nnode_attestor: {join_token: {token: abc}}",
+		"a certificate": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
+			"\nnode_attestor: {x509pop: {private_key_path: key.pem, certificate_path: cert.pem, intermediates_path: ca.pem}}",
 		"a join string and the same names": "trust_domain: example.org\nserver: elsewhere.example.org:443\njoin: " + joinString(t) +
 			"\nworkload_attestors: {unix: {path: true, sha256: true, max_size: 1000}}",
 	} {
@@ -87,16 +89,21 @@ func TestCheckSaysWhatIsWrongAndWhere(t *testing.T) {
 		"no attestor":          {base + "node_attestor: {}", []string{"agent.yaml:3", "choose join_token"}},
 		"no token":             {base + "node_attestor: {join_token: {}}", []string{"agent.yaml:3", "join token is empty"}},
 		"a bad token":          {base + "node_attestor: {join_token: {token: a/b}}", []string{"agent.yaml:3", "malformed"}},
-		"no workload attestor": {base + "workload_attestors: {}", []string{"agent.yaml:3", "choose unix"}},
-		"a negative size":      {base + "workload_attestors: {unix: {max_size: -1}}", []string{"agent.yaml:3", "max_size"}},
-		"one socket":           {base + "socket: /x\nadmin_socket: /x", []string{"agent.yaml:4", "admin_socket and socket are the same"}},
-		"a long socket":        {base + "socket: /" + strings.Repeat("x", 107), []string{"agent.yaml:3", "108 bytes long"}},
-		"no socket":            {base + "socket: ''\nadmin_socket: ''\ndata_dir: ''", []string{"socket is empty", "admin_socket is empty", "data_dir is empty"}},
-		"no SVIDs":             {base + "held_svids: 0", []string{"agent.yaml:3", "held_svids is 0"}},
-		"a limit below 0":      {base + "limits: {calls_per_second: -1}", []string{"agent.yaml:3", "calls_per_second is -1"}},
-		"an unknown key":       {base + "insecure_bootstap: true", []string{"agent.yaml:3", "insecure_bootstrap"}},
-		"an unknown attestor":  {base + "workload_attestors: {unx: {}}", []string{"agent.yaml:3", "unix"}},
-		"an unknown level":     {base + "log: {level: loud}", []string{"agent.yaml:3", "loud"}},
+		"no key":               {base + "node_attestor: {x509pop: {certificate_path: cert.pem}}", []string{"agent.yaml:3", "private_key_path is missing"}},
+		"no certificate":       {base + "node_attestor: {x509pop: {private_key_path: key.pem}}", []string{"agent.yaml:3", "certificate_path is missing"}},
+		"two attestors": {base + "node_attestor: {join_token: {token: x}, x509pop: {private_key_path: key.pem, certificate_path: cert.pem}}",
+			[]string{"agent.yaml:3", "node_attestor names 2 attestors"}},
+		"two attestors, one bad": {base + "node_attestor: {join_token: {token: x}, x509pop: {}}", []string{"agent.yaml:3", "private_key_path is missing", "names 2 attestors"}},
+		"no workload attestor":   {base + "workload_attestors: {}", []string{"agent.yaml:3", "choose unix"}},
+		"a negative size":        {base + "workload_attestors: {unix: {max_size: -1}}", []string{"agent.yaml:3", "max_size"}},
+		"one socket":             {base + "socket: /x\nadmin_socket: /x", []string{"agent.yaml:4", "admin_socket and socket are the same"}},
+		"a long socket":          {base + "socket: /" + strings.Repeat("x", 107), []string{"agent.yaml:3", "108 bytes long"}},
+		"no socket":              {base + "socket: ''\nadmin_socket: ''\ndata_dir: ''", []string{"socket is empty", "admin_socket is empty", "data_dir is empty"}},
+		"no SVIDs":               {base + "held_svids: 0", []string{"agent.yaml:3", "held_svids is 0"}},
+		"a limit below 0":        {base + "limits: {calls_per_second: -1}", []string{"agent.yaml:3", "calls_per_second is -1"}},
+		"an unknown key":         {base + "insecure_bootstap: true", []string{"agent.yaml:3", "insecure_bootstrap"}},
+		"an unknown attestor":    {base + "workload_attestors: {unx: {}}", []string{"agent.yaml:3", "unix"}},
+		"an unknown level":       {base + "log: {level: loud}", []string{"agent.yaml:3", "loud"}},
 	} {
 		err := check(c.text)
 		if err == nil {
