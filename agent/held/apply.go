@@ -181,7 +181,7 @@ func (h *Held) putBundle(b *bundle.Bundle) {
 	}
 	h.bundles[b.TrustDomain] = b
 	h.sum.AddBundle(b.TrustDomain.Name(), b.SequenceNumber)
-	h.bundleChanged(b.TrustDomain, old, b)
+	h.bundleChanged(b.TrustDomain, b)
 }
 
 func (h *Held) removeBundle(td spiffeid.TrustDomain) {
@@ -191,12 +191,12 @@ func (h *Held) removeBundle(td spiffeid.TrustDomain) {
 	}
 	delete(h.bundles, td)
 	h.sum.SubBundle(td.Name(), old.SequenceNumber)
-	h.bundleChanged(td, old, nil)
+	h.bundleChanged(td, nil)
 }
 
 // bundleChanged wakes whom a bundle concerns, and renews what was signed by an
 // authority that is not trusted any more, or soon will not be.
-func (h *Held) bundleChanged(td spiffeid.TrustDomain, old, b *bundle.Bundle) {
+func (h *Held) bundleChanged(td spiffeid.TrustDomain, b *bundle.Bundle) {
 	if td != h.trustDomain {
 		for _, v := range h.views.all {
 			if v.federatesWith(td) {
@@ -208,15 +208,15 @@ func (h *Held) bundleChanged(td spiffeid.TrustDomain, old, b *bundle.Bundle) {
 	for _, v := range h.views.all {
 		v.changed()
 	}
-	h.jwts.recheck(old, b)
-	distrusted := distrustedX509(old, b)
-	if len(distrusted) == 0 {
-		return
-	}
+	h.trust = trustIn(b)
+	h.jwts.recheck(h.trust)
 	now := h.now()
 	for _, s := range h.slots {
-		if s.svid != nil && !s.distrusted && s.svid.issuedBy(distrusted) {
-			s.distrusted = true
+		if s.svid == nil {
+			continue
+		}
+		if distrusted := h.trust.distrusts(s.svid); distrusted != s.distrusted {
+			s.distrusted = distrusted
 			s.settle()
 			h.reschedule(s, now)
 		}
@@ -232,29 +232,4 @@ func sameBundle(a, b *bundle.Bundle) bool {
 			key, ok := x.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
 			return x.KeyID == y.KeyID && x.Tainted == y.Tainted && x.ExpiresAt.Equal(y.ExpiresAt) && ok && key.Equal(y.PublicKey)
 		})
-}
-
-// distrustedX509 returns the key IDs of the X.509 authorities that are tainted
-// in b, or were in old and are not in b.
-func distrustedX509(old, b *bundle.Bundle) map[string]bool {
-	out := make(map[string]bool)
-	trusted := make(map[string]bool)
-	if b != nil {
-		for _, a := range b.X509Authorities {
-			if id := string(a.Certificate.SubjectKeyId); a.Tainted {
-				out[id] = true
-			} else {
-				trusted[id] = true
-			}
-		}
-	}
-	if old != nil {
-		for _, a := range old.X509Authorities {
-			if id := string(a.Certificate.SubjectKeyId); !trusted[id] {
-				out[id] = true
-			}
-		}
-	}
-	delete(out, "") // no key ID says nothing
-	return out
 }

@@ -121,6 +121,7 @@ type Held struct {
 	slots    map[string]*slot // by entry ID
 	index    map[selector.Selector]map[*slot]struct{}
 	bundles  map[spiffeid.TrustDomain]*bundle.Bundle
+	trust    *trust // of the own bundle
 	views    views
 	schedule schedule
 	jwts     jwtCache

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/entry"
 )
 
@@ -72,42 +71,15 @@ func (c *jwtCache) remove(j *jwt) {
 	}
 }
 
-// recheck forgets the JWT-SVIDs that an authority signed which is tainted, or
-// which was in the old bundle and is not in the new.
-func (c *jwtCache) recheck(old, b *bundle.Bundle) {
-	distrusted := distrustedJWT(old, b)
-	if len(distrusted) == 0 {
-		return
-	}
+// recheck forgets the JWT-SVIDs whose key is distrusted.
+func (c *jwtCache) recheck(t *trust) {
 	for e := c.order.Front(); e != nil; {
 		j := e.Value.(*jwt)
 		e = e.Next()
-		if distrusted[j.keyID] {
+		if t.distrustsKey(j.keyID) {
 			c.remove(j)
 		}
 	}
-}
-
-func distrustedJWT(old, b *bundle.Bundle) map[string]bool {
-	out := make(map[string]bool)
-	trusted := make(map[string]bool)
-	if b != nil {
-		for _, a := range b.JWTAuthorities {
-			if a.Tainted {
-				out[a.KeyID] = true
-			} else {
-				trusted[a.KeyID] = true
-			}
-		}
-	}
-	if old != nil {
-		for _, a := range old.JWTAuthorities {
-			if !trusted[a.KeyID] {
-				out[a.KeyID] = true
-			}
-		}
-	}
-	return out
 }
 
 // JWT returns a JWT-SVID of an entry for an audience, whose order counts. It is
@@ -248,7 +220,7 @@ func (h *Held) fly(j *jwt, e *entry.Entry, audience []string) {
 
 func (h *Held) cacheJWT(j *jwt, result JWTResult, now time.Time) {
 	j.keyID = keyID(result.Token)
-	if distrustedJWT(nil, h.bundles[h.trustDomain])[j.keyID] {
+	if h.trust.distrustsKey(j.keyID) {
 		h.jwts.remove(j)
 		return // good for those who wait, not for others
 	}
@@ -293,6 +265,11 @@ func (h *Held) signJWT(ctx context.Context, e *entry.Entry, audience []string) (
 	ctx, cancel := context.WithTimeout(ctx, jwtTimeout)
 	defer cancel()
 	result, err := h.signer.SignJWT(ctx, e.ID, audience)
+	if err == nil && h.distrustsJWT(result.Token) {
+		// Its key was tainted or revoked while it was under way; another one
+		// signs now.
+		result, err = h.signer.SignJWT(ctx, e.ID, audience)
+	}
 	if err != nil {
 		return JWTResult{}, err
 	}
@@ -300,6 +277,13 @@ func (h *Held) signJWT(ctx context.Context, e *entry.Entry, audience []string) (
 		return JWTResult{}, fmt.Errorf("the server sent a JWT-SVID that expired at %v; compare the clocks of node and server", result.ExpiresAt)
 	}
 	return result, nil
+}
+
+func (h *Held) distrustsJWT(token string) bool {
+	kid := keyID(token)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.trust.distrustsKey(kid)
 }
 
 func audienceKey(audience []string) string {

@@ -250,7 +250,6 @@ func (h *Held) signed(jobs []job, svids []*X509SVID, errs []error, err error) {
 		return
 	}
 	c.callFailures = 0
-	distrusted := distrustedX509(nil, h.bundles[h.trustDomain])
 	for i, j := range jobs {
 		s := j.s
 		s.signing = false
@@ -262,7 +261,7 @@ func (h *Held) signed(jobs []job, svids []*X509SVID, errs []error, err error) {
 		case errs[i] != nil:
 			h.itemFailed(s, errs[i], now)
 		default:
-			h.deliver(j, svids[i], svids[i].issuedBy(distrusted), now)
+			h.deliver(j, svids[i], now)
 		}
 		h.reschedule(s, now)
 	}
@@ -297,12 +296,12 @@ func (h *Held) itemFailed(s *slot, err error, now time.Time) {
 }
 
 // deliver puts a new X509-SVID in the place of the old.
-func (h *Held) deliver(j job, svid *X509SVID, distrusted bool, now time.Time) {
+func (h *Held) deliver(j job, svid *X509SVID, now time.Time) {
 	s := j.s
 	life := svid.ExpiresAt.Sub(now)
-	s.svid, s.signedFor, s.distrusted = svid, j.entry, distrusted
+	s.svid, s.signedFor, s.distrusted = svid, j.entry, h.trust.distrusts(svid)
 	s.renewAt = now.Add(life/2 + time.Duration((2*mathrand.Float64()-1)*renewalJitter*float64(life)))
-	if distrusted {
+	if s.distrusted {
 		// It is good for the moment; a better one comes once the server signs
 		// with another authority.
 		s.failures++

@@ -19,15 +19,6 @@ type X509SVID struct {
 	issuers []string // authority key IDs of the chain's certificates
 }
 
-func (x *X509SVID) issuedBy(authorities map[string]bool) bool {
-	for _, id := range x.issuers {
-		if authorities[id] {
-			return true
-		}
-	}
-	return false
-}
-
 // slot is one entry that is held, and its X509-SVID.
 type slot struct {
 	entry *entry.Entry
@@ -37,7 +28,7 @@ type slot struct {
 
 	svid       *X509SVID
 	signedFor  *entry.Entry // what svid was signed for; not entry, once that changed
-	distrusted bool         // svid's authority is tainted or revoked
+	distrusted bool         // svid's authority is tainted, or not in the bundle
 	renewAt    time.Time    // of svid
 
 	signing  bool // a call is under way
