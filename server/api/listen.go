@@ -131,11 +131,10 @@ func (t *tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 	p := newTLSPeer(info.(credentials.TLSInfo), raw.RemoteAddr().String())
 	now := t.api.now()
 	if p.leaf == nil || now.After(p.leaf.NotAfter) || p.verify(t.api.registry.View().Bundle(t.api.td), now) != nil {
-		if t.anonymous.Add(1) > t.api.limits.maxAnonymous() {
-			t.anonymous.Add(-1)
+		c := raw.(*clientConn) // which our listener made
+		if !c.restrict(&t.anonymous, t.api.limits.maxAnonymous()) {
 			return nil, nil, errors.New("there are too many connections without an X509-SVID")
 		}
-		conn = newAnonymousConn(conn, &t.anonymous)
 	}
 	return conn, p, nil
 }
@@ -194,43 +193,6 @@ func (p *tlsPeer) verify(by *bundle.Bundle, now time.Time) error {
 	return err
 }
 
-// anonymousConn is a connection whose client may not send much, nor stay long.
-type anonymousConn struct {
-	net.Conn
-	left int64 // bytes; of the goroutine that reads
-	end  *time.Timer
-	once sync.Once
-	open *atomic.Int64
-}
-
-func newAnonymousConn(conn net.Conn, open *atomic.Int64) *anonymousConn {
-	return &anonymousConn{
-		Conn: conn,
-		left: maxAnonymousBytes,
-		end:  time.AfterFunc(maxAnonymousLife, func() { conn.Close() }),
-		open: open,
-	}
-}
-
-// Close closes the connection and makes room for another.
-func (c *anonymousConn) Close() error {
-	c.once.Do(func() {
-		c.end.Stop()
-		c.open.Add(-1)
-	})
-	return c.Conn.Close()
-}
-
-// Read reads from the connection until the client has sent too much.
-func (c *anonymousConn) Read(b []byte) (int, error) {
-	if c.left <= 0 {
-		return 0, errors.New("the client sent more than one without an X509-SVID may")
-	}
-	n, err := c.Conn.Read(b[:min(int64(len(b)), c.left)])
-	c.left -= int64(n)
-	return n, err
-}
-
 // boundedListener accepts so many connections at once and closes those beyond.
 type boundedListener struct {
 	net.Listener
@@ -247,7 +209,7 @@ func (l *boundedListener) Accept() (net.Conn, error) {
 			return nil, err
 		}
 		if l.open.Add(1) <= l.most {
-			return &boundedConn{Conn: c, open: &l.open}, nil
+			return &clientConn{Conn: c, open: &l.open}, nil
 		}
 		l.open.Add(-1)
 		l.refused(c.RemoteAddr())
@@ -255,15 +217,53 @@ func (l *boundedListener) Accept() (net.Conn, error) {
 	}
 }
 
-type boundedConn struct {
+// clientConn is a connection that was accepted, below TLS: whatever comes of
+// it, this is what is closed in the end.
+type clientConn struct {
 	net.Conn
-	open *atomic.Int64
+	open *atomic.Int64 // connections, of which this is one
 	once sync.Once
+
+	// Set when the handshake has shown that the client has no valid X509-SVID.
+	anonymous *atomic.Int64 // connections of that kind, of which this is one
+	end       *time.Timer
+	left      int64 // bytes that it may send
+}
+
+// restrict makes sure that an anonymous client cannot send much, nor stay long.
+// It reports false if there are too many of them.
+func (c *clientConn) restrict(anonymous *atomic.Int64, most int64) bool {
+	if anonymous.Add(1) > most {
+		anonymous.Add(-1)
+		return false
+	}
+	c.anonymous, c.left = anonymous, maxAnonymousBytes
+	c.end = time.AfterFunc(maxAnonymousLife, func() { c.Conn.Close() })
+	return true
+}
+
+// Read reads from the connection until an anonymous client has sent too much.
+func (c *clientConn) Read(b []byte) (int, error) {
+	if c.anonymous == nil {
+		return c.Conn.Read(b)
+	}
+	if c.left <= 0 {
+		return 0, errors.New("the client sent more than one without an X509-SVID may")
+	}
+	n, err := c.Conn.Read(b[:min(int64(len(b)), c.left)])
+	c.left -= int64(n)
+	return n, err
 }
 
 // Close closes the connection and makes room for another.
-func (c *boundedConn) Close() error {
-	c.once.Do(func() { c.open.Add(-1) })
+func (c *clientConn) Close() error {
+	c.once.Do(func() {
+		c.open.Add(-1)
+		if c.anonymous != nil {
+			c.end.Stop()
+			c.anonymous.Add(-1)
+		}
+	})
 	return c.Conn.Close()
 }
 

@@ -247,10 +247,31 @@ func TestOpenStreamsEndWhenTheSVIDDoes(t *testing.T) {
 func TestConnectionsWithoutAnSVIDLeaveRoomForAgents(t *testing.T) {
 	w := newWorld(t, func(o *api.Options) { o.Limits.Connections = 24 })
 	agent := w.newAgent()
-	for range 12 {
+	c := w.tlsConfig(nil)
+	c.NextProtos = []string{"h2"}
+	for i := range 60 { // those that are gone leave their place, however they went
+		conn, err := net.Dial("tcp", w.address)
+		must(t, err)
+		if secure := tls.Client(conn, c); i%3 != 0 {
+			must(t, secure.Handshake())
+			if i%3 == 1 {
+				must(t, conn.(*net.TCPConn).SetLinger(0))
+			}
+		}
+		must(t, conn.Close())
+	}
+	for deadline := time.Now().Add(10 * time.Second); ; { // until the server has seen it
 		_, err := bundlev1.NewBundleClient(w.connect(nil)).GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
-		if err != nil {
-			break // the connection that the agent attested on may be open still
+		if err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
+	for range 12 { // the connections of before may be open still
+		if _, err := bundlev1.NewBundleClient(w.connect(nil)).GetBundle(t.Context(), &bundlev1.GetBundleRequest{}); err != nil {
+			break
 		}
 	}
 	_, err := bundlev1.NewBundleClient(w.connect(nil)).GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
