@@ -26,7 +26,7 @@ func TestSeparateProcesses(t *testing.T) {
 	pause := func(d time.Duration) { time.Sleep(d) } // the passing of time is what is tested
 	if soak, err := time.ParseDuration(os.Getenv("HALLMARK_SOAK")); err == nil {
 		lifetime = time.Minute
-		rounds = max(1, int(soak/(3*lifetime)))
+		rounds = int((soak + 3*lifetime - 1) / (3 * lifetime))
 	}
 	d := harness.NewDomain(t, harness.Settings{
 		Server: fmt.Sprintf("x509: {svid_lifetime: %s}\n", lifetime),
