@@ -45,6 +45,9 @@ type Link struct {
 	conn *grpc.ClientConn
 	wire *wire
 
+	server []*x509.Certificate // the chain that it presented when the link began
+	began  time.Time
+
 	stop  context.CancelFunc // ends watch
 	done  chan struct{}      // closed when broken or superseded
 	cause error              // set before done is closed
@@ -296,7 +299,7 @@ func (n *Node) dial(ctx context.Context, config *tls.Config, s *svid) (*Link, []
 			return nil, nil, w.failure("server closed the connection")
 		}
 	}
-	l := &Link{node: n, svid: s, conn: conn, wire: w, done: make(chan struct{})}
+	l := &Link{node: n, svid: s, conn: conn, wire: w, server: state.PeerCertificates, began: n.o.Now(), done: make(chan struct{})}
 	watching, stop := context.WithCancel(context.Background())
 	l.stop = stop
 	n.watchers.Add(1)
@@ -346,4 +349,14 @@ func denialReason(err error) (types.PermissionDeniedDetails_Reason, bool) {
 		}
 	}
 	return 0, false
+}
+
+// serverWords returns what the server said in a call's error, without what was
+// added to it here.
+func serverWords(err error) string {
+	var said interface{ GRPCStatus() *status.Status }
+	if errors.As(err, &said) {
+		return said.GRPCStatus().Message()
+	}
+	return err.Error()
 }

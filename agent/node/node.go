@@ -356,8 +356,12 @@ func (n *Node) tend(ctx context.Context, link *Link) error {
 		case <-n.bundled:
 			timer.Stop()
 			n.saveBundle()
+			if err := n.vouched(link); err != nil {
+				link.finish(err)
+				return err
+			}
 			if n.tainted(link.svid) && !link.svid.tainted {
-				n.o.Log.Warn("authority that signed the node's SVID is tainted; renewing", "agent_id", link.svid.id)
+				n.o.Log.Warn("authority that signed the node's SVID is tainted or revoked; renewing", "agent_id", link.svid.id)
 				renewAt = n.o.Now()
 			}
 
@@ -398,7 +402,7 @@ func (n *Node) denied(d denial) error {
 		return &fatalError{ErrBanned}
 	}
 	if n.o.Attestor == nil || n.spent(d.link.svid.id) {
-		return &fatalError{fmt.Errorf("server does not accept the identity of %s any more (%s), and its proof cannot be given again; %s", d.link.svid.id, d.reason, n.remedy())}
+		return &fatalError{fmt.Errorf("server does not accept the identity of %s any more (%s: %s), and its proof cannot be given again; %s", d.link.svid.id, d.reason, serverWords(d.err), n.remedy())}
 	}
 	if d.reason != types.PermissionDeniedDetails_AGENT_MUST_REATTEST {
 		n.publish(nil) // no call on it would succeed
@@ -406,7 +410,7 @@ func (n *Node) denied(d denial) error {
 	n.mu.Lock()
 	n.svid = nil
 	n.mu.Unlock()
-	return fmt.Errorf("server does not accept the identity of %s any more (%s); attesting again", d.link.svid.id, d.reason)
+	return fmt.Errorf("server does not accept the identity of %s any more (%s: %s); attesting again", d.link.svid.id, d.reason, serverWords(d.err))
 }
 
 // adopt makes an SVID the node's own, on disk before it is first presented:

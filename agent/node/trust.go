@@ -157,7 +157,11 @@ func checkBundle(b *bundle.Bundle) error {
 // verifyServer checks that a chain is that of this trust domain's server: it
 // leads to a root of t, and the leaf's SPIFFE ID is the server's.
 func (n *Node) verifyServer(chain []*x509.Certificate, t *trust) error {
-	id, _, err := x509svid.Verify(chain, t.x509, x509svid.WithTime(n.o.Now()))
+	return n.verifyServerAt(chain, t, n.o.Now())
+}
+
+func (n *Node) verifyServerAt(chain []*x509.Certificate, t *trust, at time.Time) error {
+	id, _, err := x509svid.Verify(chain, t.x509, x509svid.WithTime(at))
 	if err != nil {
 		return fmt.Errorf("server's certificate is not trusted: %w", err)
 	}
@@ -165,6 +169,13 @@ func (n *Node) verifyServer(chain []*x509.Certificate, t *trust) error {
 		return fmt.Errorf("server's certificate is that of %q, not of spiffe://%s%s", id, n.o.TrustDomain.Name(), entry.ServerPath)
 	}
 	return nil
+}
+
+// vouched fails if nobody in the bundle vouches any more for the server at the
+// other end of a link: the authority that did so when the link was made was
+// revoked, and whoever is there must prove itself anew.
+func (n *Node) vouched(l *Link) error {
+	return n.verifyServerAt(l.server, n.trusted(), l.began)
 }
 
 // bootstrap connects to the server without an identity, and returns once the

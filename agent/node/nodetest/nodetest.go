@@ -241,6 +241,14 @@ func (s *Server) Join(token string) *join.String {
 	return j
 }
 
+// Revoke takes the first authority away.
+func (s *Server) Revoke() {
+	s.Lock()
+	defer s.Unlock()
+	s.Authorities = s.Authorities[1:]
+	s.Sequence++
+}
+
 // CallCount returns how often a method was called.
 func (s *Server) CallCount(method string) int {
 	s.Lock()
@@ -397,7 +405,7 @@ func (s *Server) caller(ctx context.Context) (spiffeid.ID, error) {
 		return id, Deny(types.PermissionDeniedDetails_AGENT_EXPIRED)
 	}
 	if _, err := leaf.Verify(x509.VerifyOptions{Roots: s.pool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
-		return id, status.Error(codes.PermissionDenied, "authorization denied for method")
+		return id, Deny(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED)
 	}
 	node, serial := s.Nodes[id], leaf.SerialNumber.String()
 	switch {
