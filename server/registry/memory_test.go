@@ -92,3 +92,40 @@ func (m *memory) Watch(ctx context.Context, after store.Revision, yield func([]s
 }
 
 func (m *memory) Close() error { return nil }
+
+// grouping is a memory whose watches bring what has happened when they are
+// told to, as one group.
+type grouping struct {
+	*memory
+	upTo store.Revision // what watches may show; under the memory's mutex
+}
+
+func newGrouping() *grouping { return &grouping{memory: newMemory()} }
+
+func (g *grouping) release() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.upTo = g.rev
+	close(g.changed)
+	g.changed = make(chan struct{})
+}
+
+func (g *grouping) Watch(ctx context.Context, after store.Revision, yield func([]store.Change) error) error {
+	for {
+		g.mu.Lock()
+		upTo, changed := g.upTo, g.changed
+		changes := g.changes[after:max(after, upTo)]
+		g.mu.Unlock()
+		if len(changes) > 0 {
+			if err := yield(changes); err != nil {
+				return err
+			}
+			after = upTo
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}

@@ -152,50 +152,85 @@ func someChange(rnd *rand.Rand, now time.Time) func(*entry.Entry) {
 func TestRandomChangesAgreeWithTheDefinition(t *testing.T) {
 	for seed := range uint64(6) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			rnd := rand.New(rand.NewPCG(seed, 0))
-			c := &clock{}
 			s := unpruned{newStore(t)}
+			c := &clock{}
 			r := start(t, s, c.Now)
-			m := &model{entries: make(map[string]*entry.Entry), nodes: make(map[spiffeid.ID]*registry.Node)}
-			var followers []*follower
-			for _, node := range worldNodes {
-				f := &follower{node: node, sub: r.Subscribe(node), held: make(map[string]int64)}
-				defer f.sub.Close()
-				followers = append(followers, f)
-			}
-			for step := range 300 {
-				advanced := rnd.IntN(10) == 0
-				if advanced {
-					c.Advance(time.Hour)
-				}
-				what := "advance"
-				if !advanced {
-					what = randomStep(t, rnd, r, m, c.Now())
-				}
-				check(t, r.View(), m, c.Now())
-				for _, f := range followers {
-					v, d := f.follow(c.Now())
-					if advanced { // what time alone changes, a follower knows by itself
-						f.load(v, c.Now())
-					}
-					want := make(map[string]int64)
-					for id := range m.authorized(f.node, c.Now()) {
-						want[id] = m.entries[id].RevisionNumber
-					}
-					if !maps.Equal(f.held, want) {
-						t.Fatalf("step %d (%s): told %+v, the follower of %s holds %v, want %v", step, what, d, f.node, f.held, want)
-					}
-				}
-				if t.Failed() {
-					t.Fatalf("step %d (%s)", step, what)
-				}
-			}
+			randomWalk(t, rand.New(rand.NewPCG(seed, 0)), c, r, r, 300, 1, func() {})
 			again, err := registry.Open(t.Context(), registry.Options{Store: s, TrustDomain: td, Now: c.Now})
 			if err != nil {
 				t.Fatal(err)
 			}
-			check(t, again.View(), m, c.Now())
+			if got, want := describe(again.View(), c.Now()), describe(r.View(), c.Now()); got != want {
+				t.Errorf("loaded:\n%s\nfolded:\n%s", got, want)
+			}
 		})
+	}
+}
+
+// What happens on one server reaches another in groups, whose changes may have
+// to do with each other.
+func TestGroupsOfRandomChangesAgreeWithTheDefinition(t *testing.T) {
+	for seed := range uint64(6) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			c := &clock{}
+			g := newGrouping()
+			there, here := start(t, unpruned{g.memory}, c.Now), start(t, unpruned{g}, c.Now)
+			randomWalk(t, rand.New(rand.NewPCG(seed, 1)), c, there, here, 1000, 2, func() {
+				g.release()
+				converge(t, here)
+			})
+		})
+	}
+}
+
+// randomWalk changes the registry there, step by step, and looks each time
+// that as many steps have been made as a group has what the registry here
+// shows and tells.
+func randomWalk(t *testing.T, rnd *rand.Rand, c *clock, there, here *registry.Registry, steps, group int, arrive func()) {
+	t.Helper()
+	m := &model{entries: make(map[string]*entry.Entry), nodes: make(map[spiffeid.ID]*registry.Node)}
+	converge(t, there) // makes an entry
+	for e := range there.View().Entries("") {
+		m.entries[e.ID] = e
+	}
+	arrive()
+	var followers []*follower
+	for _, node := range worldNodes {
+		f := &follower{node: node, sub: here.Subscribe(node), held: make(map[string]int64)}
+		defer f.sub.Close()
+		followers = append(followers, f)
+	}
+	var did []string
+	advanced := false
+	for step := range steps {
+		if rnd.IntN(10*group) == 0 {
+			c.Advance(time.Hour)
+			advanced = true
+		} else {
+			did = append(did, randomStep(t, rnd, there, m, c.Now()))
+		}
+		if step%group != group-1 {
+			continue
+		}
+		arrive()
+		check(t, here.View(), m, c.Now())
+		for _, f := range followers {
+			v, d := f.follow(c.Now())
+			if advanced { // what time alone changes, a follower knows by itself
+				f.load(v, c.Now())
+			}
+			want := make(map[string]int64)
+			for id := range m.authorized(f.node, c.Now()) {
+				want[id] = m.entries[id].RevisionNumber
+			}
+			if !maps.Equal(f.held, want) {
+				t.Fatalf("step %d (%v): told %+v, the follower of %s holds %v, want %v", step, did, d, f.node, f.held, want)
+			}
+		}
+		if t.Failed() {
+			t.Fatalf("step %d (%v)", step, did)
+		}
+		did, advanced = nil, false
 	}
 }
 
@@ -205,6 +240,7 @@ func randomStep(t *testing.T, rnd *rand.Rand, r *registry.Registry, m *model, no
 	t.Helper()
 	ctx := context.WithValue(t.Context(), testsOwn{}, true)
 	ids := slices.Sorted(maps.Keys(m.entries))
+	ids = slices.DeleteFunc(ids, func(id string) bool { return m.entries[id].SPIFFEID == markerID })
 	switch n := rnd.IntN(20); {
 	case n < 8 && len(ids) < 30 || len(ids) == 0:
 		var batch []*entry.Entry

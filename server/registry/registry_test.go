@@ -153,11 +153,13 @@ func describe(v *registry.View, now time.Time) string {
 	return b.String()
 }
 
+var markerID = id("/marker")
+
 // converge waits until every registry shows all that the store they share had
 // when it was called. A write that conflicts catches up with the store.
 func converge(t testing.TB, rs ...*registry.Registry) {
 	t.Helper()
-	marker := newEntry("/marker", agentID("marker"))
+	marker := newEntry(markerID.Path(), agentID("marker"))
 	for _, r := range append(rs[:1:1], rs...) {
 		if err := r.CreateEntries(t.Context(), []*entry.Entry{marker})[0].Err; err != nil && kindOf(err) != registry.AlreadyExists {
 			t.Fatal(err)
