@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"strconv"
 	"strings"
 	"time"
 
@@ -80,8 +81,10 @@ func (e *Entry) Key() string {
 	b.WriteString(e.SPIFFEID.String())
 	b.WriteByte(0)
 	b.WriteString(e.ParentID.String())
-	for _, s := range e.Selectors {
+	for _, s := range e.Selectors { // with its length, as a value may hold anything
 		b.WriteByte(0)
+		b.WriteString(strconv.Itoa(len(s.Type) + 1 + len(s.Value)))
+		b.WriteByte(' ')
 		b.WriteString(s.Type)
 		b.WriteByte(':')
 		b.WriteString(s.Value)

@@ -163,10 +163,12 @@ func TestSimilarEntriesHaveOneKey(t *testing.T) {
 	}
 	keys := map[string]string{a.Key(): "the first"}
 	for name, change := range map[string]func(*entry.Entry){
-		"SPIFFE ID": func(e *entry.Entry) { e.SPIFFEID = spiffeid.RequireFromPath(td, "/b") },
-		"parent ID": func(e *entry.Entry) { e.ParentID = spiffeid.RequireFromPath(td, "/b") },
-		"selectors": func(e *entry.Entry) { e.Selectors = selector.Set{{Type: "unix", Value: "uid:1"}} },
-		"more":      func(e *entry.Entry) { e.Selectors = append(e.Selectors, selector.Selector{Type: "unix", Value: "x"}) },
+		"SPIFFE ID":  func(e *entry.Entry) { e.SPIFFEID = spiffeid.RequireFromPath(td, "/b") },
+		"parent ID":  func(e *entry.Entry) { e.ParentID = spiffeid.RequireFromPath(td, "/b") },
+		"selectors":  func(e *entry.Entry) { e.Selectors = selector.Set{{Type: "unix", Value: "uid:1"}} },
+		"more":       func(e *entry.Entry) { e.Selectors = append(e.Selectors, selector.Selector{Type: "unix", Value: "x"}) },
+		"one of two": func(e *entry.Entry) { e.Selectors = selector.Set{{Type: "unix", Value: "uid:1000\x006 unix:x"}} },
+		"the other":  func(e *entry.Entry) { e.Selectors = selector.Set{{Type: "unix", Value: "uid:1000\x00unix:x"}} },
 	} {
 		e := valid()
 		change(e)
