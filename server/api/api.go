@@ -131,7 +131,11 @@ func New(o Options) *API {
 		grpc.StreamInterceptor(a.stream),
 		grpc.UnknownServiceHandler(unknown),
 	)
-	a.tcp = grpc.NewServer(append(options, grpc.Creds(a.tlsCredentials()), grpc.InTapHandle(refuseEarly))...)
+	a.tcp = grpc.NewServer(append(options,
+		grpc.Creds(a.tlsCredentials()),
+		grpc.InTapHandle(refuseEarly),
+		grpc.ReadBufferSize(0), // TLS has a buffer below; and there are thousands of connections
+	)...)
 	a.admin = grpc.NewServer(append(options, grpc.Creds(peercred.New(peercred.Options{RequireOwner: true, Log: a.log})))...)
 	for _, s := range []*grpc.Server{a.tcp, a.admin} {
 		entryv1.RegisterEntryServer(s, &entryService{API: a})

@@ -49,10 +49,6 @@ const (
 	minPing = 10 * time.Second
 	// maxIdle closes connections without a call. Clients open them again.
 	maxIdle = 10 * time.Minute
-	// readBuffer is what a connection reads at once, in bytes. TLS has a buffer
-	// of its own for a record below it, so a small one loses nothing, and there
-	// are thousands.
-	readBuffer = 4 << 10
 )
 
 // ListenTCP listens for agents and workloads. An error names the setting that
@@ -90,7 +86,6 @@ func serverOptions() []grpc.ServerOption {
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout, MaxConnectionIdle: maxIdle}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minPing, PermitWithoutStream: true}),
-		grpc.ReadBufferSize(readBuffer),
 		grpc.WaitForHandlers(true),
 	}
 }

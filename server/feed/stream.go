@@ -60,8 +60,8 @@ type stream struct {
 // context ends (its cause), or the stream has to end (one of the errors above,
 // or one of the stream's own).
 //
-// It returns even while a Send is blocked; the goroutine that sends then ends
-// when the caller has ended the call. [Feed.Wait] waits for it.
+// It returns even while a Send or Recv is blocked; the goroutine that does it
+// then ends when the caller has ended the call. [Feed.Wait] waits for it.
 func (f *Feed) Follow(ctx context.Context, g Stream, p Peer) error {
 	ctx, end := context.WithCancelCause(ctx)
 	defer end(nil)
@@ -78,9 +78,7 @@ func (f *Feed) Follow(ctx context.Context, g Stream, p Peer) error {
 	defer f.leave(s)
 	defer s.close()
 	f.running.Go(func() { end(s.receive(ctx, g)) })
-	f.running.Go(func() { end(s.push(ctx, g)) })
-	<-ctx.Done()
-	if err := context.Cause(ctx); err != io.EOF {
+	if err := s.push(ctx, g); err != io.EOF {
 		return err
 	}
 	return nil
@@ -142,8 +140,7 @@ func (s *stream) push(ctx context.Context, g Stream) error {
 	s.sub = s.feed.registry.Subscribe(s.node)
 	defer s.sub.Close()
 	s.feed.enter(s)
-	w := newWriter(g, s.end, s.admitted)
-	defer w.close()
+	w := &writer{ctx: ctx, stream: g, running: &s.feed.running, admitted: s.admitted, message: &hallmarkv1.FollowResponse{}}
 
 	// Whatever is noted after this view is sent as a change of it.
 	view, _ := s.sub.Take()

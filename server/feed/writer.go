@@ -3,6 +3,7 @@ package feed
 import (
 	"context"
 	"fmt"
+	"sync"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -12,12 +13,12 @@ import (
 	"github.com/hallmark-id/hallmark/server/store"
 )
 
-// writer cuts a change into messages of a bounded size and sends them. A
-// message that the agent does not read in time ends the stream.
+// writer cuts a change into messages of a bounded size and sends them.
 type writer struct {
+	ctx      context.Context // of the stream
 	stream   Stream
-	admitted func() error // asked before each message: the agent may leave the one before unread for long
-	watchdog *time.Timer
+	running  *sync.WaitGroup // goroutines that send
+	admitted func() error    // asked before each message: the agent may leave the one before unread for long
 
 	complete bool                 // the next message begins a complete set
 	defaults *hallmarkv1.Defaults // for the next message
@@ -25,17 +26,6 @@ type writer struct {
 	message *hallmarkv1.FollowResponse
 	size    int // bytes of message, about
 }
-
-func newWriter(g Stream, end context.CancelCauseFunc, admitted func() error) *writer {
-	w := &writer{stream: g, admitted: admitted, message: &hallmarkv1.FollowResponse{}}
-	w.watchdog = time.AfterFunc(SendTimeout, func() {
-		end(fmt.Errorf("%w: it left a message unread for %v", ErrSlow, SendTimeout))
-	})
-	w.watchdog.Stop()
-	return w
-}
-
-func (w *writer) close() { w.watchdog.Stop() }
 
 func (w *writer) entry(e *hallmarkv1.Entry) error {
 	if err := w.room(proto.Size(e)); err != nil {
@@ -93,6 +83,8 @@ func (w *writer) finish(rev store.Revision, sum digest.Sum) error {
 // beat sends a message that changes nothing.
 func (w *writer) beat(rev store.Revision, sum digest.Sum) error { return w.finish(rev, sum) }
 
+// send sends the message. It waits for the agent to have room for it, but no
+// longer than SendTimeout; the stream has to end after an error.
 func (w *writer) send() error {
 	m := w.message
 	m.Complete, m.Defaults = w.complete, w.defaults
@@ -101,7 +93,18 @@ func (w *writer) send() error {
 	if err := w.admitted(); err != nil {
 		return err
 	}
-	w.watchdog.Reset(SendTimeout)
-	defer w.watchdog.Stop()
-	return w.stream.Send(m)
+	// On a goroutine that lasts as long as the sending: streams are many, and
+	// most of them idle.
+	sent := make(chan error, 1)
+	w.running.Go(func() { sent <- w.stream.Send(m) })
+	timeout := time.NewTimer(SendTimeout)
+	defer timeout.Stop()
+	select {
+	case err := <-sent:
+		return err
+	case <-timeout.C:
+		return fmt.Errorf("%w: it left a message unread for %v", ErrSlow, SendTimeout)
+	case <-w.ctx.Done():
+		return context.Cause(w.ctx)
+	}
 }
