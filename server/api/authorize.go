@@ -126,17 +126,18 @@ var methods = map[string]method{
 	localauthorityv1.LocalAuthority_TaintWITAuthority_FullMethodName:           {callers: operator, audit: true},
 	localauthorityv1.LocalAuthority_RevokeWITAuthority_FullMethodName:          {callers: operator, audit: true},
 
-	// Not served yet: whom they are for learns that, others nothing.
 	trustdomainv1.TrustDomain_ListFederationRelationships_FullMethodName:       {callers: operator},
 	trustdomainv1.TrustDomain_GetFederationRelationship_FullMethodName:         {callers: operator},
 	trustdomainv1.TrustDomain_BatchCreateFederationRelationship_FullMethodName: {callers: operator, audit: true},
 	trustdomainv1.TrustDomain_BatchUpdateFederationRelationship_FullMethodName: {callers: operator, audit: true},
 	trustdomainv1.TrustDomain_BatchDeleteFederationRelationship_FullMethodName: {callers: operator, audit: true},
 	trustdomainv1.TrustDomain_RefreshBundle_FullMethodName:                     {callers: operator, audit: true},
-	debugv1.Debug_GetInfo_FullMethodName:                                       {callers: local},
-	loggerv1.Logger_GetLogger_FullMethodName:                                   {callers: local},
-	loggerv1.Logger_SetLogLevel_FullMethodName:                                 {callers: local, audit: true},
-	loggerv1.Logger_ResetLogLevel_FullMethodName:                               {callers: local, audit: true},
+
+	// Not served yet: whom they are for learns that, others nothing.
+	debugv1.Debug_GetInfo_FullMethodName:         {callers: local},
+	loggerv1.Logger_GetLogger_FullMethodName:     {callers: local},
+	loggerv1.Logger_SetLogLevel_FullMethodName:   {callers: local, audit: true},
+	loggerv1.Logger_ResetLogLevel_FullMethodName: {callers: local, audit: true},
 
 	hallmarkv1.FeedService_Follow_FullMethodName: {callers: agent, watches: true},
 
@@ -234,7 +235,7 @@ func (a *API) authorizeSVID(ctx context.Context, p *tlsPeer, name string, m meth
 		if !isAgent(p.id) {
 			return nil, callErrorf(codes.PermissionDenied, "the X509-SVID does not verify: %v", err)
 		}
-		return nil, permissionDenied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, fmt.Sprintf("agent SVID does not verify: %v", err))
+		return nil, unverified(err)
 	}
 	c := &Caller{ID: p.id, expires: p.leaf.NotAfter, limited: p.id.String()}
 	if isAgent(p.id) {
@@ -304,6 +305,28 @@ var (
 	errAgentBanned = permissionDenied(types.PermissionDeniedDetails_AGENT_BANNED, "agent is banned")
 	errNotActive   = permissionDenied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "agent SVID is not active")
 )
+
+// unverified is the error of an agent whose SVID does not verify: it may have
+// been signed by an authority that was revoked, and has to attest again.
+func unverified(cause error) error {
+	return permissionDenied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, fmt.Sprintf("agent SVID does not verify: %v", cause))
+}
+
+// stillAdmitted is asked while an agent's stream goes on: it fails once the
+// agent is not known, or banned, or the authority of its SVID was revoked.
+func (a *API) stillAdmitted(ctx context.Context, v *registry.View, id spiffeid.ID) error {
+	if err := admitted(v, id); err != nil {
+		return err
+	}
+	if p, ok := peer.FromContext(ctx); ok {
+		if client, ok := p.AuthInfo.(*tlsPeer); ok {
+			if err := client.verify(v.Bundle(a.td), a.now()); err != nil {
+				return unverified(err)
+			}
+		}
+	}
+	return nil
+}
 
 // admitted fails if an agent is not known, or banned.
 func admitted(v *registry.View, id spiffeid.ID) error {

@@ -106,7 +106,7 @@ func (s *entrySync) receive() (*entryv1.SyncAuthorizedEntriesRequest, error) {
 			return r.req, r.err
 		case <-s.changes.C:
 			view, _ := s.changes.Take()
-			if err := admitted(view, s.agent); err != nil {
+			if err := s.stillAdmitted(s.stream.Context(), view, s.agent); err != nil {
 				return nil, err
 			}
 		case <-s.stream.Context().Done():
@@ -120,7 +120,7 @@ func (s *entrySync) receive() (*entryv1.SyncAuthorizedEntriesRequest, error) {
 // begin sends all entries, if they go into one message, or else all revisions.
 func (s *entrySync) begin() error {
 	view := s.registry.View()
-	if err := admitted(view, s.agent); err != nil {
+	if err := s.stillAdmitted(s.stream.Context(), view, s.agent); err != nil {
 		return err
 	}
 	entries := view.Authorized(s.agent, s.now())
@@ -139,7 +139,7 @@ func (s *entrySync) begin() error {
 			r.Id, r.RevisionNumber, r.CreatedAt = e.ID, e.RevisionNumber, timeToWire(e.CreatedAt)
 			revisions[i] = r
 		}
-		if err := admitted(s.registry.View(), s.agent); err != nil {
+		if err := s.stillAdmitted(s.stream.Context(), s.registry.View(), s.agent); err != nil {
 			return err
 		}
 		if err := s.stream.Send(&entryv1.SyncAuthorizedEntriesResponse{EntryRevisions: revisions, More: len(entries) > 0}); err != nil {
@@ -160,7 +160,7 @@ func (s *entrySync) answer(ids []string) error {
 	ids = slices.Compact(ids)
 	for {
 		view := s.registry.View()
-		if err := admitted(view, s.agent); err != nil {
+		if err := s.stillAdmitted(s.stream.Context(), view, s.agent); err != nil {
 			return err
 		}
 		now := s.now()

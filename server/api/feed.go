@@ -3,7 +3,6 @@ package api
 import (
 	"errors"
 
-	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
 
@@ -36,7 +35,7 @@ func (s *feedService) Follow(stream hallmarkv1.FeedService_FollowServer) error {
 		}
 		return errNotActive // deleted, and attested again already
 	case errors.Is(err, feed.ErrUntrusted):
-		return permissionDenied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, err.Error())
+		return unverified(err)
 	case errors.Is(err, feed.ErrReplaced):
 		return callErrorf(codes.Aborted, "%v", err)
 	case errors.Is(err, feed.ErrSlow):
