@@ -69,30 +69,11 @@ func newKey() (crypto.Signer, []byte, error) {
 	return key, csr, nil
 }
 
-// attest obtains an identity: it finds the right server, proves to it what this
-// node is, and makes the answer the node's own.
+// attest obtains an identity and makes it the node's own.
 func (n *Node) attest(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, attestTimeout)
-	defer cancel()
-	l, t, err := n.bootstrap(ctx)
+	s, t, err := n.obtain(ctx)
 	if err != nil {
 		return err
-	}
-	defer l.finish(nil)
-	if old := n.lastID(); n.o.Attestor == nil || n.spent(old) {
-		return &fatalError{fmt.Errorf("identity of %s has ended, and its proof cannot be given again; %s", old, n.remedy())}
-	}
-	key, csr, err := newKey()
-	if err != nil {
-		return err
-	}
-	result, err := n.prove(ctx, l, csr)
-	if err != nil {
-		return n.attestError(err)
-	}
-	s, err := n.checkSVID(result.GetSvid(), key, t, spiffeid.ID{})
-	if err != nil {
-		return fmt.Errorf("attest: %w", err)
 	}
 	n.mu.Lock()
 	n.trust = t
@@ -101,6 +82,34 @@ func (n *Node) attest(ctx context.Context) error {
 	n.adopt(s)
 	n.o.Log.Info("node attested", "agent_id", s.id, "attestor", n.o.Attestor.Name)
 	return nil
+}
+
+// obtain finds the right server, proves to it what this node is, and returns
+// what it answers, with the bundle that vouches for it.
+func (n *Node) obtain(ctx context.Context) (*svid, *trust, error) {
+	ctx, cancel := context.WithTimeout(ctx, attestTimeout)
+	defer cancel()
+	l, t, err := n.bootstrap(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer l.finish(nil)
+	if old := n.lastID(); n.o.Attestor == nil || n.spent(old) {
+		return nil, nil, &fatalError{fmt.Errorf("identity of %s has ended, and its proof cannot be given again; %s", old, n.remedy())}
+	}
+	key, csr, err := newKey()
+	if err != nil {
+		return nil, nil, err
+	}
+	result, err := n.prove(ctx, l, csr)
+	if err != nil {
+		return nil, nil, n.attestError(err)
+	}
+	s, err := n.checkSVID(result.GetSvid(), key, t, spiffeid.ID{})
+	if err != nil {
+		return nil, nil, fmt.Errorf("attest: %w", err)
+	}
+	return s, t, nil
 }
 
 // prove runs the AttestAgent conversation on an authenticated link.
@@ -162,6 +171,22 @@ func (n *Node) attestError(err error) error {
 	default:
 		return fmt.Errorf("attest: %w", err)
 	}
+}
+
+// next obtains the SVID that follows that of a link. Where the server wants the
+// proof again instead of a renewal, it is given while the link goes on: a proof
+// that is refused costs nothing until the present SVID ends.
+func (n *Node) next(ctx context.Context, l *Link) (*svid, error) {
+	s, err := n.renew(ctx, l)
+	if reason, ok := denialReason(err); !ok || reason != types.PermissionDeniedDetails_AGENT_MUST_REATTEST ||
+		n.o.Attestor == nil || n.spent(l.svid.id) {
+		return s, err
+	}
+	s, _, err = n.obtain(ctx)
+	if err == nil {
+		n.o.Log.Info("node attested again", "agent_id", s.id, "attestor", n.o.Attestor.Name)
+	}
+	return s, err
 }
 
 // renew obtains the next SVID on a link of the present one.

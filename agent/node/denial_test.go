@@ -78,6 +78,38 @@ func TestADeniedAgentAttestsAgainIfItCan(t *testing.T) {
 	}
 }
 
+func TestANodeWhoseProofIsRefusedGoesOnUntilItsSVIDEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := reattesting(t)
+		r := w.run(t)
+		link := r.connected(t)
+		w.Lock()
+		w.Denial = types.PermissionDeniedDetails_AGENT_MUST_REATTEST
+		refused := true
+		w.Before = func(_ context.Context, method string) error {
+			if refused && strings.HasSuffix(method, "/AttestAgent") {
+				return status.Error(codes.PermissionDenied, "the certificate has expired")
+			}
+			return nil
+		}
+		w.Unlock()
+		time.Sleep(50 * time.Minute)
+		if n := w.CallCount("AttestAgent"); n < 3 {
+			t.Errorf("attested %d times, want several attempts in the second half of the SVID's life", n)
+		}
+		if r.connected(t) != link {
+			t.Error("the link was given up although its SVID is valid")
+		}
+		w.Lock()
+		refused = false // its operator has mended it
+		w.Unlock()
+		time.Sleep(5 * time.Minute)
+		if r.connected(t) == link || !r.Status().ExpiresAt.After(time.Now().Add(50*time.Minute)) {
+			t.Errorf("no new SVID: %+v", r.Status())
+		}
+	})
+}
+
 func TestADeniedAgentThatCannotAttestAgainEndsWithARemedy(t *testing.T) {
 	for _, reason := range denials {
 		t.Run(reason.String(), func(t *testing.T) {

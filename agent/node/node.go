@@ -381,7 +381,10 @@ func (n *Node) tend(ctx context.Context, link *Link) error {
 				n.publish(nil)
 				return nil // step attests
 			}
-			s, err := n.renew(ctx, link)
+			s, err := n.next(ctx, link)
+			if errors.Is(err, ErrBanned) {
+				return err
+			}
 			if reason, ok := denialReason(err); ok {
 				return n.denied(denial{link, reason, err})
 			}
