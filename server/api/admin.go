@@ -117,6 +117,10 @@ func (s *adminService) authorityUses(view *registry.View) map[string]*hallmarkv1
 const (
 	defaultRotateWait = 30 * time.Second
 	maxRotateWait     = time.Hour
+	// rotateSettle is how long an authority that every agent knows does not sign
+	// yet. Agents hand the bundle on to their workloads, which take it in some
+	// milliseconds later, if they are not busy.
+	rotateSettle = time.Second
 )
 
 // RotateAuthority replaces the authority that signs by a new one, once every
@@ -145,6 +149,13 @@ func (s *adminService) RotateAuthority(ctx context.Context, req *hallmarkv1.Rota
 		return nil, status(ctx.Err())
 	case err != nil:
 		return nil, callErrorf(codes.DeadlineExceeded, "the new %s authority %s is prepared but does not sign: after %v, %v", kind, prepared.ID, wait, err)
+	}
+	settled := time.NewTimer(rotateSettle)
+	defer settled.Stop()
+	select {
+	case <-settled.C:
+	case <-ctx.Done():
+		return nil, status(ctx.Err())
 	}
 	active, err := s.authorities.Activate(ctx, kind, prepared.ID)
 	if err != nil {
