@@ -42,7 +42,8 @@ type AdminServiceClient interface {
 	// ListAuthorities lists the authorities of every server of the trust domain.
 	ListAuthorities(ctx context.Context, in *ListAuthoritiesRequest, opts ...grpc.CallOption) (*ListAuthoritiesResponse, error)
 	// RotateAuthority prepares a new authority, waits until every connected
-	// agent has acknowledged the bundle with it, and activates it.
+	// agent has acknowledged the bundle with it and a second more for their
+	// workloads, and activates it.
 	RotateAuthority(ctx context.Context, in *RotateAuthorityRequest, opts ...grpc.CallOption) (*RotateAuthorityResponse, error)
 	// ListConnections lists the agents that hold a push stream to this server.
 	ListConnections(ctx context.Context, in *ListConnectionsRequest, opts ...grpc.CallOption) (*ListConnectionsResponse, error)
@@ -142,7 +143,8 @@ type AdminServiceServer interface {
 	// ListAuthorities lists the authorities of every server of the trust domain.
 	ListAuthorities(context.Context, *ListAuthoritiesRequest) (*ListAuthoritiesResponse, error)
 	// RotateAuthority prepares a new authority, waits until every connected
-	// agent has acknowledged the bundle with it, and activates it.
+	// agent has acknowledged the bundle with it and a second more for their
+	// workloads, and activates it.
 	RotateAuthority(context.Context, *RotateAuthorityRequest) (*RotateAuthorityResponse, error)
 	// ListConnections lists the agents that hold a push stream to this server.
 	ListConnections(context.Context, *ListConnectionsRequest) (*ListConnectionsResponse, error)
