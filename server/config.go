@@ -13,6 +13,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/pkg/config"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/server/authority"
 )
 
@@ -62,6 +63,9 @@ type Config struct {
 
 	// Limits bound what callers can make the server do.
 	Limits LimitsConfig `yaml:"limits"`
+
+	// Telemetry says where metrics and health are served. Default: nowhere.
+	Telemetry telemetry.Config `yaml:"telemetry"`
 
 	Log config.Log `yaml:"log"` // to the standard error
 }
@@ -241,6 +245,7 @@ func (s *settings) check(src config.Source) error {
 	if s.Keys.Disk != nil && s.Keys.Memory != nil {
 		wrong("keys", "keys names two key managers; choose disk or memory")
 	}
+	s.Telemetry.Check(func(key, format string, args ...any) { wrong("telemetry."+key, format, args...) })
 	s.checkLifetimes(wrong)
 	s.checkAttestors(wrong)
 	for i, text := range s.AdminIDs {

@@ -21,11 +21,13 @@ import (
 
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/pkg/config"
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/pkg/version"
 	"github.com/hallmark-id/hallmark/server/api"
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/issue"
+	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
 	"github.com/hallmark-id/hallmark/server/store/badger"
@@ -47,6 +49,13 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	if err != nil {
 		return err
 	}
+	measured := telemetry.NewRegistry()
+	counted := metrics.New(measured)
+	watched, err := telemetry.Open(telemetry.Options{Config: s.Telemetry, Registry: measured, Log: log})
+	if err != nil {
+		return err
+	}
+	defer watched.Close()
 	// First what fails most often, and quickly.
 	tcp, err := api.ListenTCP(s.Listen)
 	if err != nil {
@@ -59,7 +68,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	}
 	defer admin.Close()
 
-	st, err := s.openStore(log)
+	st, err := s.openStore(log, counted)
 	if err != nil {
 		return err
 	}
@@ -92,7 +101,13 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	authorities, err := s.openAuthorities(above, reg, keys, log)
 	if err == nil {
 		below.Go(func() error { return authorities.Run(base) })
-		served := s.newAPI(st, reg, authorities, evidence, log)
+		pushes := feed.New(feed.Options{
+			Registry: reg, X509TTL: time.Duration(s.X509.SVIDLifetime), JWTTTL: time.Duration(s.JWT.SVIDLifetime),
+			Log: log, Metrics: counted,
+		})
+		served := s.newAPI(st, reg, authorities, evidence, pushes, log, counted)
+		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities) })
+		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities) })
 		log.Info("server is ready", append(describe(reg, authorities),
 			"trust_domain", s.TrustDomain, "listen", tcp.Addr().String(), "admin_socket", s.AdminSocket,
 			"version", version.String(), "took", time.Since(began).Round(time.Millisecond))...)
@@ -124,7 +139,7 @@ func (s *settings) openAuthorities(ctx context.Context, reg *registry.Registry, 
 	})
 }
 
-func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *authority.Authorities, evidence map[string]attestors.Server, log *slog.Logger) *api.API {
+func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *authority.Authorities, evidence map[string]attestors.Server, pushes *feed.Feed, log *slog.Logger, counted *metrics.Metrics) *api.API {
 	x509TTL, jwtTTL := time.Duration(s.X509.SVIDLifetime), time.Duration(s.JWT.SVIDLifetime)
 	return api.New(api.Options{
 		Store:       st,
@@ -134,12 +149,13 @@ func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *a
 			TrustDomain: s.td,
 			Authorities: authorities,
 			Log:         log,
+			Metrics:     counted,
 			X509TTL:     x509TTL,
 			JWTTTL:      jwtTTL,
 			AgentTTL:    time.Duration(s.X509.AgentLifetime),
 			JWTIssuer:   s.JWT.Issuer,
 		}),
-		Feed:          feed.New(feed.Options{Registry: reg, X509TTL: x509TTL, JWTTTL: jwtTTL, Log: log}),
+		Feed:          pushes,
 		NodeAttestors: evidence,
 		AdminIDs:      s.adminIDs,
 		Advertise:     s.Advertise,
@@ -148,7 +164,8 @@ func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *a
 			AttestPerSecond: s.Limits.AttestPerSecond,
 			SignPerSecond:   s.Limits.SignPerSecond,
 		},
-		Log: log,
+		Log:     log,
+		Metrics: counted,
 	})
 }
 
@@ -163,10 +180,10 @@ func describe(reg *registry.Registry, authorities *authority.Authorities) (attrs
 	return append(attrs, "entries", view.EntryCount(), "agents", view.NodeCount())
 }
 
-func (s *settings) openStore(log *slog.Logger) (store.Store, error) {
-	o := badger.Options{InMemory: true, Log: log}
+func (s *settings) openStore(log *slog.Logger, counted *metrics.Metrics) (store.Store, error) {
+	o := badger.Options{InMemory: true, Log: log, Metrics: counted}
 	if b := s.Store.Badger; b != nil {
-		o = badger.Options{Dir: b.Dir, MemTable: b.MemTable, Log: log}
+		o = badger.Options{Dir: b.Dir, MemTable: b.MemTable, Log: log, Metrics: counted}
 	}
 	st, err := badger.Open(o)
 	if errors.Is(err, os.ErrPermission) {
@@ -203,7 +220,7 @@ func Restore(ctx context.Context, src config.Source, r io.Reader) (records int, 
 	if err != nil {
 		return 0, err
 	}
-	st, err := s.openStore(log)
+	st, err := s.openStore(log, nil)
 	if err != nil {
 		return 0, err
 	}

@@ -59,7 +59,12 @@ func configure(dir string) config.Source {
 // start runs a server and waits until it serves.
 func start(t testing.TB, dir string) *running {
 	t.Helper()
-	r := &running{t: t, dir: dir, src: configure(dir), done: make(chan error, 1)}
+	return startWith(t, dir, configure(dir))
+}
+
+func startWith(t testing.TB, dir string, src config.Source) *running {
+	t.Helper()
+	r := &running{t: t, dir: dir, src: src, done: make(chan error, 1)}
 	ctx, cancel := context.WithCancel(context.Background())
 	r.end = cancel
 	ready := make(chan struct{})

@@ -33,6 +33,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/issue"
+	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
 )
@@ -50,6 +51,7 @@ type Options struct {
 	Limits        Limits
 	Now           func() time.Time // nil: time.Now
 	Log           *slog.Logger     // nil: none
+	Metrics       *metrics.Metrics // nil: none
 }
 
 // API serves the server's contracts. Each service is a struct that embeds it,
@@ -66,6 +68,7 @@ type API struct {
 	td          spiffeid.TrustDomain
 	now         func() time.Time
 	log         *slog.Logger
+	metrics     *metrics.Metrics
 
 	limits   Limits
 	attests  *limiter
@@ -104,6 +107,7 @@ func New(o Options) *API {
 		td:          o.Registry.TrustDomain(),
 		now:         o.Now,
 		log:         o.Log,
+		metrics:     o.Metrics,
 		limits: Limits{
 			Connections:     cmp.Or(o.Limits.Connections, DefaultConnections),
 			AttestPerSecond: cmp.Or(o.Limits.AttestPerSecond, DefaultAttestPerSecond),
@@ -116,6 +120,9 @@ func New(o Options) *API {
 	}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
+	}
+	if a.metrics == nil {
+		a.metrics = metrics.New(nil)
 	}
 	for _, id := range o.AdminIDs {
 		a.adminIDs[id] = true
@@ -133,7 +140,7 @@ func New(o Options) *API {
 	)
 	a.tcp = grpc.NewServer(append(options,
 		grpc.Creds(a.tlsCredentials()),
-		grpc.InTapHandle(refuseEarly),
+		grpc.InTapHandle(a.refuseEarly),
 		grpc.ReadBufferSize(0), // TLS has a buffer below; and there are thousands of connections
 	)...)
 	a.admin = grpc.NewServer(append(options, grpc.Creds(peercred.New(peercred.Options{RequireOwner: true, Log: a.log})))...)
@@ -160,6 +167,7 @@ func (a *API) Run(ctx context.Context, tcp, admin net.Listener) error {
 		Listener: tcp,
 		most:     int64(a.limits.Connections),
 		refused: func(addr net.Addr) {
+			a.metrics.ConnectionsRefused.Inc()
 			if refused.Allow() {
 				a.log.Warn("connection refused: there are too many", "address", addr.String(), "most", a.limits.Connections)
 			}

@@ -22,10 +22,12 @@ var errStopping = callErrorf(codes.Unavailable, "the server is stopping; try aga
 
 // refuseEarly denies a call to one without an X509-SVID before anything of its
 // request is read.
-func refuseEarly(ctx context.Context, info *tap.Info) (context.Context, error) {
+func (a *API) refuseEarly(ctx context.Context, info *tap.Info) (context.Context, error) {
 	if p, ok := peer.FromContext(ctx); ok {
 		if t, ok := p.AuthInfo.(*tlsPeer); ok && t.leaf == nil && methods[info.FullMethodName].callers&anyone == 0 {
-			return nil, grpcstatus.Convert(denied(info.FullMethodName)).Err()
+			err := denied(info.FullMethodName)
+			a.countRefusal(info.FullMethodName, err)
+			return nil, grpcstatus.Convert(err).Err()
 		}
 	}
 	return ctx, nil
@@ -44,6 +46,7 @@ func (a *API) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, ha
 		return err
 	})
 	err = a.finished(ctx, info.FullMethod, err)
+	a.metrics.Calls.Call(info.FullMethod, err, time.Since(began))
 	if m.audit {
 		a.audit(ctx, c, info.FullMethod, err, began, subject(req, resp))
 	}
@@ -83,6 +86,7 @@ func (a *API) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo,
 		}
 	}
 	err = a.finished(ctx, info.FullMethod, err)
+	a.metrics.Calls.Stream(info.FullMethod, err)
 	if m.audit {
 		a.audit(ctx, c, info.FullMethod, err, began, record.attrs())
 	}
@@ -121,6 +125,7 @@ func (a *API) safely(name string, call func() error) (err error) {
 // refused logs that a call was denied. Whoever is denied can try as often as
 // it likes, so only some are logged.
 func (a *API) refused(ctx context.Context, name string, err error) error {
+	a.countRefusal(name, err)
 	if cause := hiddenCause(err); cause != nil {
 		a.log.Error("a caller could not be authorized", "method", name, "error", cause)
 	} else if a.refusals.Allow() {
@@ -128,6 +133,15 @@ func (a *API) refused(ctx context.Context, name string, err error) error {
 		a.log.LogAttrs(ctx, slog.LevelWarn, "call denied", attrs...)
 	}
 	return err
+}
+
+// countRefusal counts a call that was denied. Whoever is denied may have made
+// up the method.
+func (a *API) countRefusal(name string, err error) {
+	if _, ok := methods[name]; !ok {
+		name = "unknown"
+	}
+	a.metrics.Refusals.WithLabelValues(name, grpcstatus.Code(err).String()).Inc()
 }
 
 // finished turns a service's error into the call's, and logs the cause of one

@@ -37,6 +37,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
+	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
 )
@@ -79,6 +80,7 @@ type Options struct {
 	JWTTTL   time.Duration    //
 	Now      func() time.Time // nil: time.Now
 	Log      *slog.Logger     // nil: none
+	Metrics  *metrics.Metrics // nil: none
 }
 
 // Feed serves the push streams of all connected agents.
@@ -87,6 +89,7 @@ type Feed struct {
 	defaults *hallmarkv1.Defaults
 	now      func() time.Time
 	log      *slog.Logger
+	metrics  *metrics.Metrics
 	running  sync.WaitGroup // goroutines of streams
 
 	mu      sync.Mutex
@@ -106,6 +109,7 @@ func New(o Options) *Feed {
 		defaults: &hallmarkv1.Defaults{X509SvidTtl: int32(o.X509TTL / time.Second), JwtSvidTtl: int32(o.JWTTTL / time.Second)},
 		now:      o.Now,
 		log:      o.Log,
+		metrics:  o.Metrics,
 		streams:  make(map[spiffeid.ID]*stream),
 		records:  make(map[spiffeid.TrustDomain]bundleRecord),
 	}
@@ -114,6 +118,9 @@ func New(o Options) *Feed {
 	}
 	if f.log == nil {
 		f.log = slog.New(slog.DiscardHandler)
+	}
+	if f.metrics == nil {
+		f.metrics = metrics.New(nil)
 	}
 	return f
 }
@@ -139,6 +146,19 @@ func (f *Feed) Connections() []Connection {
 		out[i] = s.connection()
 	}
 	return out
+}
+
+// Behind returns how many agents hold a stream and have not acknowledged all
+// that was sent to them.
+func (f *Feed) Behind() (agents int) {
+	for _, s := range f.all() {
+		s.mu.Lock()
+		if s.acked < s.sent {
+			agents++
+		}
+		s.mu.Unlock()
+	}
+	return agents
 }
 
 func (f *Feed) all() []*stream {
@@ -205,6 +225,7 @@ func (f *Feed) enter(s *stream) {
 	f.mu.Lock()
 	old := f.streams[s.node]
 	f.streams[s.node] = s
+	f.metrics.Agents.Set(float64(len(f.streams)))
 	f.mu.Unlock()
 	if old != nil {
 		old.end(ErrReplaced)
@@ -216,5 +237,6 @@ func (f *Feed) leave(s *stream) {
 	defer f.mu.Unlock()
 	if f.streams[s.node] == s {
 		delete(f.streams, s.node)
+		f.metrics.Agents.Set(float64(len(f.streams)))
 	}
 }

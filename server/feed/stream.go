@@ -52,6 +52,7 @@ type stream struct {
 	position store.Revision // push has looked at everything up to here
 	sent     store.Revision // of the last change that was sent
 	acked    store.Revision // by the agent
+	behind   time.Time      // since when it has not acknowledged all that was sent
 	closed   bool
 	waiting  []chan struct{} // closed when any of the above changes
 }
@@ -318,6 +319,9 @@ func (s *stream) moved(rev store.Revision, sends bool) {
 	defer s.mu.Unlock()
 	s.position = rev
 	if sends {
+		if s.acked >= s.sent {
+			s.behind = s.feed.now()
+		}
 		s.sent = rev
 	}
 	s.wake()
@@ -328,6 +332,9 @@ func (s *stream) acknowledge(rev store.Revision) error {
 	defer s.mu.Unlock()
 	if rev > s.position {
 		return fmt.Errorf("%w: it acknowledges revision %d, but was sent %d at most", ErrProtocol, rev, s.position)
+	}
+	if s.acked < s.sent && rev >= s.sent {
+		s.feed.metrics.PushStep.Observe(s.feed.now().Sub(s.behind).Seconds())
 	}
 	s.acked = max(s.acked, rev)
 	s.wake()

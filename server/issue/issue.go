@@ -27,6 +27,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/server/authority"
+	"github.com/hallmark-id/hallmark/server/metrics"
 )
 
 // Lifetimes of SVIDs, unless configured otherwise.
@@ -49,6 +50,7 @@ type Options struct {
 	Authorities Authorities
 	Now         func() time.Time // nil: time.Now
 	Log         *slog.Logger     // one line a credential, level info; nil: none
+	Metrics     *metrics.Metrics // nil: none
 
 	X509TTL   time.Duration // of workloads' X509-SVIDs; 0: DefaultX509TTL
 	JWTTTL    time.Duration // of JWT-SVIDs; 0: DefaultJWTTTL
@@ -62,6 +64,7 @@ type Issuer struct {
 	authorities Authorities
 	now         func() time.Time
 	log         *slog.Logger
+	metrics     *metrics.Metrics
 	x509TTL     time.Duration
 	jwtTTL      time.Duration
 	agentTTL    time.Duration
@@ -84,6 +87,7 @@ func New(o Options) *Issuer {
 		authorities: o.Authorities,
 		now:         o.Now,
 		log:         o.Log,
+		metrics:     o.Metrics,
 		x509TTL:     cmp.Or(o.X509TTL, DefaultX509TTL),
 		jwtTTL:      cmp.Or(o.JWTTTL, DefaultJWTTTL),
 		agentTTL:    cmp.Or(o.AgentTTL, DefaultAgentTTL),
@@ -94,6 +98,9 @@ func New(o Options) *Issuer {
 	}
 	if i.log == nil {
 		i.log = slog.New(slog.DiscardHandler)
+	}
+	if i.metrics == nil {
+		i.metrics = metrics.New(nil)
 	}
 	return i
 }

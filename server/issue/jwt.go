@@ -127,6 +127,7 @@ func (i *Issuer) signJWT(ctx context.Context, t token) (*JWTSVID, error) {
 		return nil, fmt.Errorf("sign the token of %s: %w", t.id, err)
 	}
 	s.signed.add(expires)
+	i.metrics.Issued.WithLabelValues("jwt", t.reason).Inc()
 	if i.log.Enabled(ctx, slog.LevelInfo) {
 		i.log.LogAttrs(ctx, slog.LevelInfo, "issued", recordJWT(&t, s, jti, expires)...)
 	}

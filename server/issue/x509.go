@@ -172,6 +172,7 @@ func (i *Issuer) signX509(ctx context.Context, c certificate) (*X509SVID, error)
 		AuthorityID:  s.ID,
 	}
 	s.signed.add(notAfter)
+	i.metrics.Issued.WithLabelValues("x509", c.reason).Inc()
 	svid.Chain = append(svid.Chain, s.chain...)
 	if i.log.Enabled(ctx, slog.LevelInfo) {
 		i.log.LogAttrs(ctx, slog.LevelInfo, "issued", recordX509(&c, s, svid)...)

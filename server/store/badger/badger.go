@@ -29,6 +29,7 @@ import (
 	badgerdb "github.com/dgraph-io/badger/v4"
 	"github.com/dgraph-io/badger/v4/options"
 
+	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/store"
 )
 
@@ -73,8 +74,9 @@ type Options struct {
 	// of memory while that lasts.
 	MemTable int64
 
-	Now func() time.Time // nil: time.Now
-	Log *slog.Logger     // nil: none
+	Now     func() time.Time // nil: time.Now
+	Log     *slog.Logger     // nil: none
+	Metrics *metrics.Metrics // nil: none
 }
 
 // DB is a store in a directory. Its methods may be called concurrently.
@@ -84,6 +86,8 @@ type DB struct {
 	lock   *os.File // of the directory; nil: in memory
 	now    func() time.Time
 	log    *slog.Logger
+
+	metrics *metrics.Metrics
 
 	queue   chan *request
 	written chan struct{} // closed when the writer has ended
@@ -109,6 +113,9 @@ func Open(o Options) (*DB, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
+	if o.Metrics == nil {
+		o.Metrics = metrics.New(nil)
+	}
 	if o.MemTable == 0 {
 		o.MemTable = defaultMemTable
 	}
@@ -124,6 +131,7 @@ func Open(o Options) (*DB, error) {
 		dir:     o.Dir,
 		now:     o.Now,
 		log:     o.Log,
+		metrics: o.Metrics,
 		queue:   make(chan *request, 256),
 		written: make(chan struct{}),
 		stop:    make(chan struct{}),

@@ -356,6 +356,7 @@ func (w *writer) flush() {
 		return
 	}
 	w.timed(start)
+	w.db.metrics.Commits.Add(float64(len(g.changes)))
 	w.revision = g.revision
 	w.db.recent.add(g.changes)
 	for i, r := range g.results {
@@ -448,10 +449,13 @@ func diskFull(dir string, free, needed uint64) error {
 	return fmt.Errorf("store: the disk of %s is full: %d MiB are free, %d MiB are needed; make room", dir, free>>20, needed>>20)
 }
 
-// timed tells the operator of a disk that is too slow.
+// timed records how long a commit took, and tells the operator of a disk that
+// is too slow.
 func (w *writer) timed(start time.Time) {
 	now := w.db.now()
-	if took := now.Sub(start); took >= slowCommit && now.Sub(w.saidSlow) >= slowEvery {
+	took := now.Sub(start)
+	w.db.metrics.CommitSeconds.Observe(took.Seconds())
+	if took >= slowCommit && now.Sub(w.saidSlow) >= slowEvery {
 		w.saidSlow = now
 		w.db.log.Warn("the disk is slow: a write took long to reach it", "dir", w.db.dir, "took", took)
 	}

@@ -1,0 +1,54 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/hallmark-id/hallmark/server/authority"
+	"github.com/hallmark-id/hallmark/server/feed"
+	"github.com/hallmark-id/hallmark/server/metrics"
+	"github.com/hallmark-id/hallmark/server/registry"
+	"github.com/hallmark-id/hallmark/server/store"
+)
+
+// readiness returns why a server cannot issue anything now, or nil. It is for
+// whoever asked, and of a server that runs until its context ends.
+func readiness(asked, running context.Context, st store.Store, authorities *authority.Authorities) error {
+	if running.Err() != nil {
+		return errors.New("the server is stopping")
+	}
+	// A prefix of one record, which every store has.
+	if _, err := st.Read(asked, "trust-domain", func(store.Record) error { return nil }); err != nil {
+		return fmt.Errorf("the store cannot be read: %w", err)
+	}
+	now := time.Now()
+	for _, kind := range []registry.AuthorityKind{registry.X509, registry.JWT} {
+		switch active, _, _ := authorities.State(kind); {
+		case active == nil:
+			return fmt.Errorf("there is no active %v authority", kind)
+		case !now.Before(active.ExpiresAt):
+			return fmt.Errorf("the active %v authority has expired", kind)
+		}
+	}
+	return nil
+}
+
+// state is how a server is, for its metrics.
+func state(reg *registry.Registry, pushes *feed.Feed, authorities *authority.Authorities) metrics.State {
+	view := reg.View()
+	s := metrics.State{
+		Entries:       view.EntryCount(),
+		Nodes:         view.NodeCount(),
+		Revision:      int64(view.Revision()),
+		AgentsBehind:  pushes.Behind(),
+		AuthorityEnds: make(map[string]time.Time),
+	}
+	for _, kind := range []registry.AuthorityKind{registry.X509, registry.JWT} {
+		if active, _, _ := authorities.State(kind); active != nil {
+			s.AuthorityEnds[kind.String()] = active.ExpiresAt
+		}
+	}
+	return s
+}

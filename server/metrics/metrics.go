@@ -1,0 +1,124 @@
+// Package metrics names everything that a server counts for its operator's
+// monitoring: [Metrics] has a field for each, and what counts increments it
+// where the thing happens. docs/metrics.md is made from it.
+package metrics
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
+	"github.com/hallmark-id/hallmark/pkg/version"
+)
+
+// Metrics is what a server counts as it goes. Make it with [New].
+type Metrics struct {
+	Calls              *telemetry.Calls
+	Refusals           *prometheus.CounterVec // by method and code
+	ConnectionsRefused prometheus.Counter
+
+	Issued *prometheus.CounterVec // by kind and reason
+
+	Agents   prometheus.Gauge // connected
+	PushStep prometheus.Histogram
+
+	Commits       prometheus.Counter // transactions
+	CommitSeconds prometheus.Histogram
+}
+
+// New makes the metrics and registers them. A nil registerer registers
+// nothing: they count for nobody.
+func New(r prometheus.Registerer) *Metrics {
+	make := promauto.With(r)
+	m := &Metrics{
+		Calls: telemetry.NewCalls(r, "hallmark_server_grpc", "the server's APIs"),
+		Refusals: make.NewCounterVec(prometheus.CounterOpts{
+			Name: "hallmark_server_refusals_total",
+			Help: "Calls refused before they began, because the caller may not make them, by gRPC method (unknown: none of the server's) and code.",
+		}, []string{"method", "code"}),
+		ConnectionsRefused: make.NewCounter(prometheus.CounterOpts{
+			Name: "hallmark_server_connections_refused_total",
+			Help: "Connections over TCP refused because there were too many.",
+		}),
+		Issued: make.NewCounterVec(prometheus.CounterOpts{
+			Name: "hallmark_server_issued_total",
+			Help: "Credentials issued, by kind (x509, jwt) and reason (workload, node, mint, downstream, server).",
+		}, []string{"kind", "reason"}),
+		Agents: make.NewGauge(prometheus.GaugeOpts{
+			Name: "hallmark_server_agents_connected",
+			Help: "Agents that hold a push stream.",
+		}),
+		PushStep: make.NewHistogram(prometheus.HistogramOpts{
+			Name:    "hallmark_server_push_acknowledgement_seconds",
+			Help:    "How long it took from sending a change to an agent until it acknowledged everything that was sent to it.",
+			Buckets: telemetry.LatencyBuckets,
+		}),
+		Commits: make.NewCounter(prometheus.CounterOpts{
+			Name: "hallmark_server_store_transactions_total",
+			Help: "Transactions committed to the store.",
+		}),
+		CommitSeconds: make.NewHistogram(prometheus.HistogramOpts{
+			Name:    "hallmark_server_store_commit_duration_seconds",
+			Help:    "How long commits to the store took, synced; transactions that come together share one.",
+			Buckets: telemetry.LatencyBuckets,
+		}),
+	}
+	make.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "hallmark_server_build_info",
+		Help: "1, with the version of the program.",
+	}, []string{"version"}).WithLabelValues(version.String()).Set(1)
+	// From the start, so that the first one shows as an increase.
+	for _, reason := range []string{"workload", "node", "mint", "downstream", "server"} {
+		m.Issued.WithLabelValues("x509", reason)
+	}
+	for _, reason := range []string{"workload", "mint"} {
+		m.Issued.WithLabelValues("jwt", reason)
+	}
+	return m
+}
+
+// State is what a server tells of its present state when it is asked.
+type State struct {
+	Entries, Nodes int
+	Revision       int64
+	AgentsBehind   int                  // connected, and have not acknowledged all they were sent
+	AuthorityEnds  map[string]time.Time // of the active one, by kind
+}
+
+var (
+	entries   = prometheus.NewDesc("hallmark_server_entries", "Registration entries.", nil, nil)
+	nodes     = prometheus.NewDesc("hallmark_server_nodes", "Nodes that have attested, banned ones among them.", nil, nil)
+	revision  = prometheus.NewDesc("hallmark_server_revision", "Revision of the registry; it grows by one with each transaction.", nil, nil)
+	behind    = prometheus.NewDesc("hallmark_server_agents_behind", "Connected agents that have not yet acknowledged everything that was sent to them.", nil, nil)
+	authority = prometheus.NewDesc("hallmark_server_authority_expiry_timestamp_seconds", "When the active authority expires, in seconds since 1970, by kind; subtract time() for what is left.", []string{"kind"}, nil)
+)
+
+// RegisterState registers what is found out only when monitoring asks. Now is
+// called each time.
+func RegisterState(r prometheus.Registerer, now func() State) { r.MustRegister(state(now)) }
+
+type state func() State
+
+// Describe implements [prometheus.Collector].
+func (state) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{entries, nodes, revision, behind, authority} {
+		ch <- d
+	}
+}
+
+// Collect implements [prometheus.Collector].
+func (now state) Collect(ch chan<- prometheus.Metric) {
+	s := now()
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	gauge(entries, float64(s.Entries))
+	gauge(nodes, float64(s.Nodes))
+	gauge(revision, float64(s.Revision))
+	gauge(behind, float64(s.AgentsBehind))
+	for kind, ends := range s.AuthorityEnds {
+		gauge(authority, float64(ends.Unix()), kind)
+	}
+}
