@@ -153,6 +153,8 @@ const (
 
 	// maxLimit bounds the limits: more is a mistake in writing.
 	maxLimit = 1_000_000
+
+	maxTrustDomain = 255 // bytes; SPIFFE-ID §2.3
 )
 
 // settings is a configuration that was checked, in the form that Run uses.
@@ -213,6 +215,8 @@ func (s *settings) check(src config.Source) error {
 		wrong("trust_domain", "trust_domain: %v; write a name like example.org", err)
 	case s.td.Name() != s.TrustDomain:
 		wrong("trust_domain", "trust_domain %q is no bare name; write %s", s.TrustDomain, s.td.Name())
+	case len(s.TrustDomain) > maxTrustDomain:
+		wrong("trust_domain", "trust_domain is %d bytes long; the most is %d, choose a shorter name", len(s.TrustDomain), maxTrustDomain)
 	}
 	if _, err := hostPort(s.Listen); err != nil {
 		wrong("listen", "listen: %v; write host:port, for example %s", err, defaultListen)
