@@ -21,6 +21,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/pkg/config"
+	"github.com/hallmark-id/hallmark/pkg/loglevel"
 	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/pkg/version"
 	"github.com/hallmark-id/hallmark/server/api"
@@ -45,7 +46,12 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	if err != nil {
 		return err
 	}
-	log, err := s.Log.Logger(os.Stderr)
+	configured, err := s.Log.ParseLevel()
+	if err != nil {
+		return err
+	}
+	level := loglevel.New(configured)
+	log, err := s.Log.LoggerAt(os.Stderr, level)
 	if err != nil {
 		return err
 	}
@@ -105,7 +111,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 			Registry: reg, X509TTL: time.Duration(s.X509.SVIDLifetime), JWTTTL: time.Duration(s.JWT.SVIDLifetime),
 			Log: log, Metrics: counted,
 		})
-		served := s.newAPI(st, reg, authorities, evidence, pushes, log, counted)
+		served := s.newAPI(st, reg, authorities, evidence, pushes, log, level, counted)
 		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities) })
 		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities) })
 		log.Info("server is ready", append(describe(reg, authorities),
@@ -139,7 +145,7 @@ func (s *settings) openAuthorities(ctx context.Context, reg *registry.Registry, 
 	})
 }
 
-func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *authority.Authorities, evidence map[string]attestors.Server, pushes *feed.Feed, log *slog.Logger, counted *metrics.Metrics) *api.API {
+func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *authority.Authorities, evidence map[string]attestors.Server, pushes *feed.Feed, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics) *api.API {
 	x509TTL, jwtTTL := time.Duration(s.X509.SVIDLifetime), time.Duration(s.JWT.SVIDLifetime)
 	return api.New(api.Options{
 		Store:       st,
@@ -164,8 +170,9 @@ func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *a
 			AttestPerSecond: s.Limits.AttestPerSecond,
 			SignPerSecond:   s.Limits.SignPerSecond,
 		},
-		Log:     log,
-		Metrics: counted,
+		Log:      log,
+		LogLevel: level,
+		Metrics:  counted,
 	})
 }
 

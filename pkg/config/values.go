@@ -93,19 +93,32 @@ type Log struct {
 
 // Logger makes the logger that writes to w.
 func (l Log) Logger(w io.Writer) (*slog.Logger, error) {
-	var options slog.HandlerOptions
+	level, err := l.ParseLevel()
+	if err != nil {
+		return nil, err
+	}
+	return l.LoggerAt(w, level)
+}
+
+// ParseLevel returns the level, info if there is none.
+func (l Log) ParseLevel() (slog.Level, error) {
 	switch l.Level {
 	case "debug":
-		options.Level = slog.LevelDebug
+		return slog.LevelDebug, nil
 	case "", "info":
-		options.Level = slog.LevelInfo
+		return slog.LevelInfo, nil
 	case "warn":
-		options.Level = slog.LevelWarn
+		return slog.LevelWarn, nil
 	case "error":
-		options.Level = slog.LevelError
-	default:
-		return nil, fmt.Errorf("log level cannot be %q; %s", l.Level, choose(l.Level, []string{"debug", "info", "warn", "error"}))
+		return slog.LevelError, nil
 	}
+	return 0, fmt.Errorf("log level cannot be %q; %s", l.Level, choose(l.Level, []string{"debug", "info", "warn", "error"}))
+}
+
+// LoggerAt makes the logger that writes to w, with a level that may change while
+// it is in use.
+func (l Log) LoggerAt(w io.Writer, level slog.Leveler) (*slog.Logger, error) {
+	options := slog.HandlerOptions{Level: level}
 	switch l.Format {
 	case "", "text":
 		return slog.New(slog.NewTextHandler(w, &options)), nil

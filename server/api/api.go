@@ -19,8 +19,10 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	debugv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/debug/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
+	loggerv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/logger/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
@@ -28,6 +30,7 @@ import (
 	"google.golang.org/grpc/reflection"
 
 	"github.com/hallmark-id/hallmark/attestors"
+	"github.com/hallmark-id/hallmark/pkg/loglevel"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/authority"
@@ -52,6 +55,7 @@ type Options struct {
 	Now           func() time.Time // nil: time.Now
 	Log           *slog.Logger     // nil: none
 	Metrics       *metrics.Metrics // nil: none
+	LogLevel      *loglevel.Var    // of Log; nil: one that is nobody's
 }
 
 // API serves the server's contracts. Each service is a struct that embeds it,
@@ -153,6 +157,8 @@ func New(o Options) *API {
 	}
 	hallmarkv1.RegisterFeedServiceServer(a.tcp, &feedService{API: a})
 	hallmarkv1.RegisterAdminServiceServer(a.admin, &adminService{API: a})
+	debugv1.RegisterDebugServer(a.admin, &debugService{API: a})
+	loggerv1.RegisterLoggerServer(a.admin, &loggerService{level: cmp.Or(o.LogLevel, loglevel.New(slog.LevelInfo))})
 	grpc_health_v1.RegisterHealthServer(a.admin, &healthService{API: a})
 	reflection.Register(a.admin)
 	return a
