@@ -211,3 +211,17 @@ func TestAServerStopsWhileACallIsUnderWay(t *testing.T) {
 		_, err = stream.Recv()
 	}
 }
+
+func TestAServerThatListensEverywhereWantsToKnowWhereAgentsFindIt(t *testing.T) {
+	for advertise, want := range map[string]string{"": "set advertise to the host:port that agents should dial", "server.example.org:8081": ""} {
+		dir := newDir(t)
+		src := configure(dir)
+		src.Data = append(bytes.Replace(src.Data, []byte("127.0.0.1:0"), []byte("0.0.0.0:0"), 1), fmt.Sprintf("advertise: %q\n", advertise)...)
+		r := startWith(t, dir, src)
+		info, err := hallmarkv1.NewAdminServiceClient(r.conn).GetJoinInfo(t.Context(), &hallmarkv1.GetJoinInfoRequest{})
+		if want == "" && (err != nil || info.Address != advertise) || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("with advertise %q: %v, %v", advertise, info, err)
+		}
+		must(t, r.stop())
+	}
+}
