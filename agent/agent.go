@@ -22,11 +22,13 @@ import (
 	"github.com/hallmark-id/hallmark/agent/admin"
 	"github.com/hallmark-id/hallmark/agent/feed"
 	"github.com/hallmark-id/hallmark/agent/held"
+	"github.com/hallmark-id/hallmark/agent/metrics"
 	"github.com/hallmark-id/hallmark/agent/node"
 	"github.com/hallmark-id/hallmark/agent/workload"
 	"github.com/hallmark-id/hallmark/agent/workloadapi"
 	"github.com/hallmark-id/hallmark/pkg/config"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/pkg/version"
 )
 
@@ -51,6 +53,13 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 	if err != nil {
 		return err
 	}
+	measured := telemetry.NewRegistry()
+	counted := metrics.New(measured)
+	watched, err := telemetry.Open(telemetry.Options{Config: s.Telemetry, Registry: measured, Log: log})
+	if err != nil {
+		return err
+	}
+	defer watched.Close()
 	var h *held.Held
 	n, err := node.Open(node.Options{
 		TrustDomain: s.td,
@@ -78,11 +87,11 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 	}
 	defer operators.Close()
 
-	h = held.New(held.Options{TrustDomain: s.td, Signer: n, Limit: s.HeldSVIDs, Log: log})
+	h = held.New(held.Options{TrustDomain: s.td, Signer: n, Limit: s.HeldSVIDs, Log: log, Metrics: counted})
 	f := feed.New(feed.Options{TrustDomain: s.td, Node: n, Held: h, Log: log})
-	attestor := workload.New(workload.Options{Attestors: s.workloads, Log: log})
+	attestor := workload.New(workload.Options{Attestors: s.workloads, Log: log, Metrics: counted})
 	api := workloadapi.New(workloadapi.Options{
-		Listener: workloads, Held: h, Attestor: attestor, Limits: s.Limits.workloadAPI(), Log: log,
+		Listener: workloads, Held: h, Attestor: attestor, Limits: s.Limits.workloadAPI(), Log: log, Metrics: counted,
 	})
 	console := admin.New(admin.Options{
 		Listener: operators, TrustDomain: s.td, Server: s.Server, Held: h, Attestor: attestor, Log: log,
@@ -112,6 +121,8 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 	above.Go(func() error { return api.Run(serving) })
 	above.Go(func() error { return console.Run(serving) })
 
+	metrics.RegisterState(measured, func() metrics.State { return state(h, n, f) })
+	watched.Ready(func(context.Context) error { return readiness(ctx, connection(n.Status(), f.Status())) })
 	log.Info("agent is ready", "trust_domain", s.td.Name(), "server", s.Server, "socket", s.Socket,
 		"admin_socket", s.AdminSocket, "version", version.String(), "took", time.Since(began).Round(time.Millisecond))
 	ready()

@@ -23,6 +23,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/config"
 	"github.com/hallmark-id/hallmark/pkg/join"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 )
 
 // Config is an agent's configuration, as agent.yaml has it. With a join string
@@ -80,6 +81,9 @@ type Config struct {
 
 	// Limits bound what processes can make the agent do.
 	Limits LimitsConfig `yaml:"limits"`
+
+	// Telemetry says where metrics and health are served. Default: nowhere.
+	Telemetry telemetry.Config `yaml:"telemetry"`
 
 	Log config.Log `yaml:"log"` // to the standard error
 }
@@ -223,6 +227,7 @@ func load(src config.Source) (*settings, error) {
 	s.checkTrust(wrong)
 	s.checkPaths(wrong)
 	s.checkAttestors(wrong)
+	s.Telemetry.Check(func(key, format string, args ...any) { wrong("telemetry."+key, format, args...) })
 	if s.HeldSVIDs < 1 || s.HeldSVIDs > maxHeldSVIDs {
 		wrong("held_svids", "held_svids is %d; it is between 1 and %d", s.HeldSVIDs, maxHeldSVIDs)
 	}

@@ -26,6 +26,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/hallmark-id/hallmark/agent/metrics"
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/digest"
 	"github.com/hallmark-id/hallmark/pkg/entry"
@@ -75,9 +76,10 @@ type Options struct {
 	// Limit is how many X509-SVIDs are signed before a workload asked for
 	// them, and kept after; 0 is [DefaultLimit]. Those of workloads that are
 	// being served are held in any case.
-	Limit int
-	Now   func() time.Time // nil is time.Now
-	Log   *slog.Logger     // nil is silent
+	Limit   int
+	Now     func() time.Time // nil is time.Now
+	Log     *slog.Logger     // nil is silent
+	Metrics *metrics.Metrics // nil: none
 }
 
 // DefaultLimit is how many X509-SVIDs are held unasked: a busy node's worth.
@@ -105,6 +107,7 @@ type Held struct {
 	limit       int
 	now         func() time.Time
 	log         *slog.Logger
+	metrics     *metrics.Metrics
 
 	wake    chan struct{}   // of Run
 	ctx     context.Context // of signing JWT-SVIDs, which several callers may wait for
@@ -135,6 +138,7 @@ func New(o Options) *Held {
 		limit:       o.Limit,
 		now:         o.Now,
 		log:         o.Log,
+		metrics:     o.Metrics,
 		wake:        make(chan struct{}, 1),
 		first:       make(chan struct{}),
 		tickets:     make(chan struct{}, maxFlights),
@@ -150,6 +154,9 @@ func New(o Options) *Held {
 	}
 	if h.log == nil {
 		h.log = slog.New(slog.DiscardHandler)
+	}
+	if h.metrics == nil {
+		h.metrics = metrics.New(nil)
 	}
 	h.ctx, h.cancel = context.WithCancel(context.Background())
 	h.views.init()

@@ -191,6 +191,11 @@ func await(ctx context.Context, f *flight, cached JWTResult, ok bool) (JWTResult
 func (h *Held) fly(j *jwt, e *entry.Entry, audience []string) {
 	defer h.flights.Done()
 	result, err := h.signJWT(h.ctx, e, audience)
+	if err == nil {
+		h.metrics.JWTSigned.Inc()
+	} else {
+		h.metrics.JWTFailures.Inc()
+	}
 	<-h.tickets
 
 	h.mu.Lock()

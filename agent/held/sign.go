@@ -238,6 +238,7 @@ func (h *Held) signed(jobs []job, svids []*X509SVID, errs []error, err error) {
 	c := &h.schedule
 	c.calls--
 	if err != nil {
+		h.metrics.X509Failures.Add(float64(len(jobs)))
 		c.callFailures++
 		c.callFailedAt, c.callRetryAt = now, now.Add(backoff(c.callFailures))
 		h.log.Log(context.Background(), levelOf(c.callFailures), "signing X509-SVIDs failed",
@@ -288,6 +289,7 @@ func (h *Held) failed(s *slot, err error) {
 }
 
 func (h *Held) itemFailed(s *slot, err error, now time.Time) {
+	h.metrics.X509Failures.Inc()
 	s.failures++
 	s.retryAt = now.Add(backoff(s.failures))
 	h.log.Log(context.Background(), levelOf(s.failures), "signing an X509-SVID failed", "entry", s.entry.ID,
@@ -297,6 +299,7 @@ func (h *Held) itemFailed(s *slot, err error, now time.Time) {
 
 // deliver puts a new X509-SVID in the place of the old.
 func (h *Held) deliver(j job, svid *X509SVID, now time.Time) {
+	h.metrics.X509Signed.Inc()
 	s := j.s
 	life := svid.ExpiresAt.Sub(now)
 	s.svid, s.signedFor, s.distrusted = svid, j.entry, h.trust.distrusts(svid)

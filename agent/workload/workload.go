@@ -14,9 +14,11 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/time/rate"
 
+	"github.com/hallmark-id/hallmark/agent/metrics"
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
 	"github.com/hallmark-id/hallmark/pkg/selector"
@@ -54,6 +56,7 @@ type Options struct {
 	Attestors map[string]attestors.Workload // by name
 	Timeout   time.Duration                 // for all of them together; 0 is DefaultTimeout
 	Log       *slog.Logger                  // nil is silent
+	Metrics   *metrics.Metrics              // nil: none
 }
 
 // Attestor asks all attestors about a process.
@@ -68,6 +71,8 @@ type named struct {
 	attestor attestors.Workload
 	running  *semaphore.Weighted
 	loud     *rate.Limiter // of its failures
+	seconds  prometheus.Observer
+	failures prometheus.Counter
 }
 
 // New makes an Attestor.
@@ -79,8 +84,18 @@ func New(o Options) *Attestor {
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}
+	if o.Metrics == nil {
+		o.Metrics = metrics.New(nil)
+	}
 	for name, attestor := range o.Attestors {
-		a.attestors = append(a.attestors, named{name, attestor, semaphore.NewWeighted(maxRunning), rate.NewLimiter(failuresLogged, failuresLoggedBurst)})
+		a.attestors = append(a.attestors, named{
+			name:     name,
+			attestor: attestor,
+			running:  semaphore.NewWeighted(maxRunning),
+			loud:     rate.NewLimiter(failuresLogged, failuresLoggedBurst),
+			seconds:  o.Metrics.AttestationSeconds.WithLabelValues(name),
+			failures: o.Metrics.AttestationFailures.WithLabelValues(name),
+		})
 	}
 	slices.SortFunc(a.attestors, func(x, y named) int { return strings.Compare(x.name, y.name) })
 	return a
@@ -129,6 +144,10 @@ func (a *Attestor) Attest(ctx context.Context, p *peercred.Peer) (selector.Set, 
 		if !answered[i] {
 			r.Err = fmt.Errorf("it gave no answer within %v", a.timeout)
 			r.Took = time.Since(started)
+		}
+		a.attestors[i].seconds.Observe(r.Took.Seconds())
+		if r.Err != nil {
+			a.attestors[i].failures.Inc()
 		}
 		if r.Err != nil && a.attestors[i].loud.Allow() {
 			a.log.Warn("attestor failed", "attestor", r.Name, "pid", process.PID, "error", r.Err)

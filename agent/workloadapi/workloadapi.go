@@ -29,6 +29,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/hallmark-id/hallmark/agent/held"
+	"github.com/hallmark-id/hallmark/agent/metrics"
 	agentworkload "github.com/hallmark-id/hallmark/agent/workload"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
 )
@@ -86,6 +87,7 @@ type Options struct {
 	Limits   Limits
 	Now      func() time.Time // nil is time.Now
 	Log      *slog.Logger     // nil is silent
+	Metrics  *metrics.Metrics // nil: none
 }
 
 // Server serves the Workload API.
@@ -94,6 +96,7 @@ type Server struct {
 
 	o        Options
 	log      *slog.Logger
+	metrics  *metrics.Metrics
 	now      func() time.Time
 	callers  callers
 	stopping chan struct{}
@@ -101,9 +104,12 @@ type Server struct {
 
 // New makes a server. [Server.Run] closes the listener.
 func New(o Options) *Server {
-	s := &Server{o: o, log: o.Log, now: o.Now, stopping: make(chan struct{})}
+	s := &Server{o: o, log: o.Log, metrics: o.Metrics, now: o.Now, stopping: make(chan struct{})}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
+	}
+	if s.metrics == nil {
+		s.metrics = metrics.New(nil)
 	}
 	if s.now == nil {
 		s.now = time.Now
@@ -150,6 +156,8 @@ func (s *Server) Run(ctx context.Context) error {
 
 // unary is the one interceptor of unary calls.
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	began := time.Now()
+	defer func() { s.metrics.Calls.Call(info.FullMethod, err, time.Since(began)) }()
 	defer s.recover(info.FullMethod, &err)
 	if _, err := s.enter(ctx); err != nil {
 		return nil, err
@@ -159,6 +167,7 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 
 // stream is the one interceptor of streams.
 func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+	defer func() { s.metrics.Calls.Stream(info.FullMethod, err) }()
 	defer s.recover(info.FullMethod, &err)
 	c, err := s.enter(ss.Context())
 	if err != nil {
@@ -168,6 +177,8 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 		return errBusy
 	}
 	defer s.callers.closeStream(c)
+	s.metrics.Streams.Inc()
+	defer s.metrics.Streams.Dec()
 	return handler(srv, ss)
 }
 
