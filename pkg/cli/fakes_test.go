@@ -29,6 +29,7 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
@@ -126,10 +127,11 @@ type fakeServer struct {
 	agents  []*types.Agent
 	tokens  []string
 	next    int
+	keys    []fakeKey
 }
 
 func newFakeServer() *fakeServer {
-	return &fakeServer{ca: newAuthority(), advertise: "ca.example.org:8081"}
+	return &fakeServer{ca: newAuthority(), advertise: "ca.example.org:8081", keys: newFakeKeys()}
 }
 
 func (s *fakeServer) serve(ctx context.Context, socket string, ready func()) error {
@@ -139,6 +141,7 @@ func (s *fakeServer) serve(ctx context.Context, socket string, ready func()) err
 		bundlev1.RegisterBundleServer(g, s)
 		svidv1.RegisterSVIDServer(g, s)
 		hallmarkv1.RegisterAdminServiceServer(g, s)
+		localauthorityv1.RegisterLocalAuthorityServer(g, fakeAuthorities{fakeServer: s})
 		grpc_health_v1.RegisterHealthServer(g, health.NewServer())
 	})
 }
@@ -420,26 +423,6 @@ func (s *fakeServer) ListConnections(context.Context, *hallmarkv1.ListConnection
 		AgentId: "spiffe://example.org/spire/agent/join_token/one", AcknowledgedRevision: 42, AgentVersion: "1.2.3", Address: "10.0.0.7:51000",
 		ConnectedAt: time.Now().Add(-time.Hour - 500*time.Millisecond).Unix(),
 	}}}, nil
-}
-
-func (s *fakeServer) authorityRecord(id string, kind hallmarkv1.Authority_Kind, state hallmarkv1.Authority_State) *hallmarkv1.Authority {
-	return &hallmarkv1.Authority{Id: id, Kind: kind, State: state, Server: "server-1",
-		CreatedAt: time.Now().Unix(), ExpiresAt: time.Now().Add(24*time.Hour + 10*time.Second).Unix()}
-}
-
-func (s *fakeServer) ListAuthorities(context.Context, *hallmarkv1.ListAuthoritiesRequest) (*hallmarkv1.ListAuthoritiesResponse, error) {
-	return &hallmarkv1.ListAuthoritiesResponse{Authorities: []*hallmarkv1.Authority{
-		s.authorityRecord("aa11", hallmarkv1.Authority_KIND_X509, hallmarkv1.Authority_STATE_ACTIVE),
-		s.authorityRecord("bb22", hallmarkv1.Authority_KIND_X509, hallmarkv1.Authority_STATE_PREPARED),
-		s.authorityRecord(kid, hallmarkv1.Authority_KIND_JWT, hallmarkv1.Authority_STATE_ACTIVE),
-	}}, nil
-}
-
-func (s *fakeServer) RotateAuthority(_ context.Context, r *hallmarkv1.RotateAuthorityRequest) (*hallmarkv1.RotateAuthorityResponse, error) {
-	if r.Kind == hallmarkv1.Authority_KIND_JWT {
-		return nil, status.Error(codes.DeadlineExceeded, "1 of 2 agents did not acknowledge")
-	}
-	return &hallmarkv1.RotateAuthorityResponse{Activated: s.authorityRecord("bb22", r.Kind, hallmarkv1.Authority_STATE_ACTIVE), Agents: 1}, nil
 }
 
 func (s *fakeServer) Backup(_ *hallmarkv1.BackupRequest, stream grpc.ServerStreamingServer[hallmarkv1.BackupResponse]) error {
