@@ -27,6 +27,7 @@ import (
 	"github.com/hallmark-id/hallmark/agent/workload"
 	"github.com/hallmark-id/hallmark/agent/workloadapi"
 	"github.com/hallmark-id/hallmark/pkg/config"
+	"github.com/hallmark-id/hallmark/pkg/loglevel"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
 	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/pkg/version"
@@ -49,7 +50,12 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 	if err != nil {
 		return err
 	}
-	log, err := s.Log.Logger(os.Stderr)
+	configured, err := s.Log.ParseLevel()
+	if err != nil {
+		return err
+	}
+	level := loglevel.New(configured)
+	log, err := s.Log.LoggerAt(os.Stderr, level)
 	if err != nil {
 		return err
 	}
@@ -95,7 +101,12 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 	})
 	console := admin.New(admin.Options{
 		Listener: operators, TrustDomain: s.td, Server: s.Server, Held: h, Attestor: attestor, Log: log,
-		Connection: func() admin.Connection { return connection(n.Status(), f.Status()) },
+		LogLevel: level,
+		Connection: func() admin.Connection {
+			c := connection(n.Status(), f.Status())
+			c.Chain = n.Chain()
+			return c
+		},
 	})
 
 	// What serves ends first; what it stands on, after it.
@@ -141,7 +152,7 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 // connection is how the agent stands with its server: in step, or the reason
 // that comes first.
 func connection(n node.Status, f feed.Status) admin.Connection {
-	c := admin.Connection{AgentID: n.ID, SVIDExpiresAt: n.ExpiresAt, Connected: f.InStep, LastError: n.LastError}
+	c := admin.Connection{AgentID: n.ID, SVIDExpiresAt: n.ExpiresAt, Connected: f.InStep, SyncedAt: f.SyncedAt, LastError: n.LastError}
 	if c.LastError == nil {
 		c.LastError = f.LastError
 	}

@@ -1,11 +1,13 @@
 // Package admin serves what an operator asks an agent: how it is, and why a
-// process gets the identities it gets or none. Make a [Server] with [New]. It
-// answers root and the agent's own user only, on a socket of its own.
+// process gets the identities it gets or none. It serves SPIRE's agent Debug
+// and Logger APIs too. Make a [Server] with [New]. It answers root and the
+// agent's own user only, on a socket of its own.
 package admin
 
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -16,6 +18,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	debugv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/debug/v1"
+	loggerv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/logger/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/reflection"
@@ -24,6 +28,7 @@ import (
 	"github.com/hallmark-id/hallmark/agent/held"
 	"github.com/hallmark-id/hallmark/agent/workload"
 	"github.com/hallmark-id/hallmark/pkg/entry"
+	"github.com/hallmark-id/hallmark/pkg/loglevel"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
 	"github.com/hallmark-id/hallmark/pkg/selector"
 	"github.com/hallmark-id/hallmark/pkg/version"
@@ -42,10 +47,12 @@ const (
 
 // Connection is how the agent stands with its server.
 type Connection struct {
-	AgentID       spiffeid.ID // zero until attested
-	SVIDExpiresAt time.Time   // of the node's own SVID
-	Connected     bool        // the push stream is open and in step
-	LastError     error       // why it is not
+	AgentID       spiffeid.ID         // zero until attested
+	SVIDExpiresAt time.Time           // of the node's own SVID
+	Connected     bool                // the push stream is open and in step
+	LastError     error               // why it is not
+	SyncedAt      time.Time           // when what is held was last what the server says; zero: never
+	Chain         []*x509.Certificate // the node's own SVID and what vouches for it; nil until attested
 }
 
 // Options of [New]. All but Now and Log are required.
@@ -58,6 +65,7 @@ type Options struct {
 	Connection  func() Connection
 	Now         func() time.Time // nil is time.Now
 	Log         *slog.Logger     // nil is silent
+	LogLevel    *loglevel.Var    // of Log; nil is one that is nobody's
 }
 
 // Server serves the agent's AdminService.
@@ -76,6 +84,9 @@ func New(o Options) *Server {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
+	if o.LogLevel == nil {
+		o.LogLevel = loglevel.New(slog.LevelInfo)
+	}
 	return &Server{o: o, started: o.Now()}
 }
 
@@ -88,6 +99,8 @@ func (s *Server) Run(ctx context.Context) error {
 		grpc.MaxConcurrentStreams(maxStreams),
 	)
 	hallmarkv1.RegisterAgentAdminServiceServer(server, s)
+	debugv1.RegisterDebugServer(server, &debugService{Server: s})
+	loggerv1.RegisterLoggerServer(server, &loggerService{Server: s})
 	reflection.Register(server)
 	var serving sync.WaitGroup
 	failed := make(chan error, 1)

@@ -47,6 +47,7 @@ func (a attestor) Attest(_ context.Context, p attestors.Process) ([]selector.Sel
 type agent struct {
 	*heldtest.Server
 	held       *held.Held
+	conn       *grpc.ClientConn
 	client     hallmarkv1.AgentAdminServiceClient
 	path       string
 	connection admin.Connection
@@ -83,6 +84,7 @@ func start(t *testing.T, selectors ...string) *agent {
 	conn, err := grpc.NewClient("unix://"+a.path, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	must(t, err)
 	t.Cleanup(func() { conn.Close() })
+	a.conn = conn
 	a.client = hallmarkv1.NewAgentAdminServiceClient(conn)
 	return a
 }

@@ -62,9 +62,10 @@ type Options struct {
 
 // Status says how the feed is.
 type Status struct {
-	InStep    bool  // the stream is open, and what is held is what the server says
-	LastError error // why it is not in step; nil while it is
-	Drifts    int   // how often digests differed since the start
+	InStep    bool      // the stream is open, and what is held is what the server says
+	LastError error     // why it is not in step; nil while it is
+	Drifts    int       // how often digests differed since the start
+	SyncedAt  time.Time // when what is held was last found to be what the server says; zero: never
 }
 
 // Feed follows the push stream. Make one with [New].
@@ -185,6 +186,7 @@ func (f *Feed) follow(ctx context.Context, link *node.Link) (steadySince time.Ti
 			return steadySince, err
 		}
 		f.agent, f.whole = link.ID(), false
+		f.synced()
 		if err := stream.Send(&hallmarkv1.FollowRequest{Revision: s.change.Revision}); err != nil && err != io.EOF {
 			return steadySince, cause(ctx, err)
 		}
@@ -246,6 +248,12 @@ func (f *Feed) digest() digest.Sum {
 	sum := digest.Sum(f.o.Held.Digest())
 	f.unread.addTo(&sum)
 	return sum
+}
+
+func (f *Feed) synced() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.status.SyncedAt = f.o.Now()
 }
 
 func (f *Feed) inStep(revision int64) {

@@ -1,0 +1,25 @@
+package node
+
+import (
+	"crypto/x509"
+
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+)
+
+// Chain returns the node's own X509-SVID, leaf first, up to the authority in
+// the bundle that it verifies by: without that one if it does not verify now,
+// nil before the node is attested.
+func (n *Node) Chain() []*x509.Certificate {
+	n.mu.Lock()
+	svid, trust := n.svid, n.trust
+	n.mu.Unlock()
+	if svid == nil {
+		return nil
+	}
+	if trust != nil {
+		if _, chains, err := x509svid.Verify(svid.chain, trust.x509, x509svid.WithTime(n.o.Now())); err == nil {
+			return chains[0]
+		}
+	}
+	return svid.chain
+}
