@@ -187,6 +187,18 @@ func startPair(t testing.TB, socket string, echoUID int, echoID string, callerUI
 	return p
 }
 
+// address is where the echo service listens.
+func (p *pair) address(t testing.TB) string {
+	t.Helper()
+	for _, e := range p.caller.Env {
+		if address, ok := strings.CutPrefix(e, "TEST_ADDRESS="); ok {
+			return address
+		}
+	}
+	t.Fatal("the caller was not told where the echo service listens")
+	return ""
+}
+
 // seen returns the caller's newest tally.
 func (p *pair) seen() (n tally) {
 	lines := strings.Split(strings.TrimSpace(p.caller.Stdout()), "\n")
