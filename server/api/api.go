@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -24,6 +25,7 @@ import (
 	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	loggerv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/logger/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health/grpc_health_v1"
@@ -34,6 +36,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/peercred"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/authority"
+	"github.com/hallmark-id/hallmark/server/federation"
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/issue"
 	"github.com/hallmark-id/hallmark/server/metrics"
@@ -49,6 +52,7 @@ type Options struct {
 	Issuer        *issue.Issuer
 	Feed          *feed.Feed
 	NodeAttestors map[string]attestors.Server // by name; how nodes may attest
+	Federation    *federation.Client          // fetches foreign bundles; nil: one with the system's roots
 	AdminIDs      []spiffeid.ID               // administer besides the entries with admin set
 	Advertise     string                      // host:port that agents dial; empty: that of the TCP listener
 	Limits        Limits
@@ -67,6 +71,7 @@ type API struct {
 	issuer      *issue.Issuer
 	feed        *feed.Feed
 	attestors   map[string]attestors.Server
+	federation  *federation.Client
 	adminIDs    map[spiffeid.ID]bool
 	advertise   string
 	td          spiffeid.TrustDomain
@@ -74,7 +79,7 @@ type API struct {
 	log         *slog.Logger
 	metrics     *metrics.Metrics
 
-	limits   Limits
+	limits   atomic.Pointer[Limits] // set by SetLimits
 	attests  *limiter
 	signs    *limiter
 	refusals *rate.Limiter // of log lines
@@ -106,18 +111,14 @@ func New(o Options) *API {
 		issuer:      o.Issuer,
 		feed:        o.Feed,
 		attestors:   o.NodeAttestors,
+		federation:  cmp.Or(o.Federation, &federation.Client{}),
 		adminIDs:    make(map[spiffeid.ID]bool),
 		advertise:   o.Advertise,
 		td:          o.Registry.TrustDomain(),
 		now:         o.Now,
 		log:         o.Log,
 		metrics:     o.Metrics,
-		limits: Limits{
-			Connections:     cmp.Or(o.Limits.Connections, DefaultConnections),
-			AttestPerSecond: cmp.Or(o.Limits.AttestPerSecond, DefaultAttestPerSecond),
-			SignPerSecond:   cmp.Or(o.Limits.SignPerSecond, DefaultSignPerSecond),
-		},
-		refusals: rate.NewLimiter(refusalsLogged, refusalsLoggedBurst),
+		refusals:    rate.NewLimiter(refusalsLogged, refusalsLoggedBurst),
 	}
 	if a.now == nil {
 		a.now = time.Now
@@ -131,9 +132,8 @@ func New(o Options) *API {
 	for _, id := range o.AdminIDs {
 		a.adminIDs[id] = true
 	}
-	// Two seconds' worth at once, and a whole batch in any case.
-	a.attests = newLimiter(a.limits.AttestPerSecond, 2*a.limits.AttestPerSecond, a.now)
-	a.signs = newLimiter(a.limits.SignPerSecond, max(2*a.limits.SignPerSecond, maxCSRs), a.now)
+	a.attests, a.signs = newLimiter(0, 0, a.now), newLimiter(0, 0, a.now)
+	a.SetLimits(o.Limits)
 	a.started = a.now()
 	a.stopping, a.stop = context.WithCancel(context.Background())
 
@@ -153,6 +153,7 @@ func New(o Options) *API {
 		bundlev1.RegisterBundleServer(s, &bundleService{API: a})
 		agentv1.RegisterAgentServer(s, &agentService{API: a})
 		svidv1.RegisterSVIDServer(s, &svidService{API: a})
+		trustdomainv1.RegisterTrustDomainServer(s, &trustDomainService{API: a})
 		localauthorityv1.RegisterLocalAuthorityServer(s, &authorityService{API: a})
 	}
 	hallmarkv1.RegisterFeedServiceServer(a.tcp, &feedService{API: a})
@@ -171,11 +172,11 @@ func (a *API) Run(ctx context.Context, tcp, admin net.Listener) error {
 	refused := rate.NewLimiter(refusalsLogged, refusalsLoggedBurst)
 	bounded := &boundedListener{
 		Listener: tcp,
-		most:     int64(a.limits.Connections),
+		most:     func() int64 { return int64(a.limits.Load().Connections) },
 		refused: func(addr net.Addr) {
 			a.metrics.ConnectionsRefused.Inc()
 			if refused.Allow() {
-				a.log.Warn("connection refused: there are too many", "address", addr.String(), "most", a.limits.Connections)
+				a.log.Warn("connection refused: there are too many", "address", addr.String(), "most", a.limits.Load().Connections)
 			}
 		},
 	}

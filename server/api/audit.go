@@ -12,6 +12,7 @@ import (
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	grpcstatus "google.golang.org/grpc/status"
@@ -90,6 +91,14 @@ func subject(req, resp any) []slog.Attr {
 		return items("bundle", r.Bundle, (*types.Bundle).GetTrustDomain, statuses(resp))
 	case *bundlev1.BatchDeleteFederatedBundleRequest:
 		return append(items("bundle", r.TrustDomains, itself, statuses(resp)), slog.String("mode", r.Mode.String()))
+	case *trustdomainv1.BatchCreateFederationRelationshipRequest:
+		return items("federation", r.FederationRelationships, (*types.FederationRelationship).GetTrustDomain, statuses(resp))
+	case *trustdomainv1.BatchUpdateFederationRelationshipRequest:
+		return items("federation", r.FederationRelationships, (*types.FederationRelationship).GetTrustDomain, statuses(resp))
+	case *trustdomainv1.BatchDeleteFederationRelationshipRequest:
+		return items("federation", r.TrustDomains, itself, statuses(resp))
+	case *trustdomainv1.RefreshBundleRequest:
+		return []slog.Attr{slog.String("federation", clip(r.TrustDomain))}
 	case *agentv1.DeleteAgentRequest:
 		return []slog.Attr{slog.String("agent", idText(r.Id))}
 	case *agentv1.BanAgentRequest:
@@ -141,6 +150,12 @@ func statuses(resp any) []codes.Code {
 	case *bundlev1.BatchSetFederatedBundleResponse:
 		return codesOf(r.GetResults())
 	case *bundlev1.BatchDeleteFederatedBundleResponse:
+		return codesOf(r.GetResults())
+	case *trustdomainv1.BatchCreateFederationRelationshipResponse:
+		return codesOf(r.GetResults())
+	case *trustdomainv1.BatchUpdateFederationRelationshipResponse:
+		return codesOf(r.GetResults())
+	case *trustdomainv1.BatchDeleteFederationRelationshipResponse:
 		return codesOf(r.GetResults())
 	case *svidv1.BatchNewX509SVIDResponse:
 		return codesOf(r.GetResults())

@@ -23,6 +23,7 @@ type fold struct {
 	tokens                                                     index[*storedToken]
 	bundles                                                    index[*storedBundle]
 	authorities                                                index[*Authority]
+	federations                                                index[*Federation]
 }
 
 // index is a working tree and its last published copy.
@@ -64,6 +65,7 @@ func newFold() fold {
 		tokens:      newIndex(func(a, b *storedToken) bool { return a.key < b.key }),
 		bundles:     newIndex(func(a, b *storedBundle) bool { return a.TrustDomain.Compare(b.TrustDomain) < 0 }),
 		authorities: newIndex(func(a, b *Authority) bool { return authorityKey(a) < authorityKey(b) }),
+		federations: newIndex(lessFederation),
 	}
 }
 
@@ -82,6 +84,7 @@ func (f *fold) publish(rev store.Revision, td spiffeid.TrustDomain) *View {
 		tokens:      f.tokens.publish(),
 		bundles:     f.bundles.publish(),
 		authorities: f.authorities.publish(),
+		federations: f.federations.publish(),
 	}
 }
 
@@ -122,6 +125,8 @@ func (f *fold) apply(rec store.Record) error {
 			return err
 		}
 		f.bundles.set(&storedBundle{Bundle: b, revision: rec.Revision})
+	case federationPrefix:
+		return f.applyFederation(rest, rec)
 	case authorityPrefix:
 		if rec.Value == nil {
 			for _, a := range f.authorities.work.Items() { // a handful

@@ -32,13 +32,14 @@ import (
 
 // The records, by the prefix of their key.
 const (
-	entryPrefix     = "entry/"     // <entry ID>
-	similarPrefix   = "similar/"   // <hash of SPIFFE ID, parent and selectors> → entry ID
-	nodePrefix      = "node/"      // <SPIFFE ID>
-	tokenPrefix     = "token/"     // <hash of the token>
-	bundlePrefix    = "bundle/"    // <trust domain>
-	authorityPrefix = "authority/" // <server>/<kind>/<authority ID>
-	trustDomainKey  = "trust-domain"
+	entryPrefix      = "entry/"      // <entry ID>
+	similarPrefix    = "similar/"    // <hash of SPIFFE ID, parent and selectors> → entry ID
+	nodePrefix       = "node/"       // <SPIFFE ID>
+	tokenPrefix      = "token/"      // <hash of the token>
+	bundlePrefix     = "bundle/"     // <trust domain>
+	authorityPrefix  = "authority/"  // <server>/<kind>/<authority ID>
+	federationPrefix = "federation/" // <trust domain>
+	trustDomainKey   = "trust-domain"
 )
 
 const maxAgentVersion = 255 // characters

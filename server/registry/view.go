@@ -33,7 +33,8 @@ type View struct {
 	bySelector  tree[nodeSelector] // by selector, node ID
 	tokens      tree[*storedToken] // by key
 	bundles     tree[*storedBundle]
-	authorities tree[*Authority] // by key
+	authorities tree[*Authority]  // by key
+	federations tree[*Federation] // by trust domain
 }
 
 type tree[T any] = *btree.BTreeG[T]

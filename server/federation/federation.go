@@ -1,0 +1,109 @@
+// Package federation fetches the bundles of foreign trust domains from the
+// endpoints where these publish them.
+//
+// [Client.Fetch] makes one request by a relationship of the registry, with the
+// profile that it names: https_web verifies the endpoint by the Web PKI,
+// https_spiffe by the bundle of the trust domain that the endpoint's SPIFFE ID
+// is of. There is no fallback from one to the other. What an endpoint may cost
+// is bounded in time, size and redirects.
+package federation
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+
+	"github.com/hallmark-id/hallmark/server/registry"
+)
+
+// Bounds of one fetch.
+const (
+	maxTime      = 20 * time.Second
+	maxDocument  = 1 << 20 // bytes; more than any bundle that can be stored
+	maxHeaders   = 64 << 10
+	maxRedirects = 5
+)
+
+// Client fetches bundles. The zero value is ready; it is safe for concurrent
+// use.
+type Client struct {
+	// Roots verify endpoints of the profile https_web; nil: the system's.
+	Roots *x509.CertPool
+}
+
+// ErrNoRoots means that an endpoint cannot be verified, as the server has no
+// bundle of the trust domain that the endpoint's SPIFFE ID is of.
+var ErrNoRoots = errors.New("no bundle to verify the endpoint by")
+
+// Fetch fetches the bundle of a relationship's trust domain. Bundles verifies
+// an endpoint of the profile https_spiffe.
+func (c *Client) Fetch(ctx context.Context, f *registry.Federation, bundles x509bundle.Source) (*spiffebundle.Bundle, error) {
+	ctx, cancel := context.WithTimeout(ctx, maxTime)
+	defer cancel()
+	config := &tls.Config{RootCAs: c.Roots}
+	if !f.EndpointID.IsZero() {
+		td := f.EndpointID.TrustDomain()
+		if _, err := bundles.GetX509BundleForTrustDomain(td); err != nil {
+			return nil, fmt.Errorf("%w: the server has no bundle of trust domain %q; set it first", ErrNoRoots, td.Name())
+		}
+		// It applies to each connection, so a redirect must lead to the same
+		// SPIFFE ID. SPIFFE Federation §5.2.2.4.
+		config = tlsconfig.TLSClientConfig(bundles, tlsconfig.AuthorizeID(f.EndpointID))
+	}
+	config.MinVersion = tls.VersionTLS12
+	transport := &http.Transport{
+		Proxy:                  http.ProxyFromEnvironment,
+		TLSClientConfig:        config,
+		DisableKeepAlives:      true, // one request
+		ForceAttemptHTTP2:      true,
+		MaxResponseHeaderBytes: maxHeaders,
+	}
+	defer transport.CloseIdleConnections()
+	client := &http.Client{Transport: transport, CheckRedirect: checkRedirect}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, f.EndpointURL, http.NoBody)
+	if err != nil {
+		return nil, fmt.Errorf("fetch the bundle of %q: %w", f.TrustDomain.Name(), err)
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("fetch the bundle of %q: %w", f.TrustDomain.Name(), err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("fetch the bundle of %q: the endpoint at %s answered %q", f.TrustDomain.Name(), f.EndpointURL, resp.Status)
+	}
+	document, err := io.ReadAll(io.LimitReader(resp.Body, maxDocument+1))
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("fetch the bundle of %q: %w", f.TrustDomain.Name(), err)
+	case len(document) > maxDocument:
+		return nil, fmt.Errorf("fetch the bundle of %q: the document is longer than %d bytes", f.TrustDomain.Name(), maxDocument)
+	}
+	b, err := spiffebundle.Read(f.TrustDomain, bytes.NewReader(document))
+	if err != nil {
+		return nil, fmt.Errorf("the bundle of %q at %s: %w", f.TrustDomain.Name(), f.EndpointURL, err)
+	}
+	return b, nil
+}
+
+// checkRedirect lets a request be redirected to what could be configured as an
+// endpoint too. SPIFFE Federation §5.2.1.3.
+func checkRedirect(req *http.Request, via []*http.Request) error {
+	if len(via) > maxRedirects {
+		return fmt.Errorf("redirected more than %d times", maxRedirects)
+	}
+	if err := registry.ValidateEndpointURL(req.URL.String()); err != nil {
+		return fmt.Errorf("redirected to what is no endpoint: %w", err)
+	}
+	return nil
+}
