@@ -1,0 +1,88 @@
+package badinputs
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/hallmark-id/hallmark/test/harness"
+)
+
+// configs are configurations with a mistake each, and what the error names:
+// the cause, then the remedy.
+var configs = []struct {
+	program, name, text string
+	says                []string
+}{
+	{"server", "empty", "", []string{"trust_domain is missing", "example.org"}},
+	{"server", "no YAML", "{", []string{"server.yaml:1"}},
+	{"server", "a list", "- a\n", []string{"server.yaml:1"}},
+	{"server", "two documents", "trust_domain: a\n---\ntrust_domain: b\n", []string{"server.yaml"}},
+	{"server", "a key twice", "trust_domain: a\ntrust_domain: b\n", []string{"server.yaml:2"}},
+	{"server", "unknown key", "trust_domain: a\ndatadir: /x\n", []string{"server.yaml:2", "unknown key `datadir`", "did you mean `data_dir`"}},
+	{"server", "unknown key below", "trust_domain: a\nx509: {svid_lifetme: 1h}\n", []string{"unknown key `svid_lifetme`", "did you mean `svid_lifetime`"}},
+	{"server", "a number for text", "trust_domain: 5\n", []string{"server.yaml:1", "must be text", "quote it"}},
+	{"server", "capital trust domain", "trust_domain: Example.org\n", []string{"trust_domain", "write a name like example.org"}},
+	{"server", "trust domain with scheme", "trust_domain: spiffe://example.org\n", []string{"no bare name", "write example.org"}},
+	{"server", "trust domain too long", "trust_domain: " + strings.Repeat("a", 256) + "\n", []string{"256 bytes long", "choose a shorter name"}},
+	{"server", "listen without port", "trust_domain: a\nlisten: localhost\n", []string{"missing port", "write host:port"}},
+	{"server", "listen on a large port", "trust_domain: a\nlisten: localhost:70000\n", []string{"no number between 0 and 65535", "write host:port"}},
+	{"server", "advertise everything", "trust_domain: a\nadvertise: 0.0.0.0:8081\n", []string{"no address that an agent can dial", "write its host and port"}},
+	{"server", "empty data_dir", "trust_domain: a\ndata_dir: \"\"\n", []string{"data_dir is empty", "the default is"}},
+	{"server", "socket path too long", "trust_domain: a\nadmin_socket: /" + strings.Repeat("a", 120) + "\n", []string{"121 bytes long", "choose a shorter path"}},
+	{"server", "two stores", "trust_domain: a\nstore: {badger: {}, memory: {}}\n", []string{"names two engines", "choose badger or memory"}},
+	{"server", "two key managers", "trust_domain: a\nkeys: {disk: {}, memory: {}}\n", []string{"names two key managers", "choose disk or memory"}},
+	{"server", "tiny memtable", "trust_domain: a\nstore: {badger: {memtable: 1}}\n", []string{"memtable is 1 bytes", "between"}},
+	{"server", "unknown key type", "trust_domain: a\nx509: {key_type: dsa}\n", []string{"dsa", "ec-p256"}},
+	{"server", "lifetime without unit", "trust_domain: a\nx509: {svid_lifetime: 90}\n", []string{"has no unit", "write 90s"}},
+	{"server", "lifetime of nothing", "trust_domain: a\nx509: {svid_lifetime: 0s}\n", []string{"at least 1s"}},
+	{"server", "lifetime below zero", "trust_domain: a\njwt: {svid_lifetime: -5m}\n", []string{"svid_lifetime"}},
+	{"server", "fraction of a second", "trust_domain: a\nx509: {svid_lifetime: 1500ms}\n", []string{"not a whole number of seconds"}},
+	{"server", "SVID outlives authority", "trust_domain: a\nx509: {svid_lifetime: 20h}\n", []string{"an authority must live at least twice as long"}},
+	{"server", "authority for a century", "trust_domain: a\nx509: {authority_lifetime: 90000d}\n", []string{"authority_lifetime", "between"}},
+	{"server", "foreign admin", "trust_domain: a\nadmin_ids: ['spiffe://b/x']\n", []string{"not the ID of a workload in trust domain \"a\""}},
+	{"server", "malformed admin", "trust_domain: a\nadmin_ids: [x]\n", []string{"admin ID \"x\""}},
+	{"server", "limit below zero", "trust_domain: a\nlimits: {connections: -1}\n", []string{"connections is -1", "between 1 and"}},
+	{"server", "unknown log level", "trust_domain: a\nlog: {level: loud}\n", []string{"loud", "debug, info, warn, error"}},
+	{"server", "unknown variable", "trust_domain: ${HALLMARK_NOT_SET}\n", []string{"HALLMARK_NOT_SET"}},
+
+	{"agent", "empty", "", []string{"trust_domain is missing", "hallmark token generate"}},
+	{"agent", "no server", "trust_domain: a\n", []string{"server is missing", "host:port"}},
+	{"agent", "server without port", "trust_domain: a\nserver: localhost\n", []string{"not host:port", "for example"}},
+	{"agent", "server of nowhere", "trust_domain: a\nserver: 0.0.0.0:1\n", []string{"names no host", "write the name or the IP address"}},
+	{"agent", "join is no join string", "join: abc\n", []string{"join:", "hallmark token generate"}},
+	{"agent", "join is cut", "join: hallmark-join-v1.AGoLZXhhbXBsZS5vcmc\n", []string{"join:"}},
+	{"agent", "no trust bundle", "trust_domain: a\nserver: b:1\ntrust_bundle: /none.pem\n", []string{"/none.pem", "no such file"}},
+	{"agent", "trust bundle is a directory", "trust_domain: a\nserver: b:1\ntrust_bundle: /\n", []string{"directory"}},
+	{"agent", "same sockets", "trust_domain: a\nserver: b:1\nsocket: /run/x\nadmin_socket: /run/x\n", []string{"are the same"}},
+	{"agent", "socket path too long", "trust_domain: a\nserver: b:1\nsocket: /" + strings.Repeat("a", 120) + "\n", []string{"121 bytes long", "choose a shorter path"}},
+	{"agent", "no node attestor", "trust_domain: a\nserver: b:1\nnode_attestor: {}\n", []string{"names no attestor", "choose join_token"}},
+	{"agent", "no workload attestor", "trust_domain: a\nserver: b:1\nworkload_attestors: {}\n", []string{"names no attestor", "choose unix"}},
+	{"agent", "empty token", "trust_domain: a\nserver: b:1\nnode_attestor: {join_token: {token: ''}}\n", []string{"token"}},
+	{"agent", "too many SVIDs", "trust_domain: a\nserver: b:1\nheld_svids: 0\n", []string{"held_svids is 0", "between 1 and"}},
+	{"agent", "text for a boolean", "trust_domain: a\nserver: b:1\ninsecure_bootstrap: maybe\n", []string{"insecure_bootstrap", "true or false"}},
+	{"agent", "limit too high", "trust_domain: a\nserver: b:1\nlimits: {calls_per_second: 2000000}\n", []string{"calls_per_second is 2000000", "between 1 and"}},
+}
+
+func TestBadConfigurationIsExplainedAndChangesNothing(t *testing.T) {
+	for _, c := range configs {
+		t.Run(c.program+" "+c.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			file := filepath.Join(dir, c.program+".yaml")
+			must(t, os.WriteFile(file, []byte(c.text), 0o600))
+			before := listing(t, dir)
+			for _, verb := range []string{"validate", "run"} {
+				_, stderr, code := harness.Command{Args: []string{c.program, verb, "-c", file}}.Try(t)
+				if code != 1 {
+					t.Errorf("%s: exit status %d", verb, code)
+				}
+				says(t, stderr, c.says...)
+			}
+			if after := listing(t, dir); after != before {
+				t.Errorf("the directory was\n%s\nand is\n%s", before, after)
+			}
+		})
+	}
+}
