@@ -131,6 +131,10 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 	above, serving := errgroup.WithContext(serving)
 	above.Go(func() error { return api.Run(serving) })
 	above.Go(func() error { return console.Run(serving) })
+	above.Go(func() error {
+		s.follow(serving, src, api, level, log)
+		return nil
+	})
 
 	metrics.RegisterState(measured, func() metrics.State { return state(h, n, f) })
 	watched.Ready(func(context.Context) error { return readiness(ctx, connection(n.Status(), f.Status())) })

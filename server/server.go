@@ -118,6 +118,10 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 			"trust_domain", s.TrustDomain, "listen", tcp.Addr().String(), "admin_socket", s.AdminSocket,
 			"version", version.String(), "took", time.Since(began).Round(time.Millisecond))...)
 		ready()
+		below.Go(func() error {
+			s.follow(base, src, served, level, log)
+			return nil
+		})
 		err = served.Run(above, tcp, admin)
 	}
 	stop()
@@ -165,14 +169,10 @@ func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *a
 		NodeAttestors: evidence,
 		AdminIDs:      s.adminIDs,
 		Advertise:     s.Advertise,
-		Limits: api.Limits{
-			Connections:     s.Limits.Connections,
-			AttestPerSecond: s.Limits.AttestPerSecond,
-			SignPerSecond:   s.Limits.SignPerSecond,
-		},
-		Log:      log,
-		LogLevel: level,
-		Metrics:  counted,
+		Limits:        s.Limits.api(),
+		Log:           log,
+		LogLevel:      level,
+		Metrics:       counted,
 	})
 }
 

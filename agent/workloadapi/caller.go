@@ -69,13 +69,33 @@ type callers struct {
 	denied map[int32]time.Time // when last logged
 }
 
-func (cs *callers) init(l Limits) {
+func (l Limits) withDefaults() Limits {
 	orDefault(&l.Connections, DefaultConnections)
 	orDefault(&l.ConnectionsOfUser, DefaultConnectionsOfUser)
 	orDefault(&l.ConnectionsOfPID, DefaultConnectionsOfPID)
 	orDefault(&l.StreamsOfUser, DefaultStreamsOfUser)
 	orDefault(&l.CallsOfUser, DefaultCallsOfUser)
-	cs.limits = l
+	return l
+}
+
+// burst is how many calls a user may make at once.
+func (l Limits) burst() int { return int(2*l.CallsOfUser) + 1 }
+
+// SetLimits changes the limits of a server that runs. Connections and streams
+// beyond the new ones stay open; no more are added.
+func (s *Server) SetLimits(l Limits) {
+	cs := &s.callers
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	cs.limits = l.withDefaults()
+	for _, u := range cs.users {
+		u.calls.SetLimit(rate.Limit(cs.limits.CallsOfUser))
+		u.calls.SetBurst(cs.limits.burst())
+	}
+}
+
+func (cs *callers) init(l Limits) {
+	cs.limits = l.withDefaults()
 	cs.users = make(map[uint32]*user)
 	cs.pids = make(map[int32]int)
 	cs.denied = make(map[int32]time.Time)
@@ -96,7 +116,7 @@ func (s *Server) admit(p *peercred.Peer) (release func(), err error) {
 	u := cs.users[p.UID]
 	if u == nil {
 		cs.forgetIdle()
-		u = &user{calls: rate.NewLimiter(rate.Limit(cs.limits.CallsOfUser), int(2*cs.limits.CallsOfUser)+1)}
+		u = &user{calls: rate.NewLimiter(rate.Limit(cs.limits.CallsOfUser), cs.limits.burst())}
 		cs.users[p.UID] = u
 	}
 	switch {

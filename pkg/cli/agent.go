@@ -69,7 +69,8 @@ func (a *app) agentRun() *cobra.Command {
 		Short: "run an agent until it is told to stop",
 		Long: "Run starts an agent and logs to the standard error until it is interrupted. With a\n" +
 			"join string it needs nothing else. What the flags say overrides the configuration\n" +
-			"file. An agent that has an identity from an earlier run uses that.",
+			"file. An agent that has an identity from an earlier run uses that. SIGHUP has it\n" +
+			"read the file again and take over log.level and limits; other keys need a restart.",
 		Example: "  hallmark agent run --join \"$(ssh ca hallmark token generate)\"\n  hallmark agent run -c /etc/hallmark/agent.yaml",
 		Args:    noArguments,
 	}
@@ -79,6 +80,7 @@ func (a *app) agentRun() *cobra.Command {
 		if err != nil {
 			return err
 		}
+		defer reloadOnHangup(&src)()
 		return ended(cmd.Context(), a.programs.RunAgent(cmd.Context(), src, func() {}))
 	}
 	return cmd

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -92,7 +94,8 @@ func (a *app) serverRun() *cobra.Command {
 		Use:   "run",
 		Short: "run a server until it is told to stop",
 		Long: "Run starts a server and logs to the standard error until it is interrupted. What\n" +
-			"the flags say overrides the configuration file.",
+			"the flags say overrides the configuration file. SIGHUP has it read that again and\n" +
+			"take over log.level and limits; other keys need a restart.",
 		Example: "  hallmark server run -c /etc/hallmark/server.yaml\n  hallmark server run --trust-domain example.org --data-dir ./server --admin-socket ./server.sock",
 		Args:    noArguments,
 	}
@@ -102,9 +105,19 @@ func (a *app) serverRun() *cobra.Command {
 		if err != nil {
 			return err
 		}
+		defer reloadOnHangup(&src)()
 		return ended(cmd.Context(), a.programs.RunServer(cmd.Context(), src, func() {}))
 	}
 	return cmd
+}
+
+// reloadOnHangup has a program read its configuration again at SIGHUP. It
+// returns what ends that.
+func reloadOnHangup(src *config.Source) (stop func()) {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	src.Reload = hangup
+	return func() { signal.Stop(hangup) }
 }
 
 // ended is the outcome of a program that runs until it is told to stop: being

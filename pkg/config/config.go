@@ -47,6 +47,9 @@ type Source struct {
 	Name string    // of the file, for errors; empty if there is none
 	Data []byte    // YAML, at most MaxSize
 	Set  []Setting // overrides, applied in order after the file
+
+	// Reload receives when the file is to be read again ([Follow]). Nil: never.
+	Reload <-chan os.Signal
 }
 
 // Setting overrides one value of a configuration.

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"net"
 	"net/netip"
@@ -17,6 +18,23 @@ type Limits struct {
 	Connections     int // TCP connections at once
 	AttestPerSecond int // attestations from one IP address
 	SignPerSecond   int // signatures for one agent or downstream server
+}
+
+func (l Limits) withDefaults() Limits {
+	l.Connections = cmp.Or(l.Connections, DefaultConnections)
+	l.AttestPerSecond = cmp.Or(l.AttestPerSecond, DefaultAttestPerSecond)
+	l.SignPerSecond = cmp.Or(l.SignPerSecond, DefaultSignPerSecond)
+	return l
+}
+
+// SetLimits changes the limits of a server that runs. Connections beyond the new
+// limit stay open; no more are added.
+func (a *API) SetLimits(l Limits) {
+	l = l.withDefaults()
+	a.limits.Store(&l)
+	// Two seconds' worth at once, and a whole batch in any case.
+	a.attests.set(l.AttestPerSecond, 2*l.AttestPerSecond)
+	a.signs.set(l.SignPerSecond, max(2*l.SignPerSecond, maxCSRs))
 }
 
 // maxAnonymous is how many connections may be without a valid X509-SVID: the
@@ -37,14 +55,14 @@ const maxLimitWait = 5 * time.Second
 // limiter holds a rate for each of many callers. It forgets those that have
 // not called for a while, so that its size is bounded whoever calls.
 type limiter struct {
+	now func() time.Time
+
+	mu        sync.Mutex
 	perSecond int
 	burst     int
-	now       func() time.Time
-
-	mu     sync.Mutex
-	young  map[string]*rate.Limiter
-	old    map[string]*rate.Limiter
-	turned time.Time // when young became old
+	young     map[string]*rate.Limiter
+	old       map[string]*rate.Limiter
+	turned    time.Time // when young became old
 }
 
 const (
@@ -54,6 +72,19 @@ const (
 
 func newLimiter(perSecond, burst int, now func() time.Time) *limiter {
 	return &limiter{perSecond: perSecond, burst: burst, now: now, young: make(map[string]*rate.Limiter), turned: now()}
+}
+
+// set changes the rate of every caller. One that is the same changes nothing.
+func (l *limiter) set(perSecond, burst int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.perSecond, l.burst = perSecond, burst
+	for _, generation := range []map[string]*rate.Limiter{l.young, l.old} {
+		for _, r := range generation {
+			r.SetLimit(rate.Limit(perSecond))
+			r.SetBurst(burst)
+		}
+	}
 }
 
 // of returns the limiter of a caller.
@@ -78,11 +109,12 @@ func (l *limiter) of(caller string, now time.Time) *rate.Limiter {
 // refuses the call if that is not enough.
 func (l *limiter) wait(ctx context.Context, caller string, n int) error {
 	now := l.now()
-	r := l.of(caller, now).ReserveN(now, n)
+	each := l.of(caller, now)
+	r := each.ReserveN(now, n)
 	delay := r.DelayFrom(now)
 	if !r.OK() || delay > maxLimitWait {
 		r.CancelAt(now)
-		return callErrorf(codes.ResourceExhausted, "more than %d a second; try again later", l.perSecond)
+		return callErrorf(codes.ResourceExhausted, "more than %v a second; try again later", float64(each.Limit()))
 	}
 	if delay == 0 {
 		return nil

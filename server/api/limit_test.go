@@ -73,3 +73,20 @@ func TestCallersAreToldApartByAddressOrNetwork(t *testing.T) {
 		}
 	}
 }
+
+func TestARateThatIsChangedHoldsForCallersThatAreKnown(t *testing.T) {
+	now := time.Now()
+	l := newLimiter(1, 1, func() time.Time { return now })
+	known := l.of("known", now)
+	known.AllowN(now, 1)
+	l.set(100, 50)
+	now = now.Add(time.Second)
+	for _, caller := range []string{"known", "new"} {
+		if r := l.of(caller, now); !r.AllowN(now, 50) || r.AllowN(now, 1) {
+			t.Errorf("%s: the new rate does not hold", caller)
+		}
+	}
+	if l.of("known", now) != known {
+		t.Error("a caller was forgotten")
+	}
+}

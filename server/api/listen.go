@@ -127,7 +127,7 @@ func (t *tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 	now := t.api.now()
 	if p.leaf == nil || now.After(p.leaf.NotAfter) || p.verify(t.api.registry.View().Bundle(t.api.td), now) != nil {
 		c := raw.(*clientConn) // which our listener made
-		if !c.restrict(&t.anonymous, t.api.limits.maxAnonymous()) {
+		if !c.restrict(&t.anonymous, t.api.limits.Load().maxAnonymous()) {
 			return nil, nil, errors.New("there are too many connections without an X509-SVID")
 		}
 	}
@@ -191,7 +191,7 @@ func (p *tlsPeer) verify(by *bundle.Bundle, now time.Time) error {
 // boundedListener accepts so many connections at once and closes those beyond.
 type boundedListener struct {
 	net.Listener
-	most    int64
+	most    func() int64
 	open    atomic.Int64
 	refused func(net.Addr)
 }
@@ -203,7 +203,7 @@ func (l *boundedListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if l.open.Add(1) <= l.most {
+		if l.open.Add(1) <= l.most() {
 			return &clientConn{Conn: c, open: &l.open}, nil
 		}
 		l.open.Add(-1)
