@@ -74,7 +74,7 @@ func parseBundlePEM(td spiffeid.TrustDomain, data []byte) (*bundle.Bundle, error
 }
 
 func parseBundleJSON(td spiffeid.TrustDomain, data []byte) (*bundle.Bundle, error) {
-	s, err := spiffebundle.Parse(td, data)
+	s, err := spiffebundle.Parse(td, bundle.Usable(data))
 	if err != nil {
 		return nil, err
 	}
@@ -154,6 +154,9 @@ func checkBundle(b *bundle.Bundle) error {
 	return nil
 }
 
+// errStranger says that a server's certificate leads to no root of a bundle.
+var errStranger = errors.New("server's certificate is not trusted")
+
 // verifyServer checks that a chain is that of this trust domain's server: it
 // leads to a root of t, and the leaf's SPIFFE ID is the server's.
 func (n *Node) verifyServer(chain []*x509.Certificate, t *trust) error {
@@ -163,7 +166,7 @@ func (n *Node) verifyServer(chain []*x509.Certificate, t *trust) error {
 func (n *Node) verifyServerAt(chain []*x509.Certificate, t *trust, at time.Time) error {
 	id, _, err := x509svid.Verify(chain, t.x509, x509svid.WithTime(at))
 	if err != nil {
-		return fmt.Errorf("server's certificate is not trusted: %w", err)
+		return fmt.Errorf("%w: %w", errStranger, err)
 	}
 	if id.TrustDomain() != n.o.TrustDomain || id.Path() != entry.ServerPath {
 		return fmt.Errorf("server's certificate is that of %q, not of spiffe://%s%s", id, n.o.TrustDomain.Name(), entry.ServerPath)
@@ -221,7 +224,7 @@ func (n *Node) authenticate(ctx context.Context, l *Link, chain []*x509.Certific
 	switch {
 	case trusted:
 	case n.o.Join != nil:
-		pinned, err := pinnedPart(b, n.o.Join)
+		pinned, err := pinnedPart(n.trusted().withoutDisowned(b), n.o.Join)
 		if err != nil {
 			return nil, n.distrust(err)
 		}
@@ -247,7 +250,7 @@ func (n *Node) anchors() []*trust {
 		out = append(out, t)
 	}
 	if n.o.TrustBundle != nil {
-		out = append(out, newTrust(n.o.TrustBundle))
+		out = append(out, newTrust(n.trusted().withoutDisowned(n.o.TrustBundle)))
 	}
 	return out
 }

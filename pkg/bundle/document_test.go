@@ -1,0 +1,92 @@
+package bundle_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"math/big"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/hallmark-id/hallmark/pkg/bundle"
+)
+
+func TestUsable_X39_X40_T03_T10_T11_IgnoresWhatTheStandardsSay(t *testing.T) {
+	td := spiffeid.RequireTrustDomainFromString("example.org")
+	var certs []string
+	for i := range int64(2) {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		template := &x509.Certificate{SerialNumber: big.NewInt(i + 1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+		der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		certs = append(certs, base64.StdEncoding.EncodeToString(der))
+	}
+	first := certs[0]
+	parsed, err := base64.StdEncoding.DecodeString(first)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(parsed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, err := spiffebundle.FromX509Authorities(td, []*x509.Certificate{cert}).Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var doc struct{ Keys []map[string]any }
+	if err := json.Unmarshal(one, &doc); err != nil {
+		t.Fatal(err)
+	}
+	good := func(change func(map[string]any)) string {
+		key := map[string]any{}
+		for k, v := range doc.Keys[0] {
+			key[k] = v
+		}
+		change(key)
+		text, err := json.Marshal(key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+	same := func(map[string]any) {}
+	for name, bad := range map[string]string{
+		"X39 no x5c":       good(func(k map[string]any) { delete(k, "x5c") }),
+		"X39 empty x5c":    good(func(k map[string]any) { k["x5c"] = []string{} }),
+		"T10 unknown kty":  good(func(k map[string]any) { k["kty"] = "QUANTUM" }),
+		"T11 unknown use":  good(func(k map[string]any) { k["use"] = "other-svid" }),
+		"T11 no use":       good(func(k map[string]any) { delete(k, "use") }),
+		"X40 a second x5c": good(func(k map[string]any) { k["x5c"] = certs }),
+	} {
+		document := fmt.Sprintf(`{"keys":[%s,%s],"spiffe_sequence":9007199254740993,"unknown":{}}`, bad, good(same))
+		b, err := spiffebundle.Parse(td, bundle.Usable([]byte(document)))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if as := b.X509Authorities(); len(as) != 1 || !as[0].Equal(cert) {
+			t.Errorf("%s: there are %d authorities", name, len(as))
+		}
+		if n, _ := b.SequenceNumber(); n != 9007199254740993 {
+			t.Errorf("%s: the sequence number became %d", name, n)
+		}
+	}
+	for _, none := range []string{"", "{", "[]", `{"keys":5}`, `{}`} {
+		if got := string(bundle.Usable([]byte(none))); got != none {
+			t.Errorf("%q became %q", none, got)
+		}
+	}
+}
