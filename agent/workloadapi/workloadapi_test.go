@@ -41,6 +41,7 @@ import (
 
 // agent is a Workload API on a socket, what it serves, and a client of it.
 type agent struct {
+	api *workloadapi.Server
 	*heldtest.Server
 	held   *held.Held
 	path   string
@@ -119,6 +120,7 @@ func start(t testing.TB, options ...option) *agent {
 		change(&o)
 	}
 	api := workloadapi.New(o)
+	a.api = api
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() { a.held.Run(ctx) })
@@ -480,6 +482,33 @@ func TestConnectionsStreamsAndCallsAreBounded(t *testing.T) {
 		}
 		_, err := a.x509().Recv()
 		wantCode(t, err, codes.Unavailable)
+	})
+	t.Run("streams, once the limit has changed", func(t *testing.T) {
+		a := start(t, func(o *workloadapi.Options) { o.Limits.StreamsOfUser = 3 })
+		a.Entry("web", nil, "unix:uid:1")
+		a.sync()
+		recv(t, a.x509())
+		a.api.SetLimits(workloadapi.Limits{StreamsOfUser: 1})
+		_, err := a.x509().Recv()
+		wantCode(t, err, codes.Unavailable)
+		a.api.SetLimits(workloadapi.Limits{})
+		recv(t, a.x509())
+	})
+	t.Run("calls, once the limit has changed", func(t *testing.T) {
+		a := start(t)
+		a.Entry("web", nil, "unix:uid:1")
+		a.sync()
+		a.api.SetLimits(workloadapi.Limits{CallsOfUser: 5})
+		refused := 0
+		for range 100 {
+			if _, err := a.client.FetchJWTSVID(a.call(), &workload.JWTSVIDRequest{Audience: []string{"x"}}); err != nil {
+				wantCode(t, err, codes.Unavailable)
+				refused++
+			}
+		}
+		if refused < 50 {
+			t.Errorf("%d of 100 calls were refused", refused)
+		}
 	})
 	t.Run("calls", func(t *testing.T) {
 		a := start(t, func(o *workloadapi.Options) { o.Limits.CallsOfUser = 5 })

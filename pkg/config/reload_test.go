@@ -42,7 +42,7 @@ func TestDiffNamesTheKeysThatDiffer(t *testing.T) {
 	for text, want := range map[string]string{
 		base: "",
 		"name: b\nids: [x, y]\nlog: {level: debug, format: json}\npart: {size: 2}\nwait: 2s\n": "name ids log.level log.format part.size wait",
-		"name: a\nids: [x]\nlog: {level: info}\nwait: 1s\n":                                     "part",
+		"name: a\nids: [x]\nlog: {level: info}\nwait: 1s\n":                                    "part",
 	} {
 		var got []string
 		for _, d := range config.Diff(decode(base), decode(text)) {
