@@ -28,10 +28,10 @@ const (
 )
 
 func (a *app) bundleCommand() *cobra.Command {
-	return noun("bundle", "see what others need to verify this trust domain",
+	return noun("bundle", "see what others need to verify this trust domain, and set what foreign ones need",
 		"A bundle is the public authorities of a trust domain.",
-		"  hallmark bundle show\n  hallmark bundle show -o pem > roots.pem",
-		a.bundleShow())
+		"  hallmark bundle show\n  hallmark bundle show -o pem > roots.pem\n  hallmark bundle set other.org other.json",
+		a.bundleShow(), a.bundleList(), a.bundleSet(), a.bundleDelete())
 }
 
 // bundleItem is a bundle as commands print it.

@@ -136,7 +136,7 @@ func (a *app) rootCommand() *cobra.Command {
 	}
 	add(groupStart, a.devCommand(), a.demoCommand())
 	add(groupRun, a.serverCommand(), a.agentCommand())
-	add(groupAdmin, a.entryCommand(), a.nodeCommand(), a.tokenCommand(), a.bundleCommand(), a.authorityCommand(), a.svidCommand())
+	add(groupAdmin, a.entryCommand(), a.nodeCommand(), a.tokenCommand(), a.bundleCommand(), a.federationCommand(), a.importCommand(), a.authorityCommand(), a.svidCommand())
 	add(groupUse, a.fetchCommand(), a.validateCommand(), a.explainCommand())
 	add(groupOther, a.completionCommand(), a.versionCommand())
 	inOrder(root)
