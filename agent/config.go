@@ -79,13 +79,14 @@ type Config struct {
 	// served are held in any case. Default 1000.
 	HeldSVIDs int `yaml:"held_svids"`
 
-	// Limits bound what processes can make the agent do.
+	// Limits bound what processes can make the agent do. SIGHUP reloads them.
 	Limits LimitsConfig `yaml:"limits"`
 
 	// Telemetry says where metrics and health are served. Default: nowhere.
 	Telemetry telemetry.Config `yaml:"telemetry"`
 
-	Log config.Log `yaml:"log"` // to the standard error
+	// Log is about the log, on the standard error. SIGHUP reloads its level.
+	Log config.Log `yaml:"log"`
 }
 
 // LimitsConfig bounds what processes can make the agent do through the Workload

@@ -61,13 +61,14 @@ type Config struct {
 	// the server over TCP, besides those of entries with admin set.
 	AdminIDs []string `yaml:"admin_ids"`
 
-	// Limits bound what callers can make the server do.
+	// Limits bound what callers can make the server do. SIGHUP reloads them.
 	Limits LimitsConfig `yaml:"limits"`
 
 	// Telemetry says where metrics and health are served. Default: nowhere.
 	Telemetry telemetry.Config `yaml:"telemetry"`
 
-	Log config.Log `yaml:"log"` // to the standard error
+	// Log is about the log, on the standard error. SIGHUP reloads its level.
+	Log config.Log `yaml:"log"`
 }
 
 // StoreConfig says where the registry is kept: one of its fields is set.
