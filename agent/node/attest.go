@@ -76,7 +76,7 @@ func (n *Node) attest(ctx context.Context) error {
 		return err
 	}
 	n.mu.Lock()
-	n.trust = t
+	n.trust = t.after(n.trust, n.o.Now())
 	n.mu.Unlock()
 	n.saveBundle() // before the SVID: an identity on disk has a bundle beside it
 	n.adopt(s)

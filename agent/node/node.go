@@ -16,6 +16,7 @@ package node
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -119,10 +120,12 @@ type Node struct {
 	closed  bool
 }
 
-// trust is a bundle with the form that verification wants.
+// trust is a bundle with the form that verification wants. It does not change
+// once it is shared.
 type trust struct {
-	bundle *bundle.Bundle
-	x509   *x509bundle.Bundle
+	bundle   *bundle.Bundle
+	x509     *x509bundle.Bundle
+	disowned []*x509.Certificate // were in earlier bundles and left before their end
 }
 
 func newTrust(b *bundle.Bundle) *trust {
@@ -209,6 +212,9 @@ func (n *Node) load() error {
 	}
 	if b != nil {
 		n.trust = newTrust(b)
+		if n.trust.disowned, err = n.dir.loadDisowned(); err != nil {
+			return err
+		}
 	}
 	s, err := n.dir.loadSVID(n.o.TrustDomain)
 	if err != nil {
@@ -321,6 +327,14 @@ func (n *Node) step(ctx context.Context, backoff *Backoff) error {
 		s = n.identity()
 	}
 	link, err := n.connect(ctx, s)
+	if errors.Is(err, errStranger) && n.mayStartAnew() {
+		n.o.Log.Warn("nobody whom this node knows vouches for the server; starting anew from what was configured", "server", n.o.Server, "error", err)
+		if err := n.attest(ctx); err != nil {
+			return err
+		}
+		s = n.identity()
+		link, err = n.connect(ctx, s)
+	}
 	if err != nil {
 		return err
 	}
@@ -332,6 +346,13 @@ func (n *Node) step(ctx context.Context, backoff *Backoff) error {
 		backoff.Reset()
 	}
 	return err
+}
+
+// mayStartAnew reports whether the configuration gives the node a reason to
+// trust a server, and proof of itself, that do not come from an earlier life. A
+// node that was away while all authorities were replaced has no other way.
+func (n *Node) mayStartAnew() bool {
+	return n.o.Attestor != nil && (n.o.TrustBundle != nil || n.o.Join != nil) && !n.spent(n.lastID())
 }
 
 // tend looks after a link and its SVID. It returns nil when the node has an
@@ -498,9 +519,8 @@ func (n *Node) SetBundle(b *bundle.Bundle) error {
 	case len(b.X509Authorities) == 0:
 		return fmt.Errorf("bundle of %q has no X.509 authority", b.TrustDomain.Name())
 	}
-	t := newTrust(b)
 	n.mu.Lock()
-	n.trust = t
+	n.trust = newTrust(b).after(n.trust, n.o.Now())
 	n.mu.Unlock()
 	select {
 	case n.bundled <- struct{}{}:
@@ -510,7 +530,12 @@ func (n *Node) SetBundle(b *bundle.Bundle) error {
 }
 
 func (n *Node) saveBundle() {
-	if err := n.dir.saveBundle(n.trusted().bundle); err != nil {
+	t := n.trusted()
+	err := n.dir.saveDisowned(t.disowned) // first: what is in the bundle is not disowned by it
+	if err == nil {
+		err = n.dir.saveBundle(t.bundle)
+	}
+	if err != nil {
 		n.o.Log.Error("could not save the bundle", "error", err)
 	}
 }
