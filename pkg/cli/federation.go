@@ -90,7 +90,7 @@ func (a *app) federationPut(verb string) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&url, "url", "", "`URL` of the bundle endpoint, https")
 	cmd.Flags().BoolVar(&web, "web", false, "the endpoint has a certificate of the Web PKI (profile https_web, the default)")
-	cmd.Flags().StringVar(&id, "endpoint-spiffe-id", "", "the endpoint proves to be this `SPIFFE-ID` (profile https_spiffe)")
+	cmd.Flags().StringVar(&id, "endpoint-spiffe-id", "", "the SPIFFE `ID` that the endpoint proves (profile https_spiffe)")
 	cmd.Flags().StringVar(&file, "bundle", "", "`FILE` with the bundle, PEM or SPIFFE; - is the standard input")
 	exclusive(cmd, "web", "endpoint-spiffe-id")
 	socket := socketFlag(cmd, serverSocket)
