@@ -23,6 +23,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/selector"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/feed"
+	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store/badger"
 )
@@ -38,6 +39,7 @@ type world struct {
 	t        testing.TB
 	registry *registry.Registry
 	feed     *feed.Feed
+	metrics  *metrics.Metrics
 	ctx      context.Context // ends, with every stream, when the test does
 }
 
@@ -51,7 +53,11 @@ func newWorld(t testing.TB) *world {
 	var running sync.WaitGroup
 	running.Go(func() { _ = reg.Run(ctx) })
 	streams, end := context.WithCancel(context.Background())
-	w := &world{t: t, ctx: streams, registry: reg, feed: feed.New(feed.Options{Registry: reg, X509TTL: time.Hour, JWTTTL: 5 * time.Minute})}
+	counted := metrics.New(nil)
+	w := &world{
+		t: t, ctx: streams, registry: reg, metrics: counted,
+		feed: feed.New(feed.Options{Registry: reg, X509TTL: time.Hour, JWTTTL: 5 * time.Minute, Metrics: counted}),
+	}
 	t.Cleanup(func() {
 		end()
 		w.feed.Wait()
