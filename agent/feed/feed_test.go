@@ -365,8 +365,10 @@ func TestAnAgentResumesFromWhereItWasWhenTheServerComesBack(t *testing.T) {
 			t.Errorf("agent resumes with %v", c.hello)
 		}
 		c.send(t, &response{Revision: 7, Digest: c.hello.Digest})
-		if got := c.acked(t); got != 7 || !w.feed.Status().InStep {
-			t.Errorf("acknowledged %d; %+v", got, w.feed.Status())
+		got := c.acked(t)
+		synctest.Wait() // until the feed has noted what it acknowledged
+		if s := w.feed.Status(); got != 7 || !s.InStep || s.SyncedAt.Before(start) {
+			t.Errorf("acknowledged %d; %+v", got, s)
 		}
 	})
 }
