@@ -5,12 +5,14 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health/grpc_health_v1"
 
+	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/version"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/registry"
@@ -193,7 +195,11 @@ func (s *adminService) GetJoinInfo(context.Context, *hallmarkv1.GetJoinInfoReque
 	if own == nil {
 		return nil, callErrorf(codes.Unavailable, "the trust domain has no bundle yet; try again")
 	}
-	return &hallmarkv1.GetJoinInfoResponse{TrustDomain: s.td.Name(), Address: address, RootHashes: own.RootHashes()}, nil
+	// A tainted authority signs nothing and is about to go: whoever joins by it
+	// could not tell this server from one that has its key.
+	pinned := own.Clone()
+	pinned.X509Authorities = slices.DeleteFunc(pinned.X509Authorities, func(a bundle.X509Authority) bool { return a.Tainted })
+	return &hallmarkv1.GetJoinInfoResponse{TrustDomain: s.td.Name(), Address: address, RootHashes: pinned.RootHashes()}, nil
 }
 
 // dialable returns the address that agents should dial.

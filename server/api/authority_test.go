@@ -284,6 +284,26 @@ func TestTheServersOwnSVIDIsNeverOfATaintedAuthority(t *testing.T) {
 	}
 }
 
+func TestAJoinStringDoesNotPinATaintedAuthority(t *testing.T) {
+	w := newWorld(t)
+	ca := w.authorityCalls()["x509"]
+	roots := func() int {
+		t.Helper()
+		info, err := w.adminService().GetJoinInfo(t.Context(), &hallmarkv1.GetJoinInfoRequest{})
+		must(t, err)
+		return len(info.RootHashes)
+	}
+	old := ca.rotate(w)
+	if n := roots(); n != 2 {
+		t.Errorf("it pins %d roots while none is tainted, want 2", n)
+	}
+	_, err := ca.taint(old)
+	must(t, err)
+	if n := roots(); n != 1 {
+		t.Errorf("it pins %d roots after the taint, want 1", n)
+	}
+}
+
 func TestWhatARevokedJWTAuthoritySignedVerifiesNoMore_T25(t *testing.T) {
 	w := newWorld(t)
 	jwt := w.authorityCalls()["jwt"]
