@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -106,10 +107,25 @@ func socketPath(address string) string {
 	return address
 }
 
+// isURI reports whether an address of a socket is one, and no path.
+func isURI(address string) bool {
+	return strings.HasPrefix(address, "unix:") || strings.Contains(address, "://")
+}
+
 // reach opens a connection to the socket, or fails with a reason. There is
 // none for a TCP address.
 func (k socketKind) reach(ctx context.Context, flag string) (string, net.Conn, error) {
 	at := k.find(flag)
+	if named := cmp.Or(flag, os.Getenv(k.env)); k.env == workloadapi.SocketEnv && isURI(named) {
+		// Workload Endpoint §4.
+		err := workloadapi.ValidateAddress(named)
+		if rest, ok := strings.CutPrefix(named, "unix://"); ok && err == nil && !strings.HasPrefix(rest, "/") {
+			err = errors.New("a unix address names no host")
+		}
+		if err != nil {
+			return "", nil, usageError(fmt.Errorf("%s %q: %w; write unix:///PATH or tcp://ADDRESS:PORT", at.by, named, err))
+		}
+	}
 	if strings.HasPrefix(at.address, "tcp://") {
 		return at.address, nil, nil
 	}

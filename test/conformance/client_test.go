@@ -146,3 +146,17 @@ func TestWorkloadAPI_A04_A12_AClientComesAgainAndKeepsWhatItHas(t *testing.T) {
 		t.Errorf("the SVID was printed %d times:\n%s", n, p.Stdout())
 	}
 }
+
+func TestEndpoint_E12_E13_E14_AddressesOfOtherFormsAreRefused(t *testing.T) {
+	for _, address := range []string{
+		"http://127.0.0.1:1", "npipe://x", "unix://host/path", "unix:relative", "unix:///path?query", "unix:///path#fragment", "unix://u@/path", "unix:",
+		"tcp://localhost:1", "tcp://127.0.0.1", "tcp://127.0.0.1:1/path", "tcp://127.0.0.1:1?query", "tcp://u@127.0.0.1:1",
+	} {
+		t.Run(address, func(t *testing.T) {
+			_, stderr, code := harness.Command{Args: []string{"fetch", "x509"}, Env: []string{"SPIFFE_ENDPOINT_SOCKET=" + address}}.Try(t)
+			if code != 2 || !strings.Contains(stderr, "write unix:///PATH or tcp://ADDRESS:PORT") {
+				t.Errorf("exit status %d, %s", code, stderr)
+			}
+		})
+	}
+}
