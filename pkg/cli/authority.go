@@ -425,13 +425,13 @@ func (a *app) taintWarning(x authorityItem) []string {
 		case x.Use.Agents == 0:
 			out = append(out, "  "+users+".")
 		default:
-			out = append(out, "  "+users+"; they replace it at once.")
+			out = append(out, "  "+users+", and replaces it at once.")
 		}
 		out = append(out, "  Agents replace at once the SVIDs of their workloads that it signed.")
 	} else {
 		out = append(out, "  Agents drop at once the tokens that it signed from their caches.")
 	}
-	return append(append(out, a.signedBy(x.Use)...), "What it signed goes on to verify until it is revoked.")
+	return append(append(out, a.signedBy(x.Use, "")...), "What it signed goes on to verify until it is revoked.")
 }
 
 func (a *app) revokeWarning(x authorityItem) []string {
@@ -440,13 +440,13 @@ func (a *app) revokeWarning(x authorityItem) []string {
 		if x.Use.Agents == 0 {
 			out = append(out, "  "+users+".")
 		} else {
-			out = append(out, "  "+users+"; the server denies them from then on.")
+			out = append(out, "  "+users+", and is denied from then on.")
 		}
 		if n := x.Use.LostAgents; n > 0 {
 			out = append(out, fmt.Sprintf("  %s of these cannot attest again and must join anew (\"hallmark token generate\").", thousands(int(n))))
 		}
 	}
-	return append(append(out, a.signedBy(x.Use)...), "This cannot be undone.")
+	return append(append(out, a.signedBy(x.Use, "; those not replaced yet stop working")...), "This cannot be undone.")
 }
 
 // usersOf says which agents use an SVID that an authority signed; nothing, if
@@ -462,19 +462,19 @@ func usersOf(u *useItem) string {
 	case u.Agents == 1:
 		return "1 agent, which is not connected, uses an SVID that it signed"
 	}
-	return fmt.Sprintf("%s agents, %s of them connected, use an SVID that it signed", thousands(int(u.Agents)), thousands(int(u.ConnectedAgents)))
+	return fmt.Sprintf("Each of %s agents, %s of them connected, uses an SVID that it signed", thousands(int(u.Agents)), thousands(int(u.ConnectedAgents)))
 }
 
-// signedBy says what an authority has signed; nothing, if the server does not
-// say.
-func (a *app) signedBy(u *useItem) []string {
+// signedBy says what an authority has signed, and what becomes of it; nothing,
+// if the server does not say.
+func (a *app) signedBy(u *useItem, then string) []string {
 	switch {
 	case u == nil:
 		return nil
 	case u.LastExpiresAt == nil || u.LastExpiresAt.Before(a.now()):
 		return []string{"  Nothing that it has signed since the server started is still valid."}
 	}
-	return []string{fmt.Sprintf("  It has signed %s since the server started; the last one ends %s.", count(int(u.Signed), "SVID", "SVIDs"), a.momentOf(u.LastExpiresAt))}
+	return []string{fmt.Sprintf("  It has signed %s since the server started; the last one ends %s%s.", count(int(u.Signed), "SVID", "SVIDs"), a.momentOf(u.LastExpiresAt), then)}
 }
 
 // rotationItem is the outcome of a rotation as commands print it.
