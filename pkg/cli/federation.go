@@ -17,6 +17,8 @@ import (
 	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+
+	"github.com/hallmark-id/hallmark/pkg/bundle"
 )
 
 const (
@@ -338,7 +340,7 @@ func readBundle(name string, data []byte) (*types.Bundle, error) {
 	out := &types.Bundle{TrustDomain: td.Name()}
 	data = bytes.TrimSpace(data)
 	if bytes.HasPrefix(data, []byte("{")) {
-		b, err := spiffebundle.Parse(td, data)
+		b, err := spiffebundle.Parse(td, bundle.Usable(data))
 		if err != nil {
 			return nil, fmt.Errorf("the bundle of %s: %w", name, err)
 		}

@@ -23,6 +23,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 
+	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/server/registry"
 )
 
@@ -89,7 +90,7 @@ func (c *Client) Fetch(ctx context.Context, f *registry.Federation, bundles x509
 	case len(document) > maxDocument:
 		return nil, fmt.Errorf("fetch the bundle of %q: the document is longer than %d bytes", f.TrustDomain.Name(), maxDocument)
 	}
-	b, err := spiffebundle.Read(f.TrustDomain, bytes.NewReader(document))
+	b, err := spiffebundle.Read(f.TrustDomain, bytes.NewReader(bundle.Usable(document)))
 	if err != nil {
 		return nil, fmt.Errorf("the bundle of %q at %s: %w", f.TrustDomain.Name(), f.EndpointURL, err)
 	}
