@@ -538,7 +538,7 @@ func authorityKind(name string) (hallmarkv1.Authority_Kind, error) {
 
 // completeAuthorities completes a kind of authority, then the IDs of those in a
 // state.
-func (a *app) completeAuthorities(state string) func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+func (a *app) completeAuthorities(state string) completer {
 	return func(cmd *cobra.Command, args []string, typed string) ([]string, cobra.ShellCompDirective) {
 		switch len(args) {
 		case 0:
@@ -547,24 +547,14 @@ func (a *app) completeAuthorities(state string) func(*cobra.Command, []string, s
 		default:
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
-		ctx, cancel := context.WithTimeout(cmd.Context(), completionTimeout)
-		defer cancel()
-		socket, _ := cmd.Flags().GetString(serverSocket.flag)
-		c, err := a.admin(ctx, socket)
-		if err != nil {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		defer c.Close()
-		items, err := c.listAuthorities(ctx)
-		if err != nil {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		var out []string
-		for _, x := range items {
-			if x.Kind == args[0] && x.condition() == state && strings.HasPrefix(x.ID, typed) {
-				out = append(out, x.ID)
+		return a.completeFromServer(cmd, typed, func(ctx context.Context, c *admin) (all []string, err error) {
+			items, err := c.listAuthorities(ctx)
+			for _, x := range items {
+				if x.Kind == args[0] && x.condition() == state {
+					all = append(all, x.ID)
+				}
 			}
-		}
-		return out, cobra.ShellCompDirectiveNoFileComp
+			return all, err
+		})
 	}
 }

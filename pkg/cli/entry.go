@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -624,38 +623,20 @@ func (a *app) entryCount() *cobra.Command {
 
 // completeEntries completes entry IDs, at most most of them; negative is no
 // bound.
-func (a *app) completeEntries(most int) func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+func (a *app) completeEntries(most int) completer {
 	return func(cmd *cobra.Command, args []string, typed string) ([]string, cobra.ShellCompDirective) {
 		if most >= 0 && len(args) >= most {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
-		ctx, cancel := context.WithTimeout(cmd.Context(), completionTimeout)
-		defer cancel()
-		socket, _ := cmd.Flags().GetString(serverSocket.flag)
-		c, err := a.admin(ctx, socket)
-		if err != nil {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		defer c.Close()
-		resp, err := c.entries().ListEntries(ctx, &entryv1.ListEntriesRequest{OutputMask: &types.EntryMask{SpiffeId: true}, PageSize: completionItems})
-		if err != nil {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		var out []string
-		for _, e := range resp.Entries {
-			if strings.HasPrefix(e.Id, typed) {
-				out = append(out, e.Id+"\t"+idText(e.SpiffeId))
+		return a.completeFromServer(cmd, typed, func(ctx context.Context, c *admin) (all []string, err error) {
+			resp, err := c.entries().ListEntries(ctx, &entryv1.ListEntriesRequest{OutputMask: &types.EntryMask{SpiffeId: true}, PageSize: completionItems})
+			for _, e := range resp.GetEntries() {
+				all = append(all, e.Id+"\t"+idText(e.SpiffeId))
 			}
-		}
-		return out, cobra.ShellCompDirectiveNoFileComp
+			return all, err
+		})
 	}
 }
-
-// Bounds of what completion asks a server, so that a shell stays quick.
-const (
-	completionTimeout = 700 * time.Millisecond
-	completionItems   = 200
-)
 
 // fileFor completes a flag with file names.
 func fileFor(cmd *cobra.Command, flag string, extensions ...string) {

@@ -307,29 +307,17 @@ func (a *app) nodeRemoval(r removal) *cobra.Command {
 }
 
 // completeNodes completes agents by what follows /spire/agent/.
-func (a *app) completeNodes(most int) func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+func (a *app) completeNodes(most int) completer {
 	return func(cmd *cobra.Command, args []string, typed string) ([]string, cobra.ShellCompDirective) {
 		if most >= 0 && len(args) >= most {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
-		ctx, cancel := context.WithTimeout(cmd.Context(), completionTimeout)
-		defer cancel()
-		socket, _ := cmd.Flags().GetString(serverSocket.flag)
-		c, err := a.admin(ctx, socket)
-		if err != nil {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		defer c.Close()
-		resp, err := c.agents().ListAgents(ctx, &agentv1.ListAgentsRequest{OutputMask: &types.AgentMask{Banned: true}, PageSize: completionItems})
-		if err != nil {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		var out []string
-		for _, n := range resp.Agents {
-			if name := strings.TrimPrefix(n.GetId().GetPath(), agentPath); strings.HasPrefix(name, typed) {
-				out = append(out, name)
+		return a.completeFromServer(cmd, typed, func(ctx context.Context, c *admin) (all []string, err error) {
+			resp, err := c.agents().ListAgents(ctx, &agentv1.ListAgentsRequest{OutputMask: &types.AgentMask{Banned: true}, PageSize: completionItems})
+			for _, n := range resp.GetAgents() {
+				all = append(all, strings.TrimPrefix(n.GetId().GetPath(), agentPath))
 			}
-		}
-		return out, cobra.ShellCompDirectiveNoFileComp
+			return all, err
+		})
 	}
 }
