@@ -22,6 +22,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/unix"
 	"github.com/hallmark-id/hallmark/pkg/selector"
+	"github.com/hallmark-id/hallmark/test/harness"
 )
 
 // The test binary is also the process that is attested.
@@ -104,9 +105,7 @@ func TestAProcessHasItsUserAndGroups(t *testing.T) {
 }
 
 func TestSupplementaryGroupsAndUnknownNames(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root to start a process of another user")
-	}
+	harness.NeedRoot(t)
 	const nobodyKnows = 3_000_000_017
 	pid := run(t, filepath.Join(t.TempDir(), "p"), &syscall.Credential{Uid: nobodyKnows, Gid: nobodyKnows, Groups: []uint32{0, nobodyKnows + 1}})
 	got := attest(t, unix.Config{}, attestors.Process{PID: pid, UID: nobodyKnows, GID: nobodyKnows})

@@ -16,14 +16,13 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/hallmark-id/hallmark/attestors/x509pop"
+	"github.com/hallmark-id/hallmark/test/harness"
 )
 
-// openssl runs openssl in a directory. Without it the test is skipped.
+// openssl runs openssl in a directory. Without it the test is skipped, or fails in CI.
 func openssl(t testing.TB, dir string, args ...string) string {
 	t.Helper()
-	if _, err := exec.LookPath("openssl"); err != nil {
-		t.Skip("openssl is not installed")
-	}
+	harness.NeedCommand(t, "openssl")
 	cmd := exec.CommandContext(t.Context(), "openssl", args...)
 	cmd.Dir = dir
 	out, err := cmd.CombinedOutput()

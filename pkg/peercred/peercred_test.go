@@ -21,6 +21,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/hallmark-id/hallmark/test/harness"
 )
 
 // The test binary is also the processes at the other end of the socket.
@@ -201,9 +203,7 @@ func killLater(t *testing.T, pid string) {
 func TestE29_AProcessThatGotTheRecycledPIDIsRefused(t *testing.T) {
 	if os.Getpid() != 1 {
 		// In a PID namespace of its own the test decides on the next PID.
-		if os.Geteuid() != 0 {
-			t.Skip("needs root to choose PIDs")
-		}
+		harness.NeedRoot(t)
 		cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
 		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS}
 		cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
@@ -252,9 +252,7 @@ func TestAConnectionEndsWithItsProcess(t *testing.T) {
 }
 
 func TestAnAdminSocketServesOnlyRootAndItsOwnUser(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root to start processes of other users")
-	}
+	harness.NeedRoot(t)
 	for _, c := range []struct {
 		name string
 		euid uint32

@@ -34,6 +34,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/issue"
+	"github.com/hallmark-id/hallmark/test/harness"
 )
 
 // hostileCSR asks for everything that a workload must not have.
@@ -300,11 +301,8 @@ func writePEM(tb testing.TB, dir, name string, certs ...[]byte) string {
 // openssl runs it, or skips the test.
 func openssl(t *testing.T, args ...string) string {
 	t.Helper()
-	path, err := exec.LookPath("openssl")
-	if err != nil {
-		t.Skip("openssl is not installed")
-	}
-	out, err := exec.Command(path, args...).CombinedOutput()
+	harness.NeedCommand(t, "openssl")
+	out, err := exec.Command("openssl", args...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("openssl %s: %v\n%s", strings.Join(args, " "), err, out)
 	}

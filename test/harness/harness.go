@@ -88,7 +88,7 @@ func (c Command) cmd(t testing.TB) *exec.Cmd {
 func NeedRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		Skip(t, "needs root, to run processes as several users")
+		Skip(t, "needs root")
 	}
 }
 
