@@ -194,6 +194,7 @@ const (
 
 	maxHeldSVIDs   = 1_000_000 // more is a mistake in writing
 	maxLimit       = 1_000_000
+	maxTrustDomain = 255     // bytes; SPIFFE-ID §2.3
 	maxTrustBundle = 1 << 20 // bytes
 )
 
@@ -273,6 +274,8 @@ func (s *settings) checkServer(wrong wrongFunc) {
 		s.td = s.join.TrustDomain
 	case err != nil:
 		wrong("trust_domain", "trust_domain: %v; write a name like example.org", err)
+	case len(s.TrustDomain) > maxTrustDomain:
+		wrong("trust_domain", "trust_domain is %d bytes long; the most is %d", len(s.TrustDomain), maxTrustDomain)
 	case td.Name() != s.TrustDomain:
 		wrong("trust_domain", "trust_domain %q is no bare name; write %s", s.TrustDomain, td.Name())
 	case s.join != nil && s.join.TrustDomain != td:

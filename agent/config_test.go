@@ -100,6 +100,7 @@ func TestCheckSaysWhatIsWrongAndWhere(t *testing.T) {
 		"a long socket":          {base + "socket: /" + strings.Repeat("x", 107), []string{"agent.yaml:3", "108 bytes long"}},
 		"no socket":              {base + "socket: ''\nadmin_socket: ''\ndata_dir: ''", []string{"socket is empty", "admin_socket is empty", "data_dir is empty"}},
 		"no SVIDs":               {base + "held_svids: 0", []string{"agent.yaml:3", "held_svids is 0"}},
+		"ID20 a long name":       {"server: a:1\ntrust_domain: " + strings.Repeat("a", 256), []string{"agent.yaml:2", "256 bytes long; the most is 255"}},
 		"a limit below 0":        {base + "limits: {calls_per_second: -1}", []string{"agent.yaml:3", "calls_per_second is -1"}},
 		"an unknown key":         {base + "insecure_bootstap: true", []string{"agent.yaml:3", "insecure_bootstrap"}},
 		"an unknown attestor":    {base + "workload_attestors: {unx: {}}", []string{"agent.yaml:3", "unix"}},

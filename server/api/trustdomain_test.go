@@ -65,6 +65,9 @@ func newDomain(t *testing.T, name string, spiffe bool) *domain {
 			if err != nil {
 				t.Error(err)
 			}
+			if r.URL.Path == "/newer" { // with a key of a kind that is not known yet
+				doc = []byte(strings.Replace(string(doc), `"keys":[`, `"keys":[{"kty":"XYZ","use":"xyz-svid"},`, 1))
+			}
 			_, _ = w.Write(doc)
 		}
 	}))
@@ -267,6 +270,12 @@ func TestRefreshBundle_F10_F34_FetchesWithBothProfilesAndNoOther(t *testing.T) {
 	must(t, refresh("web.org"))
 	if b := w.registry.View().Bundle(byWeb.td); b.SequenceNumber != 8 || len(b.JWTAuthorities) != 1 {
 		t.Errorf("stored %v", b)
+	}
+	set(byWeb.relationship("/newer")) // T-10, T-11: what is not understood is ignored, the rest is kept
+	byWeb.bundle.SetSequenceNumber(9)
+	must(t, refresh("web.org"))
+	if n := stored(byWeb); n != 9 {
+		t.Errorf("stored sequence %d", n)
 	}
 	// F-28, F-34, F-44: no profile stands in for another, no ID for another.
 	f := bySPIFFE.relationship("/")
