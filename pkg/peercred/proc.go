@@ -36,7 +36,7 @@ func (s Status) EffectiveGID() uint32 { return s.GIDs[1] }
 // ReadStatus reads /proc/PID/status. The caller checks afterwards that the
 // process is still the one it means.
 func ReadStatus(pid int32) (Status, error) {
-	b, err := readProc(pid, "status", maxStatus)
+	b, err := ReadProc(pid, "status", maxStatus)
 	if err != nil {
 		return Status{}, err
 	}
@@ -112,7 +112,7 @@ type stat struct {
 func (s stat) ended() bool { return s.state == 'Z' || s.state == 'X' || s.state == 'x' }
 
 func readStat(pid int32) (stat, error) {
-	b, err := readProc(pid, "stat", maxStat)
+	b, err := ReadProc(pid, "stat", maxStat)
 	if err != nil {
 		return stat{}, err
 	}
@@ -158,9 +158,11 @@ func parseStat(b []byte) (stat, error) {
 	return stat{}, fmt.Errorf("%d fields after the command name; the start time is missing", i)
 }
 
-// readProc reads a file of a process. It goes around package os, whose files
-// are prepared for waiting: the kernel makes these while they are read.
-func readProc(pid int32, name string, limit int) ([]byte, error) {
+// ReadProc reads a file below /proc/PID, of at most limit bytes. The caller
+// checks afterwards that the process is still the one it means. It goes around
+// package os, whose files are prepared for waiting: the kernel makes these
+// while they are read.
+func ReadProc(pid int32, name string, limit int) ([]byte, error) {
 	path := "/proc/" + strconv.Itoa(int(pid)) + "/" + name
 	fd, err := open(path)
 	if err != nil {
