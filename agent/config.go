@@ -16,6 +16,7 @@ import (
 	"github.com/hallmark-id/hallmark/agent/node"
 	"github.com/hallmark-id/hallmark/agent/workloadapi"
 	"github.com/hallmark-id/hallmark/attestors"
+	"github.com/hallmark-id/hallmark/attestors/docker"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/unix"
 	"github.com/hallmark-id/hallmark/attestors/x509pop"
@@ -133,7 +134,9 @@ type JoinTokenConfig struct {
 // WorkloadAttestorsConfig says how processes are attested: by each attestor
 // that is set.
 type WorkloadAttestorsConfig struct {
-	Unix *unix.Config `yaml:"unix"` // by user, groups and program
+	Unix   *unix.Config         `yaml:"unix"`   // by user, groups and program
+	Docker *docker.Config       `yaml:"docker"` // by the container of docker that it runs in
+	Podman *docker.PodmanConfig `yaml:"podman"` // by the container of podman that it runs in
 }
 
 // nodeAttestors is the table of what a node can prove itself with. A
@@ -184,6 +187,18 @@ var workloadAttestors = []struct {
 			return nil, nil
 		}
 		return unix.New(*c.Unix)
+	}},
+	{docker.Name, func(c *WorkloadAttestorsConfig) (attestors.Workload, error) {
+		if c.Docker == nil {
+			return nil, nil
+		}
+		return docker.New(*c.Docker)
+	}},
+	{docker.PodmanName, func(c *WorkloadAttestorsConfig) (attestors.Workload, error) {
+		if c.Podman == nil {
+			return nil, nil
+		}
+		return docker.NewPodman(*c.Podman)
 	}},
 }
 

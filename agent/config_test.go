@@ -51,7 +51,7 @@ func TestConfigurationsThatAreComplete(t *testing.T) {
 		"a certificate": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
 			"\nnode_attestor: {x509pop: {private_key_path: key.pem, certificate_path: cert.pem, intermediates_path: ca.pem}}",
 		"a join string and the same names": "trust_domain: example.org\nserver: elsewhere.example.org:443\njoin: " + joinString(t) +
-			"\nworkload_attestors: {unix: {path: true, sha256: true, max_size: 1000}}",
+			"\nworkload_attestors: {unix: {path: true, sha256: true, max_size: 1000}, docker: {env: [TIER]}, podman: {rootless_uids: [1000]}}",
 	} {
 		if err := check(text); err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -103,6 +103,8 @@ func TestCheckSaysWhatIsWrongAndWhere(t *testing.T) {
 		"ID20 a long name":       {"server: a:1\ntrust_domain: " + strings.Repeat("a", 256), []string{"agent.yaml:2", "256 bytes long; the most is 255"}},
 		"a limit below 0":        {base + "limits: {calls_per_second: -1}", []string{"agent.yaml:3", "calls_per_second is -1"}},
 		"an unknown key":         {base + "insecure_bootstap: true", []string{"agent.yaml:3", "insecure_bootstrap"}},
+		"a relative socket":      {base + "workload_attestors: {docker: {socket: docker.sock}}", []string{"agent.yaml:3", "absolute path"}},
+		"root as rootless":       {base + "workload_attestors: {podman: {rootless_uids: [0]}}", []string{"agent.yaml:3", "which is root"}},
 		"an unknown attestor":    {base + "workload_attestors: {unx: {}}", []string{"agent.yaml:3", "unix"}},
 		"an unknown level":       {base + "log: {level: loud}", []string{"agent.yaml:3", "loud"}},
 	} {

@@ -27,8 +27,8 @@ var build struct {
 	err         error
 }
 
-// Binary builds the hallmark binary, once, and returns its path. Any user may
-// run it. Call [Cleanup] when all tests are done.
+// Binary builds the hallmark binary, static, once, and returns its path. Any
+// user may run it, in a container too. Call [Cleanup] when all tests are done.
 func Binary(t testing.TB) string {
 	t.Helper()
 	build.Do(func() {
@@ -40,6 +40,7 @@ func Binary(t testing.TB) string {
 		}
 		build.binary = filepath.Join(build.dir, "hallmark")
 		cmd := exec.Command("go", "build", "-o", build.binary, "github.com/hallmark-id/hallmark")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			build.err = fmt.Errorf("go build: %w\n%s", err, out)
 		}
