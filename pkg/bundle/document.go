@@ -19,7 +19,7 @@ func Usable(document []byte) []byte {
 			continue
 		}
 		switch text(key["use"]) {
-		case "jwt-svid":
+		case "jwt-svid", "wit-svid":
 		case "x509-svid":
 			var x5c []json.RawMessage
 			if json.Unmarshal(key["x5c"], &x5c) != nil || len(x5c) == 0 {
