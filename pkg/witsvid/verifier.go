@@ -223,8 +223,7 @@ func (v *Verifier) checkTarget(t *jwt.Token, r *http.Request) error {
 // and no others.
 func checkHashes(claims map[string]any, want boundHashes) error {
 	for name, hash := range map[string]string{"ath": want.Access, "tth": want.Transaction} {
-		got, ok := claims[name]
-		if (hash != "" || ok) && got != hash {
+		if got, ok := claims[name]; ok != (hash != "") || ok && got != hash {
 			return fmt.Errorf("claim %s is missing or not that of the request's token", name)
 		}
 	}
