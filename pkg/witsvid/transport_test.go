@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/spiffe/go-spiffe/v2/exp/bundle/witbundle"
 	spiffewit "github.com/spiffe/go-spiffe/v2/exp/svid/witsvid"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -40,7 +41,7 @@ func always(s *spiffewit.SVID) svids {
 }
 
 // service is an HTTPS server behind a verifier; it answers with the caller.
-func service(t *testing.T, tokens ...string) *httptest.Server {
+func service(t *testing.T, bundles witbundle.Source, tokens ...string) *httptest.Server {
 	t.Helper()
 	var h http.Handler
 	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { h.ServeHTTP(w, r) }))
@@ -83,7 +84,7 @@ func get(t *testing.T, c *http.Client, url string) (int, string) {
 }
 
 func TestWITSVID_W28_W31_W36_WM04_AClientProvesItselfForEachRequest(t *testing.T) {
-	s := service(t)
+	s := service(t, bundles)
 	for alg, key := range map[jose.SignatureAlgorithm]crypto.Signer{
 		jose.ES256: p256, jose.ES384: p384, jose.ES512: p521, jose.RS256: rsa2k, jose.PS384: rsa2k,
 	} {
@@ -108,7 +109,7 @@ func TestWITSVID_W28_W31_W36_WM04_AClientProvesItselfForEachRequest(t *testing.T
 }
 
 func TestWITSVID_W29_W30_AClientSendsNoTokenAsABearer(t *testing.T) {
-	s, svid := service(t), held(jose.ES256, p256)
+	s, svid := service(t, bundles), held(jose.ES256, p256)
 	r := must(http.NewRequestWithContext(t.Context(), http.MethodGet, s.URL, http.NoBody))
 	r.Header.Set("Authorization", "Bearer "+svid.Marshal())
 	if status, body := do(t, client(s, always(svid)), r); status != 0 || !strings.Contains(body, "no bearer token") {
@@ -174,7 +175,7 @@ func TestWITSVID_W37_W38_WM06_WM07_WhatAProofSays(t *testing.T) {
 }
 
 func TestWITSVID_WM07_FurtherTokensAreBoundEndToEnd(t *testing.T) {
-	s := service(t, "x-user")
+	s := service(t, bundles, "x-user")
 	c := client(s, always(held(jose.ES256, p256)), "X-User")
 	r := must(http.NewRequestWithContext(t.Context(), http.MethodGet, s.URL, http.NoBody))
 	r.Header.Set("Authorization", "Bearer access")
@@ -190,10 +191,10 @@ func TestWITSVID_WM07_FurtherTokensAreBoundEndToEnd(t *testing.T) {
 }
 
 func TestWITSVID_W40_WM04_AClientProvesItselfToAuthenticatedServersAlone(t *testing.T) {
-	s, source := service(t), always(held(jose.ES256, p256))
+	s, source := service(t, bundles), always(held(jose.ES256, p256))
 	plain := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { t.Error("a request came over plain HTTP") }))
 	t.Cleanup(plain.Close)
-	elsewhere := service(t)
+	elsewhere := service(t, bundles)
 	for says, c := range map[string]struct {
 		base http.RoundTripper
 		url  string
