@@ -17,8 +17,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-
-	"github.com/hallmark-id/hallmark/pkg/witsvid"
 )
 
 // agent is a Workload API that sends what a test gives it.
