@@ -8,8 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -44,6 +42,22 @@ func (f *fetching) register(cmd *cobra.Command, watch string) {
 	cmd.Flags().BoolVar(&f.watch, "watch", false, watch)
 	_ = cmd.MarkFlagDirname("write") // fails only for a flag that does not exist
 }
+
+// withdraw removes what an earlier answer was written as, if an error says that
+// this process may not have it any more: then it is to stop using it (Workload
+// API §5.2.1).
+func (a *app) withdraw(dir string, err error, remove func(dir string) error) {
+	if dir == "" || status.Code(err) != codes.PermissionDenied {
+		return
+	}
+	if err := remove(dir); err != nil {
+		a.remark("%v", err)
+	}
+}
+
+func removeX509(dir string) error    { return removeFrom(dir, 0, x509Files) }
+func removeJWT(dir string) error     { return removeFrom(dir, 0, jwtFiles) }
+func removeBundles(dir string) error { return writeBundles(dir, nil) }
 
 // workloadError puts the Workload API's refusals into words.
 func workloadError(what string, err error) error {
@@ -108,6 +122,7 @@ func (a *app) fetchX509() *cobra.Command {
 			defer cancel()
 			x, err := client.FetchX509Context(ctx)
 			if err != nil {
+				a.withdraw(f.dir, err, removeX509)
 				return workloadError("fetch X509-SVIDs", err)
 			}
 			return a.deliverX509(x, f.dir, true, false)
@@ -179,6 +194,7 @@ func (w *x509Watcher) OnX509ContextUpdate(x *workloadapi.X509Context) {
 }
 
 func (w *x509Watcher) OnX509ContextWatchError(err error) {
+	w.app.withdraw(w.dir, err, removeX509)
 	w.said = w.app.watchTrouble(w.ctx, "fetch X509-SVIDs", err, w.said)
 }
 
@@ -214,7 +230,8 @@ func (a *app) fetchJWT() *cobra.Command {
 		Short: "fetch JWT-SVIDs",
 		Long: "Fetch prints a JWT-SVID for each identity of this process, one token a line. With\n" +
 			"--write it also writes each as svid.N.jwt, for this user only; with --watch it does\n" +
-			"so again when half of their lifetime is over.",
+			"so again when half of their lifetime is over. Files of identities that were taken\n" +
+			"away are removed.",
 		Example: "  hallmark fetch jwt --audience api.internal\n" +
 			"  curl -H \"Authorization: Bearer $(hallmark fetch jwt --audience api.internal)\" https://api.internal\n" +
 			"  hallmark fetch jwt --audience api.internal -o json",
@@ -253,6 +270,7 @@ func (a *app) followJWT(ctx context.Context, client *workloadapi.Client, params 
 		callCtx, cancel := context.WithTimeout(ctx, callTimeout)
 		svids, err := client.FetchJWTSVIDs(callCtx, params)
 		cancel()
+		a.withdraw(f.dir, err, removeJWT)
 		wait := time.Duration(watchRetry)
 		switch {
 		case err != nil && !f.watch:
@@ -286,13 +304,8 @@ func (a *app) deliverJWT(svids []*jwtsvid.SVID, dir string, first, several bool)
 		items[i] = jwtOf(s)
 	}
 	if dir != "" {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return fmt.Errorf("write SVIDs: %w", err)
-		}
-		for i, item := range items {
-			if err := writeFile(filepath.Join(dir, fmt.Sprintf("svid.%d.jwt", i)), []byte(item.Token), 0o600); err != nil {
-				return err
-			}
+		if err := writeJWT(dir, items); err != nil {
+			return err
 		}
 	}
 	show := func(w io.Writer) {
@@ -321,7 +334,8 @@ func (a *app) fetchBundle() *cobra.Command {
 		Short: "fetch the bundles that verify others",
 		Long: "Fetch prints the bundles of this process's trust domain and of those it federates\n" +
 			"with. With --write it also writes each as DOMAIN.pem (X.509) and DOMAIN.jwks.json\n" +
-			"(JWT); with --watch it keeps them current until it is interrupted.",
+			"(JWT), and removes those of domains that are gone; with --watch it keeps them current\n" +
+			"until it is interrupted.",
 		Example: "  hallmark fetch bundle\n  hallmark fetch bundle --write /run/bundles --watch",
 		Args:    noArguments,
 	}
@@ -340,10 +354,12 @@ func (a *app) fetchBundle() *cobra.Command {
 		defer cancel()
 		x, err := client.FetchX509Bundles(ctx)
 		if err != nil {
+			a.withdraw(f.dir, err, removeBundles)
 			return workloadError("fetch X.509 bundles", err)
 		}
 		j, err := client.FetchJWTBundles(ctx)
 		if err != nil {
+			a.withdraw(f.dir, err, removeBundles)
 			return workloadError("fetch JWT bundles", err)
 		}
 		return a.deliverBundles(x, j, f.dir, true, false)
@@ -361,8 +377,17 @@ type bundleUpdates struct {
 
 func (u *bundleUpdates) OnX509BundlesUpdate(s *x509bundle.Set) { pass(u.ctx, u.x509, s) }
 func (u *bundleUpdates) OnJWTBundlesUpdate(s *jwtbundle.Set)   { pass(u.ctx, u.jwt, s) }
-func (u *bundleUpdates) OnX509BundlesWatchError(err error)     { pass(u.ctx, u.failed, err) }
-func (u *bundleUpdates) OnJWTBundlesWatchError(err error)      { pass(u.ctx, u.failed, err) }
+func (u *bundleUpdates) OnX509BundlesWatchError(err error)     { failed(u, u.x509, err) }
+func (u *bundleUpdates) OnJWTBundlesWatchError(err error)      { failed(u, u.jwt, err) }
+
+// failed passes on that a watch failed, and that there is nothing any more if
+// it was denied.
+func failed[T any](u *bundleUpdates, to chan *T, err error) {
+	if status.Code(err) == codes.PermissionDenied {
+		pass(u.ctx, to, nil)
+	}
+	pass(u.ctx, u.failed, err)
+}
 
 func pass[T any](ctx context.Context, to chan T, v T) {
 	select {
@@ -392,6 +417,7 @@ func (a *app) watchBundles(ctx context.Context, client *workloadapi.Client, dir 
 		case x = <-u.x509:
 		case j = <-u.jwt:
 		case err := <-u.failed:
+			a.withdraw(dir, err, removeBundles)
 			said = a.watchTrouble(ctx, "fetch bundles", err, said)
 			continue
 		case err := <-ended:
@@ -439,13 +465,8 @@ func (a *app) deliverBundles(x *x509bundle.Set, j *jwtbundle.Set, dir string, fi
 		files[to.TrustDomain+".jwks.json"] = doc
 	}
 	if dir != "" {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return fmt.Errorf("write bundles: %w", err)
-		}
-		for name, data := range files {
-			if err := writeFile(filepath.Join(dir, name), data, 0o644); err != nil {
-				return err
-			}
+		if err := writeBundles(dir, files); err != nil {
+			return err
 		}
 	}
 	sorted := make([]*bundleItem, 0, len(items))

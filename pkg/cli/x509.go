@@ -6,12 +6,8 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/pem"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -96,63 +92,4 @@ func issuers(s *x509svid.SVID, roots []*x509.Certificate) []string {
 		}
 	}
 	return append(out, "authority "+hex.EncodeToString(last.AuthorityKeyId)+", which is not in the bundle")
-}
-
-// writeX509 writes each SVID as svid.N.pem, svid.N.key and bundle.N.pem, each
-// file atomically, and removes those of SVIDs that are no longer there.
-func writeX509(dir string, svids []*x509svid.SVID, roots [][]*x509.Certificate) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return fmt.Errorf("write SVIDs: %w", err)
-	}
-	for i, s := range svids {
-		key, err := keyPEM(s)
-		if err != nil {
-			return err
-		}
-		for _, f := range []struct {
-			name string
-			data []byte
-			mode fs.FileMode
-		}{
-			{fmt.Sprintf("bundle.%d.pem", i), certificatesPEM(roots[i]...), 0o644},
-			{fmt.Sprintf("svid.%d.key", i), []byte(key), 0o600},
-			{fmt.Sprintf("svid.%d.pem", i), certificatesPEM(s.Certificates...), 0o644},
-		} {
-			if err := writeFile(filepath.Join(dir, f.name), f.data, f.mode); err != nil {
-				return err
-			}
-		}
-	}
-	for i := len(svids); ; i++ {
-		gone := 0
-		for _, name := range []string{"svid.%d.pem", "svid.%d.key", "bundle.%d.pem"} {
-			err := os.Remove(filepath.Join(dir, fmt.Sprintf(name, i)))
-			if err == nil {
-				gone++
-			} else if !errors.Is(err, fs.ErrNotExist) {
-				return fmt.Errorf("remove an SVID that is no longer given: %w", err)
-			}
-		}
-		if gone == 0 {
-			return nil
-		}
-	}
-}
-
-// writeFile replaces a file: readers see the old content or the new one.
-func writeFile(path string, data []byte, mode fs.FileMode) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	defer os.Remove(f.Name()) // fails once it was renamed
-	_, err = f.Write(data)
-	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return nil
 }

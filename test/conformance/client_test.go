@@ -33,15 +33,24 @@ type standIn struct {
 
 func newStandIn(t testing.TB, fetch fetchFunc) *standIn {
 	t.Helper()
-	s := &standIn{fetch: fetch, socket: filepath.Join(t.TempDir(), "w.sock")}
-	l, err := net.Listen("unix", s.socket)
+	s := &standIn{fetch: fetch}
+	s.socket = serveWorkload(t, s)
+	return s
+}
+
+// serveWorkload serves a Workload API until the test ends, and returns its
+// socket.
+func serveWorkload(t testing.TB, api workload.SpiffeWorkloadAPIServer) string {
+	t.Helper()
+	socket := filepath.Join(t.TempDir(), "w.sock")
+	l, err := net.Listen("unix", socket)
 	must(t, err)
 	g := grpc.NewServer()
-	workload.RegisterSpiffeWorkloadAPIServer(g, s)
+	workload.RegisterSpiffeWorkloadAPIServer(g, api)
 	served := make(chan struct{})
 	go func() { defer close(served); _ = g.Serve(l) }()
 	t.Cleanup(func() { g.Stop(); <-served })
-	return s
+	return socket
 }
 
 func (s *standIn) check(ctx context.Context) {
