@@ -232,5 +232,5 @@ func Restore(ctx context.Context, src config.Source, r io.Reader) (records int, 
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, st.Close()) }()
-	return store.Restore(ctx, st, r)
+	return store.Restore(ctx, st, r, registry.Restored(s.td, time.Now()))
 }

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -142,7 +143,7 @@ func TestARestartedServerGoesOnWithWhatItHad(t *testing.T) {
 	must(t, r.stop())
 }
 
-func TestABackupIsRestoredIntoAnEmptyServer(t *testing.T) {
+func TestBackup_T05_IsRestoredIntoAnEmptyServerWithAHigherSequenceNumber(t *testing.T) {
 	r := start(t, newDir(t))
 	e := r.create("/a")
 	stream, err := hallmarkv1.NewAdminServiceClient(r.conn).Backup(t.Context(), &hallmarkv1.BackupRequest{})
@@ -157,6 +158,12 @@ func TestABackupIsRestoredIntoAnEmptyServer(t *testing.T) {
 	if _, err := server.Restore(t.Context(), r.src, bytes.NewReader(copied.Bytes())); err == nil {
 		t.Error("a backup was restored into a server that runs")
 	}
+	sequence := func() uint64 {
+		b, err := bundlev1.NewBundleClient(r.conn).GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
+		must(t, err)
+		return b.SequenceNumber
+	}
+	before := sequence()
 	must(t, r.stop())
 	dir := newDir(t)
 	n, err := server.Restore(t.Context(), configure(dir), &copied)
@@ -167,6 +174,9 @@ func TestABackupIsRestoredIntoAnEmptyServer(t *testing.T) {
 	r = start(t, dir)
 	if _, err := entryv1.NewEntryClient(r.conn).GetEntry(t.Context(), &entryv1.GetEntryRequest{Id: e.Id}); err != nil {
 		t.Error(err)
+	}
+	if n := sequence(); n < before+1000 { // whatever was published after the backup
+		t.Errorf("the bundle's sequence number is %d, and was %d before", n, before)
 	}
 	r.mint() // with an authority of its own: a backup has no keys
 	must(t, r.stop())

@@ -12,13 +12,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 )
 
-func TestUsable_X39_X40_T03_T10_T11_IgnoresWhatTheStandardsSay(t *testing.T) {
+func TestUsable_X39_X40_T03_T06_T10_T11_T26_IgnoresWhatTheStandardsSay(t *testing.T) {
 	td := spiffeid.RequireTrustDomainFromString("example.org")
 	var certs []string
 	for i := range int64(2) {
@@ -71,7 +72,7 @@ func TestUsable_X39_X40_T03_T10_T11_IgnoresWhatTheStandardsSay(t *testing.T) {
 		"T11 no use":       good(func(k map[string]any) { delete(k, "use") }),
 		"X40 a second x5c": good(func(k map[string]any) { k["x5c"] = certs }),
 	} {
-		document := fmt.Sprintf(`{"keys":[%s,%s],"spiffe_sequence":9007199254740993,"unknown":{}}`, bad, good(same))
+		document := fmt.Sprintf(`{"keys":[%s,%s],"spiffe_sequence":9223372036854775807,"unknown":{}}`, bad, good(same))
 		b, err := spiffebundle.Parse(td, bundle.Usable([]byte(document)))
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -80,9 +81,22 @@ func TestUsable_X39_X40_T03_T10_T11_IgnoresWhatTheStandardsSay(t *testing.T) {
 		if as := b.X509Authorities(); len(as) != 1 || !as[0].Equal(cert) {
 			t.Errorf("%s: there are %d authorities", name, len(as))
 		}
-		if n, _ := b.SequenceNumber(); n != 9007199254740993 {
+		if n, _ := b.SequenceNumber(); n != 1<<63-1 {
 			t.Errorf("%s: the sequence number became %d", name, n)
 		}
+	}
+	// Keys for WIT-SVIDs are known, and for nothing else.
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	jwk, err := json.Marshal(jose.JSONWebKey{Key: key.Public(), KeyID: "w", Use: "wit-svid"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := spiffebundle.Parse(td, bundle.Usable([]byte(fmt.Sprintf(`{"keys":[%s,%s]}`, jwk, good(same)))))
+	if err != nil || len(b.WITAuthorities()) != 1 || len(b.JWTAuthorities()) != 0 || len(b.X509Authorities()) != 1 {
+		t.Errorf("T26: %v, %v", b, err)
 	}
 	for _, none := range []string{"", "{", "[]", `{"keys":5}`, `{}`} {
 		if got := string(bundle.Usable([]byte(none))); got != none {

@@ -369,7 +369,7 @@ func TestFederatedBundles(t *testing.T) {
 	}
 }
 
-func TestMalformedFederatedBundlesAreRefused(t *testing.T) {
+func TestFederatedBundles_T01_T02_MalformedOnesAndThoseWithKeysOfOursAreRefused(t *testing.T) {
 	w, own := newBundleRecords(t)
 	for text, b := range map[string]*types.Bundle{
 		"trust domain \"\" is not valid":                    {},

@@ -65,6 +65,9 @@ func newDomain(t *testing.T, name string, spiffe bool) *domain {
 			if err != nil {
 				t.Error(err)
 			}
+			if hint, ok := strings.CutPrefix(r.URL.Path, "/hint/"); ok {
+				doc = []byte(strings.Replace(string(doc), `"spiffe_refresh_hint":60`, `"spiffe_refresh_hint":`+hint, 1))
+			}
 			if r.URL.Path == "/newer" { // with a key of a kind that is not known yet
 				doc = []byte(strings.Replace(string(doc), `"keys":[`, `"keys":[{"kty":"XYZ","use":"xyz-svid"},`, 1))
 			}
@@ -295,6 +298,31 @@ func TestRefreshBundle_F10_F34_FetchesWithBothProfilesAndNoOther(t *testing.T) {
 	expectCode(t, refresh("spiffe.org"), codes.Unavailable, "certificate")
 	if len(w.log.lines("audit", "RefreshBundle", "web.org")) == 0 {
 		t.Error("no audit record of a refresh")
+	}
+}
+
+func TestRefreshBundle_T24_TheRefreshHintIsTakenWithinBounds(t *testing.T) {
+	d := newDomain(t, "web.org", false)
+	pool := x509.NewCertPool()
+	pool.AddCert(d.endpoint.Certificate())
+	w := newWorld(t, func(o *api.Options) { o.Federation = &federation.Client{Roots: pool} })
+	c := trustdomainv1.NewTrustDomainClient(w.admin())
+	sequence := uint64(100)
+	for hint, want := range map[string]time.Duration{
+		"1": time.Minute, "0": time.Minute, "-1": time.Minute, "300": 5 * time.Minute, "86401": 24 * time.Hour,
+		"9223372037": 24 * time.Hour, "9223372036854775807": 24 * time.Hour,
+	} {
+		_, err := c.BatchDeleteFederationRelationship(t.Context(), &trustdomainv1.BatchDeleteFederationRelationshipRequest{TrustDomains: []string{"web.org"}})
+		must(t, err)
+		sequence += 10
+		d.bundle.SetSequenceNumber(sequence)
+		expectStatus(t, createFederation(t, c, d.relationship("/hint/"+hint))[0].Status, codes.OK, "")
+		if _, err := c.RefreshBundle(t.Context(), &trustdomainv1.RefreshBundleRequest{TrustDomain: "web.org"}); err != nil {
+			t.Errorf("%s: %v", hint, err)
+		}
+		if got := w.registry.View().Bundle(d.td).RefreshHint; got != want {
+			t.Errorf("a hint of %s seconds is taken as %v, want %v", hint, got, want)
+		}
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -33,6 +34,13 @@ const (
 	maxDocument  = 1 << 20 // bytes; more than any bundle that can be stored
 	maxHeaders   = 64 << 10
 	maxRedirects = 5
+)
+
+// A refresh hint is taken within these bounds: a foreign trust domain must not
+// make this server ask all the time, nor never again.
+const (
+	minRefreshHint = time.Minute
+	maxRefreshHint = 24 * time.Hour
 )
 
 // Client fetches bundles. The zero value is ready; it is safe for concurrent
@@ -94,7 +102,23 @@ func (c *Client) Fetch(ctx context.Context, f *registry.Federation, bundles x509
 	if err != nil {
 		return nil, fmt.Errorf("the bundle of %q at %s: %w", f.TrustDomain.Name(), f.EndpointURL, err)
 	}
-	return b, nil
+	return b, clampRefreshHint(b, document)
+}
+
+// clampRefreshHint reads the hint from the document once more: as a duration a
+// large one has wrapped around.
+func clampRefreshHint(b *spiffebundle.Bundle, document []byte) error {
+	var hint struct {
+		Seconds *int64 `json:"spiffe_refresh_hint"`
+	}
+	if err := json.Unmarshal(document, &hint); err != nil {
+		return fmt.Errorf("refresh hint: %w", err)
+	}
+	if hint.Seconds != nil {
+		seconds := min(max(*hint.Seconds, int64(minRefreshHint/time.Second)), int64(maxRefreshHint/time.Second))
+		b.SetRefreshHint(time.Duration(seconds) * time.Second)
+	}
+	return nil
 }
 
 // checkRedirect lets a request be redirected to what could be configured as an

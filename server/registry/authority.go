@@ -148,6 +148,9 @@ func (r *Registry) ChangeAuthorities(ctx context.Context, change func(own *bundl
 		var txn store.Txn
 		old, rev := v.storedBundle(r.td)
 		own := old.Clone()
+		if own.RefreshHint == 0 {
+			own.RefreshHint = refreshHint
+		}
 		c, err := change(own, v.Authorities())
 		if err != nil {
 			return txn, err

@@ -5,14 +5,20 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/entry"
+	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/store"
 )
+
+// refreshHint is how often others are told to fetch the own bundle: what they
+// do without being told. Federation §4.1.
+const refreshHint = 5 * time.Minute
 
 func bundleKey(td spiffeid.TrustDomain) string { return bundlePrefix + td.Name() }
 
@@ -75,6 +81,25 @@ func (r *Registry) ChangeBundle(ctx context.Context, td spiffeid.TrustDomain, ch
 		return b, nil
 	}
 	return nil, errBundleNotFound // deleted right after
+}
+
+// Restored is an edit of [store.Restore] that gives the bundle of a trust domain
+// a sequence number above all that it was published with. Those after the
+// backup are not known. But a number that rises with each change is below the
+// milliseconds since 1970, and so is one that an earlier restore gave: no
+// bundle changes a thousand times a second. Trust Domain and Bundle §4.1.1.
+func Restored(td spiffeid.TrustDomain, now time.Time) store.Edit {
+	return func(key string, value []byte) ([]byte, error) {
+		if key != bundleKey(td) {
+			return value, nil
+		}
+		var r hallmarkv1.Bundle
+		if err := proto.Unmarshal(value, &r); err != nil {
+			return nil, err
+		}
+		r.SequenceNumber = max(r.SequenceNumber+1, uint64(now.UnixMilli()))
+		return proto.MarshalOptions{Deterministic: true}.Marshal(&r)
+	}
 }
 
 var errBundleNotFound = &Error{Kind: NotFound, Msg: "bundle not found"}

@@ -20,6 +20,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/server/registry"
+	"github.com/hallmark-id/hallmark/server/store"
 )
 
 var otherTD = spiffeid.RequireTrustDomainFromString("other.org")
@@ -71,6 +72,36 @@ func TestBundle_T05_TheSequenceNumberRisesAtEveryChangeAndOnlyThen(t *testing.T)
 	}{{nil, 1}, {[]*x509.Certificate{one}, 2}, {[]*x509.Certificate{one}, 2}, {[]*x509.Certificate{one, two}, 3}, {[]*x509.Certificate{two}, 4}} {
 		if b := setBundle(t, r, td, c.roots...); b.SequenceNumber != c.want || len(b.X509Authorities) != len(c.roots) {
 			t.Errorf("change %d: got %v, want number %d", i, b, c.want)
+		}
+	}
+}
+
+func TestBundle_T05_ARestoreRaisesTheSequenceNumberAboveAllBefore(t *testing.T) {
+	s := newStore(t)
+	r := start(t, s, nil)
+	setBundle(t, r, otherTD)
+	setBundle(t, r, td)
+	var backup bytes.Buffer
+	if _, err := store.Backup(t.Context(), s, &backup); err != nil {
+		t.Fatal(err)
+	}
+	last := setBundle(t, r, td, newAuthority(t, "after the backup")).SequenceNumber
+	// The same backup is restored again and again, an hour after the other.
+	for i := range 3 {
+		s := newStore(t)
+		edit := registry.Restored(td, epoch.Add(time.Duration(i)*time.Hour))
+		if _, err := store.Restore(t.Context(), s, bytes.NewReader(backup.Bytes()), edit); err != nil {
+			t.Fatal(err)
+		}
+		r := start(t, s, nil)
+		if n := r.View().Bundle(td).SequenceNumber; n <= last {
+			t.Errorf("restore %d: the bundle has the number %d; %d was published before", i, n, last)
+		}
+		if n := r.View().Bundle(otherTD).SequenceNumber; n != 1 {
+			t.Errorf("restore %d: the foreign bundle has the number %d", i, n)
+		}
+		for j := range 10 {
+			last = setBundle(t, r, td, newAuthority(t, fmt.Sprint(j))).SequenceNumber
 		}
 	}
 }

@@ -115,12 +115,15 @@ func CheckRestored(ctx context.Context, s Store) error {
 	return nil
 }
 
-// Restore writes the records of a backup into an empty store that nobody else
-// writes to, and returns their number. It reads and verifies the whole backup
+// Edit gives a record another value on its way from a backup into a store.
+type Edit func(key string, value []byte) ([]byte, error)
+
+// Restore writes the records of a backup, with edits, into an empty store that
+// nobody else writes to, and returns their number. It reads and verifies the whole backup
 // before it writes anything; if r cannot seek, it keeps a copy in a temporary
 // file. Afterwards the store's revision is above the backup's. If Restore is
 // interrupted while it writes, [CheckRestored] says so.
-func Restore(ctx context.Context, s Store, r io.Reader) (n int, err error) {
+func Restore(ctx context.Context, s Store, r io.Reader, edits ...Edit) (n int, err error) {
 	if err := CheckRestored(ctx, s); err != nil {
 		return 0, err
 	}
@@ -153,7 +156,7 @@ func Restore(ctx context.Context, s Store, r io.Reader) (n int, err error) {
 	if begun.Err != nil {
 		return 0, fmt.Errorf("restore into the store: %w", begun.Err)
 	}
-	n, err = write(ctx, s, newBackupReader(again), revision, begun.Revision)
+	n, err = write(ctx, s, newBackupReader(again), revision, begun.Revision, edits)
 	if err != nil {
 		return 0, fmt.Errorf("restore into the store, which is incomplete now; delete it and restore again: %w", err)
 	}
@@ -203,7 +206,7 @@ func seekable(r io.Reader) (io.ReadSeeker, int64) {
 // the mark, as of a revision: first it raises the revision above the backup's,
 // then it writes the records, each transaction on condition that the mark is
 // still ours, and last it deletes the mark.
-func write(ctx context.Context, s Store, b *backupReader, revision, mark Revision) (int, error) {
+func write(ctx context.Context, s Store, b *backupReader, revision, mark Revision, edits []Edit) (int, error) {
 	if a, ok := s.(advancer); ok {
 		if err := a.Advance(ctx, revision+revisionJump); err != nil {
 			return 0, err
@@ -235,6 +238,11 @@ func write(ctx context.Context, s Store, b *backupReader, revision, mark Revisio
 		}
 		if err != nil {
 			return 0, fmt.Errorf("the backup has changed since it was verified: %w", err)
+		}
+		for _, edit := range edits {
+			if value, err = edit(key, value); err != nil {
+				return 0, fmt.Errorf("record %.40q: %w", key, err)
+			}
 		}
 		if size := len(key) + len(value); 1+len(txn.Do) == MaxWrites || txnBytes+size > MaxBytes {
 			txns = append(txns, txn)
