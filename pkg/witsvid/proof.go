@@ -227,5 +227,5 @@ func isWIT(token string) bool {
 	var header struct {
 		Type string `json:"typ"`
 	}
-	return json.Unmarshal(raw, &header) == nil && strings.EqualFold(strings.TrimPrefix(strings.ToLower(header.Type), "application/"), tokenType)
+	return json.Unmarshal(raw, &header) == nil && strings.TrimPrefix(strings.ToLower(header.Type), "application/") == tokenType
 }

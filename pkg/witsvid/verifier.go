@@ -43,7 +43,8 @@ type Config struct {
 	MaxLifetime time.Duration
 	// MaxProofs bounds the proofs that are remembered so that each works once;
 	// zero: [DefaultMaxProofs]. Beyond it requests are answered with
-	// [ErrBusy]. Each process remembers its own.
+	// [ErrBusy]: limit what one caller may send, or it takes the room of all.
+	// Each process remembers its own.
 	MaxProofs int
 	// BehindTLSProxy accepts requests that came without TLS. Set it only if a
 	// proxy in front ends TLS, and nobody but that proxy can reach this server.

@@ -102,7 +102,10 @@ func (c *Client) Fetch(ctx context.Context, f *registry.Federation, bundles x509
 	if err != nil {
 		return nil, fmt.Errorf("the bundle of %q at %s: %w", f.TrustDomain.Name(), f.EndpointURL, err)
 	}
-	return b, clampRefreshHint(b, document)
+	if err := clampRefreshHint(b, document); err != nil {
+		return nil, fmt.Errorf("the bundle of %q at %s: %w", f.TrustDomain.Name(), f.EndpointURL, err)
+	}
+	return b, nil
 }
 
 // clampRefreshHint reads the hint from the document once more: as a duration a
