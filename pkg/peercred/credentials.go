@@ -68,7 +68,7 @@ func (t *transport) admit(raw net.Conn) (net.Conn, *Peer, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	if t.o.RequireOwner && p.UID != 0 && p.UID != t.euid {
+	if t.o.RequireOwner && !p.administers(t.euid) {
 		p.Close()
 		return nil, nil, fmt.Errorf("%v is neither of root nor of uid %d, which this socket serves", p, t.euid)
 	}
@@ -85,7 +85,7 @@ func (t *transport) admit(raw net.Conn) (net.Conn, *Peer, error) {
 		c.watch.Add(1)
 		go func() {
 			defer c.watch.Done()
-			if p.wait() == nil {
+			if p.Wait() == nil {
 				raw.Close() // the server sees the end of the connection and closes c
 			}
 		}()

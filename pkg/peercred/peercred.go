@@ -22,11 +22,16 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 )
+
+// pollInterval is how often a process is looked at that is waited for, where
+// there is no pidfd.
+const pollInterval = 250 * time.Millisecond
 
 // ErrEnded says that a process has ended, or that its PID belongs to another
 // process now.
@@ -62,12 +67,23 @@ func FromContext(ctx context.Context) (*Peer, error) {
 	if !ok {
 		return nil, errors.New("the call has no peer")
 	}
-	c, ok := p.AuthInfo.(*Peer)
+	c, ok := p.AuthInfo.(interface{ Process() *Peer })
 	if !ok {
 		return nil, fmt.Errorf("the caller of %v was not identified by its socket", p.Addr)
 	}
-	return c, nil
+	return c.Process(), nil
 }
+
+// Process returns p. Authentication information that says more of a caller, as
+// TLS over the socket does, embeds a *Peer and so is still understood by
+// [FromContext].
+func (p *Peer) Process() *Peer { return p }
+
+// Owner reports whether the process is of root or of the user that this
+// process runs as: of those who may administer.
+func (p *Peer) Owner() bool { return p.administers(uint32(os.Geteuid())) }
+
+func (p *Peer) administers(euid uint32) bool { return p.UID == 0 || p.UID == euid }
 
 // Alive returns nil while the process runs, an error that is [ErrEnded] once it
 // has ended or its PID was given to another, and [os.ErrClosed] after Close. It
@@ -105,9 +121,20 @@ func (p *Peer) sameStart() error {
 	return nil
 }
 
-// wait blocks until the process has ended (nil) or the peer is closed. It
-// needs a pidfd.
-func (p *Peer) wait() error {
+// Wait blocks until the process has ended (nil) or the peer is closed.
+func (p *Peer) Wait() error {
+	if p.pidfd == nil {
+		for {
+			err := p.Alive()
+			if errors.Is(err, ErrEnded) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			time.Sleep(pollInterval)
+		}
+	}
 	raw, err := p.pidfd.SyscallConn()
 	if err != nil {
 		return err

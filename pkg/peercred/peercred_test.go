@@ -369,3 +369,38 @@ func TestPinHoldsAProcessByItsPID(t *testing.T) {
 		}
 	}
 }
+
+func TestWaitLastsUntilTheProcessEndsOrThePeerIsClosed(t *testing.T) {
+	pin := func(t *testing.T, proc *process, pidfd bool) *Peer {
+		p := newPeer(proc.pid())
+		if pidfd {
+			must(t, p.open())
+			return p
+		}
+		s, err := readStat(proc.pid())
+		must(t, err)
+		p.start = s.start
+		return p
+	}
+	for name, pidfd := range map[string]bool{"with a pidfd": true, "without one": false} {
+		t.Run(name, func(t *testing.T) {
+			proc := start(t, helper("idle"))
+			ends, closes := pin(t, proc, pidfd), pin(t, proc, pidfd)
+			ended, closed := make(chan error, 1), make(chan error, 1)
+			go func() { ended <- ends.Wait() }()
+			go func() { closed <- closes.Wait() }()
+			closes.Close()
+			if err := <-closed; err == nil {
+				t.Error("of a closed peer Wait says that its process has ended")
+			}
+			select {
+			case err := <-ended:
+				t.Fatalf("while the process runs Wait says %v", err)
+			default:
+			}
+			proc.end()
+			must(t, <-ended)
+			ends.Close()
+		})
+	}
+}

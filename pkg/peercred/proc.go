@@ -25,6 +25,9 @@ type Status struct {
 	UIDs   [4]uint32
 	GIDs   [4]uint32
 	Groups []uint32 // supplementary
+	// Nested says that the process has a PID namespace of its own, below that
+	// of /proc: it knows processes by other PIDs than we do.
+	Nested bool
 }
 
 // EffectiveUID returns the user ID that the process acts as.
@@ -63,6 +66,8 @@ func parseStatus(b []byte) (Status, error) {
 		case "Gid":
 			seen |= 2
 			err = parseFour(&s.GIDs, value)
+		case "NSpid": // the PID in each namespace, from that of /proc inwards; since Linux 4.1
+			s.Nested = len(bytes.Fields(value)) > 1
 		case "Groups":
 			seen |= 4
 			for f := range bytes.FieldsSeq(value) {

@@ -44,6 +44,16 @@ func TestABrokenStatIsRefused(t *testing.T) {
 
 const goodStatus = "Name:\tx\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t9 10 \n"
 
+func TestAProcessOfAnotherPIDNamespaceIsTold(t *testing.T) {
+	for line, want := range map[string]bool{"": false, "NSpid:\t7\n": false, "NSpid:\t4711\t7\n": true, "NSpid:\t4711\t7\t1\n": true} {
+		s, err := parseStatus([]byte(goodStatus + line))
+		must(t, err)
+		if s.Nested != want {
+			t.Errorf("%q: nested is %v", line, s.Nested)
+		}
+	}
+}
+
 func TestABrokenStatusIsRefused(t *testing.T) {
 	s, err := parseStatus([]byte(goodStatus))
 	must(t, err)
