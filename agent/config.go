@@ -14,7 +14,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/agent/held"
 	"github.com/hallmark-id/hallmark/agent/node"
-	"github.com/hallmark-id/hallmark/agent/workloadapi"
+	"github.com/hallmark-id/hallmark/agent/endpoint"
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/docker"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
@@ -107,8 +107,8 @@ type LimitsConfig struct {
 	CallsPerSecond int `yaml:"calls_per_second"`
 }
 
-func (l LimitsConfig) workloadAPI() workloadapi.Limits {
-	return workloadapi.Limits{
+func (l LimitsConfig) workloadAPI() endpoint.Limits {
+	return endpoint.Limits{
 		Connections:       l.Connections,
 		ConnectionsOfUser: l.ConnectionsPerUser,
 		ConnectionsOfPID:  l.ConnectionsPerProcess,

@@ -197,6 +197,9 @@ func (h *Held) removeBundle(td spiffeid.TrustDomain) {
 // bundleChanged wakes whom a bundle concerns, and renews what was signed by an
 // authority that is not trusted any more, or soon will not be.
 func (h *Held) bundleChanged(td spiffeid.TrustDomain, b *bundle.Bundle) {
+	for w := range h.watches {
+		wake(w.c)
+	}
 	if td != h.trustDomain {
 		for _, v := range h.views.all {
 			if v.federatesWith(td) {

@@ -124,6 +124,7 @@ type Held struct {
 	slots    map[string]*slot // by entry ID
 	index    map[selector.Selector]map[*slot]struct{}
 	bundles  map[spiffeid.TrustDomain]*bundle.Bundle
+	watches  map[*BundleWatch]struct{}
 	trust    *trust // of the own bundle
 	views    views
 	schedule schedule
@@ -145,6 +146,7 @@ func New(o Options) *Held {
 		slots:       make(map[string]*slot),
 		index:       make(map[selector.Selector]map[*slot]struct{}),
 		bundles:     make(map[spiffeid.TrustDomain]*bundle.Bundle),
+		watches:     make(map[*BundleWatch]struct{}),
 	}
 	if h.limit <= 0 {
 		h.limit = DefaultLimit
@@ -298,9 +300,13 @@ func earlier(a, b time.Time) time.Time {
 }
 
 // poke has Run look at its schedule again.
-func (h *Held) poke() {
+func (h *Held) poke() { wake(h.wake) }
+
+// wake sends to a channel of capacity 1, unless what it sent before still
+// waits there.
+func wake(c chan<- struct{}) {
 	select {
-	case h.wake <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }

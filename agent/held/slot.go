@@ -3,6 +3,7 @@ package held
 import (
 	"container/heap"
 	"container/list"
+	"encoding/asn1"
 	"math/rand/v2"
 	"time"
 
@@ -17,6 +18,20 @@ type X509SVID struct {
 	ExpiresAt time.Time
 
 	issuers []string // authority key IDs of the chain's certificates
+}
+
+// Certificates returns the DER of each certificate of the chain, leaf first.
+func (x *X509SVID) Certificates() [][]byte {
+	var out [][]byte
+	for rest := x.Chain; len(rest) > 0; {
+		var c asn1.RawValue
+		var err error
+		if rest, err = asn1.Unmarshal(rest, &c); err != nil {
+			return out // it was parsed when it was signed
+		}
+		out = append(out, c.FullBytes)
+	}
+	return out
 }
 
 // slot is one entry that is held, and its X509-SVID.

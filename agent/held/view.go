@@ -30,8 +30,45 @@ type Update struct {
 	// failed: nothing better is to be had at once.
 	Ready bool
 
-	until time.Time // when something in it expires; zero is never
+	all   []Identity // of Entries
+	until time.Time  // when something in it expires; zero is never
 	memo  sync.Map
+}
+
+// Only returns the update as it is for somebody who may have these entries
+// alone.
+func (u *Update) Only(may func(*entry.Entry) bool) *Update {
+	only := &Update{Bundle: u.Bundle, until: u.until}
+	for _, i := range u.all {
+		if may(i.Entry) {
+			only.all = append(only.all, i)
+		}
+	}
+	only.tell()
+	for _, b := range u.Federated {
+		if slices.ContainsFunc(only.Entries, func(e *entry.Entry) bool { return slices.Contains(e.FederatesWith, b.TrustDomain) }) {
+			only.Federated = append(only.Federated, b)
+		}
+	}
+	return only
+}
+
+// tell sets what follows from all, and returns the entries that Identities
+// leaves out.
+func (u *Update) tell() (dropped []*entry.Entry) {
+	identities := make(map[*entry.Entry]Identity, len(u.all))
+	for _, i := range u.all {
+		u.Entries = append(u.Entries, i.Entry)
+		identities[i.Entry] = i
+	}
+	kept, dropped := DistinctHints(u.Entries)
+	u.Ready = true
+	for _, e := range kept {
+		i := identities[e]
+		u.Identities = append(u.Identities, i)
+		u.Ready = u.Ready && (i.SVID != nil || i.Err != nil)
+	}
+	return dropped
 }
 
 // Identity is an entry with its X509-SVID.
@@ -149,7 +186,7 @@ type view struct {
 func (v *view) changed() {
 	v.update = nil
 	for s := range v.subscribers {
-		s.wake()
+		wake(s.c)
 	}
 }
 
@@ -158,15 +195,8 @@ func (v *view) svidChanged() {
 	v.update = nil
 	for s := range v.subscribers {
 		if s.x509 {
-			s.wake()
+			wake(s.c)
 		}
-	}
-}
-
-func (s *Subscription) wake() {
-	select {
-	case s.c <- struct{}{}:
-	default:
 	}
 }
 
@@ -321,13 +351,15 @@ func (h *Held) update(v *view) *Update {
 	if slices.ContainsFunc(v.matched, func(s *slot) bool { return s.entry.Expired(now) }) {
 		h.rematch(v, now)
 	}
-	u := &Update{Bundle: h.bundles[h.trustDomain], Ready: true}
-	slots := make(map[*entry.Entry]*slot, len(v.matched))
+	u := &Update{Bundle: h.bundles[h.trustDomain]}
 	federated := make(map[spiffeid.TrustDomain]bool)
 	for _, s := range v.matched {
-		u.Entries = append(u.Entries, s.entry)
+		svid := s.valid(now)
+		u.all = append(u.all, Identity{Entry: s.entry, SVID: svid, Err: s.err})
 		u.until = earlier(u.until, s.entry.ExpiresAt)
-		slots[s.entry] = s
+		if svid != nil {
+			u.until = earlier(u.until, svid.ExpiresAt)
+		}
 		for _, td := range s.entry.FederatesWith {
 			if b := h.bundles[td]; b != nil && !federated[td] {
 				federated[td] = true
@@ -336,17 +368,7 @@ func (h *Held) update(v *view) *Update {
 		}
 	}
 	slices.SortFunc(u.Federated, func(a, b *bundle.Bundle) int { return a.TrustDomain.Compare(b.TrustDomain) })
-	kept, dropped := DistinctHints(u.Entries)
-	for _, e := range kept {
-		s := slots[e]
-		svid := s.valid(now)
-		if svid != nil {
-			u.until = earlier(u.until, svid.ExpiresAt)
-		} else if s.err == nil {
-			u.Ready = false
-		}
-		u.Identities = append(u.Identities, Identity{Entry: e, SVID: svid, Err: s.err})
-	}
+	dropped := u.tell()
 	if !slices.Equal(dropped, v.dropped) {
 		v.dropped = dropped
 		for _, e := range dropped {

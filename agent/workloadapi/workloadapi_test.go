@@ -27,6 +27,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/descriptorpb"
 
+	"github.com/hallmark-id/hallmark/agent/endpoint"
 	"github.com/hallmark-id/hallmark/agent/held"
 	"github.com/hallmark-id/hallmark/agent/held/heldtest"
 	agentworkload "github.com/hallmark-id/hallmark/agent/workload"
@@ -488,17 +489,17 @@ func TestConnectionsStreamsAndCallsAreBounded(t *testing.T) {
 		a.Entry("web", nil, "unix:uid:1")
 		a.sync()
 		recv(t, a.x509())
-		a.api.SetLimits(workloadapi.Limits{StreamsOfUser: 1})
+		a.api.SetLimits(endpoint.Limits{StreamsOfUser: 1})
 		_, err := a.x509().Recv()
 		wantCode(t, err, codes.Unavailable)
-		a.api.SetLimits(workloadapi.Limits{})
+		a.api.SetLimits(endpoint.Limits{})
 		recv(t, a.x509())
 	})
 	t.Run("calls, once the limit has changed", func(t *testing.T) {
 		a := start(t)
 		a.Entry("web", nil, "unix:uid:1")
 		a.sync()
-		a.api.SetLimits(workloadapi.Limits{CallsOfUser: 5})
+		a.api.SetLimits(endpoint.Limits{CallsOfUser: 5})
 		refused := 0
 		for range 100 {
 			if _, err := a.client.FetchJWTSVID(a.call(), &workload.JWTSVIDRequest{Audience: []string{"x"}}); err != nil {
