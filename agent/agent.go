@@ -4,8 +4,8 @@
 //
 // [Run] puts it together from its parts and runs it: the node's own identity
 // and its connection to the server (node), the push stream (feed), what is
-// held and signed (held), the attestation of processes (workload), and the two
-// sockets in front (workloadapi, admin). [Check] checks a configuration
+// held and signed (held), the attestation of processes (workload), and the
+// sockets in front (workloadapi, admin, broker). [Check] checks a configuration
 // ([Config]).
 package agent
 
@@ -20,6 +20,8 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/hallmark-id/hallmark/agent/admin"
+	"github.com/hallmark-id/hallmark/agent/broker"
+	"github.com/hallmark-id/hallmark/agent/endpoint"
 	"github.com/hallmark-id/hallmark/agent/feed"
 	"github.com/hallmark-id/hallmark/agent/held"
 	"github.com/hallmark-id/hallmark/agent/metrics"
@@ -40,7 +42,7 @@ func Check(src config.Source) error {
 }
 
 // Run runs an agent until the context ends (nil) or it cannot go on without
-// its operator: the error says what to do. It calls ready once both sockets
+// its operator: the error says what to do. It calls ready once all sockets
 // are there; processes that come before the node has its identity, or before
 // the server has said what it is authorized for, are told to try again. It logs
 // to the standard error.
@@ -87,27 +89,46 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 		return err
 	}
 	defer workloads.Close()
-	operators, err := listen("admin_socket", s.AdminSocket, admin.SocketMode)
+	mode := os.FileMode(admin.SocketMode)
+	if len(s.delegates) > 0 {
+		mode = admin.DelegatesSocketMode
+	}
+	operators, err := listen("admin_socket", s.AdminSocket, mode)
 	if err != nil {
 		return err
 	}
 	defer operators.Close()
+	var brokers net.Listener
+	if len(s.brokers) > 0 {
+		if brokers, err = listen("broker.socket", s.Broker.Socket, broker.SocketMode); err != nil {
+			return err
+		}
+		defer brokers.Close()
+	}
 
 	h = held.New(held.Options{TrustDomain: s.td, Signer: n, Limit: s.HeldSVIDs, Log: log, Metrics: counted})
 	f := feed.New(feed.Options{TrustDomain: s.td, Node: n, Held: h, Log: log})
 	attestor := workload.New(workload.Options{Attestors: s.workloads, Log: log, Metrics: counted})
 	api := workloadapi.New(workloadapi.Options{
-		Listener: workloads, Held: h, Attestor: attestor, Limits: s.Limits.workloadAPI(), Log: log, Metrics: counted,
+		Listener: workloads, Held: h, Attestor: attestor, Limits: s.Limits.endpoint(), Log: log, Metrics: counted,
 	})
 	console := admin.New(admin.Options{
 		Listener: operators, TrustDomain: s.td, Server: s.Server, Held: h, Attestor: attestor, Log: log,
-		LogLevel: level,
+		LogLevel: level, Delegates: s.delegates, Limits: s.Limits.endpoint(),
 		Connection: func() admin.Connection {
 			c := connection(n.Status(), f.Status())
 			c.Chain = n.Chain()
 			return c
 		},
 	})
+	serve := []server{api, console}
+	if brokers != nil {
+		log.Warn("the Broker API is on; its standard may still change", "socket", s.Broker.Socket)
+		serve = append(serve, broker.New(broker.Options{
+			Listener: brokers, TrustDomain: s.td, Identity: n, Held: h, Attestor: attestor, Policies: s.brokers,
+			Limits: s.Limits.endpoint(), Log: log, Metrics: counted,
+		}))
+	}
 
 	// What serves ends first; what it stands on, after it.
 	base, stop := context.WithCancel(context.WithoutCancel(ctx))
@@ -129,10 +150,15 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 	defer end(nil)
 	defer context.AfterFunc(base, func() { end(context.Cause(base)) })()
 	above, serving := errgroup.WithContext(serving)
-	above.Go(func() error { return api.Run(serving) })
-	above.Go(func() error { return console.Run(serving) })
+	for _, one := range serve {
+		above.Go(func() error { return one.Run(serving) })
+	}
 	above.Go(func() error {
-		s.follow(serving, src, api, level, log)
+		s.follow(serving, src, func(l endpoint.Limits) {
+			for _, one := range serve {
+				one.SetLimits(l)
+			}
+		}, level, log)
 		return nil
 	})
 
@@ -151,6 +177,12 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 		return nil
 	}
 	return err
+}
+
+// server serves one socket.
+type server interface {
+	Run(context.Context) error
+	SetLimits(endpoint.Limits)
 }
 
 // connection is how the agent stands with its server: in step, or the reason

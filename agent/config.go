@@ -12,9 +12,10 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/hallmark-id/hallmark/agent/broker"
+	"github.com/hallmark-id/hallmark/agent/endpoint"
 	"github.com/hallmark-id/hallmark/agent/held"
 	"github.com/hallmark-id/hallmark/agent/node"
-	"github.com/hallmark-id/hallmark/agent/endpoint"
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/docker"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
@@ -52,6 +53,18 @@ type Config struct {
 	// /run/hallmark/agent.sock.
 	AdminSocket string `yaml:"admin_socket" env:"expand"`
 
+	// AuthorizedDelegates are SPIFFE IDs of this trust domain. A process of this
+	// node that an entry gives one of them may fetch the SVIDs of all other
+	// workloads of the node, through SPIRE's Delegated Identity API on
+	// admin_socket. That can then be reached by the socket's group too (mode
+	// 0660), which may do nothing else there: to let delegates in that are not
+	// root, put the socket into a directory of their group with the setgid bit.
+	// Default: nobody.
+	AuthorizedDelegates []string `yaml:"authorized_delegates"`
+
+	// Broker is about the SPIFFE Broker API. It needs experimental.broker.
+	Broker *BrokerConfig `yaml:"broker"`
+
 	// Join is the string that "hallmark token generate" printed. It is used as
 	// long as the node has no identity, and needs no trust_bundle and no
 	// node_attestor beside it. It is a secret until then.
@@ -88,10 +101,18 @@ type Config struct {
 
 	// Log is about the log, on the standard error. SIGHUP reloads its level.
 	Log config.Log `yaml:"log"`
+
+	// Experimental switches on what follows a standard that may still change.
+	Experimental ExperimentalConfig `yaml:"experimental"`
 }
 
-// LimitsConfig bounds what processes can make the agent do through the Workload
-// API. 0 is the default.
+// ExperimentalConfig switches on what may change incompatibly. Default: nothing.
+type ExperimentalConfig struct {
+	Broker bool `yaml:"broker"` // the SPIFFE Broker API; docs/broker.md
+}
+
+// LimitsConfig bounds what processes can make the agent do through each of its
+// sockets. 0 is the default.
 type LimitsConfig struct {
 	// Connections at once; each takes two file descriptors. Default 4096.
 	Connections int `yaml:"connections"`
@@ -107,7 +128,7 @@ type LimitsConfig struct {
 	CallsPerSecond int `yaml:"calls_per_second"`
 }
 
-func (l LimitsConfig) workloadAPI() endpoint.Limits {
+func (l LimitsConfig) endpoint() endpoint.Limits {
 	return endpoint.Limits{
 		Connections:       l.Connections,
 		ConnectionsOfUser: l.ConnectionsPerUser,
@@ -221,6 +242,8 @@ type settings struct {
 	trust     *bundle.Bundle // of trust_bundle; nil: none
 	node      *node.Attestor // nil: none
 	workloads map[string]attestors.Workload
+	delegates []spiffeid.ID
+	brokers   []broker.Policy // none: there is no Broker API
 }
 
 // load reads and checks a configuration. It reads the file that trust_bundle
@@ -243,6 +266,7 @@ func load(src config.Source) (*settings, error) {
 	s.checkServer(wrong)
 	s.checkTrust(wrong)
 	s.checkPaths(wrong)
+	s.checkTrusted(wrong)
 	s.checkAttestors(wrong)
 	s.Telemetry.Check(func(key, format string, args ...any) { wrong("telemetry."+key, format, args...) })
 	if s.HeldSVIDs < 1 || s.HeldSVIDs > maxHeldSVIDs {

@@ -5,14 +5,14 @@ import (
 	"log/slog"
 	"strings"
 
-	"github.com/hallmark-id/hallmark/agent/workloadapi"
+	"github.com/hallmark-id/hallmark/agent/endpoint"
 	"github.com/hallmark-id/hallmark/pkg/config"
 	"github.com/hallmark-id/hallmark/pkg/loglevel"
 )
 
 // follow takes over what can be changed while the agent runs, each time its
 // configuration is to be read again: log.level and limits.
-func (s *settings) follow(ctx context.Context, src config.Source, api *workloadapi.Server, level *loglevel.Var, log *slog.Logger) {
+func (s *settings) follow(ctx context.Context, src config.Source, setLimits func(endpoint.Limits), level *loglevel.Var, log *slog.Logger) {
 	running := s.Config
 	config.Follow(ctx, src, log, func(src config.Source) (applied, restart []config.Difference, err error) {
 		fresh, err := load(src)
@@ -33,7 +33,7 @@ func (s *settings) follow(ctx context.Context, src config.Source, api *workloada
 			}
 			applied = append(applied, d)
 		}
-		api.SetLimits(fresh.Limits.workloadAPI())
+		setLimits(fresh.Limits.endpoint())
 		running.Log.Level, running.Limits = fresh.Log.Level, fresh.Limits
 		return applied, restart, nil
 	})

@@ -1,7 +1,11 @@
 // Package admin serves what an operator asks an agent: how it is, and why a
 // process gets the identities it gets or none. It serves SPIRE's agent Debug
-// and Logger APIs too. Make a [Server] with [New]. It answers root and the
-// agent's own user only, on a socket of its own.
+// and Logger APIs too, and, where the configuration names delegates, its
+// Delegated Identity API. Make a [Server] with [New].
+//
+// It has a socket of its own, for root and the agent's own user. Delegates may
+// be of other users: then the socket's group may connect too, and who may call
+// what is decided in one place, for each call (authorize).
 package admin
 
 import (
@@ -12,19 +16,19 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"runtime/debug"
 	"slices"
-	"sync"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	debugv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/debug/v1"
+	delegatedv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/delegatedidentity/v1"
 	loggerv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/logger/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 
+	"github.com/hallmark-id/hallmark/agent/endpoint"
 	"github.com/hallmark-id/hallmark/agent/held"
 	"github.com/hallmark-id/hallmark/agent/workload"
 	"github.com/hallmark-id/hallmark/pkg/entry"
@@ -35,14 +39,20 @@ import (
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 )
 
-// SocketMode is the mode of the socket: the agent's own user and root.
-const SocketMode = 0o600
+// Modes of the socket.
+const (
+	// SocketMode is for the agent's own user and root.
+	SocketMode = 0o600
+	// DelegatesSocketMode is for the socket's group too, where there are
+	// delegates. The socket gets its group from a directory with the setgid bit.
+	DelegatesSocketMode = 0o660
+)
 
 const (
-	maxMatches = 1000     // in one explanation; agent.proto promises as much
-	maxMessage = 64 << 10 // bytes of a request
-	maxStreams = 16       // calls at once on one connection
-	stopTime   = 2 * time.Second
+	maxMatches = 1000 // in one explanation; agent.proto promises as much
+	// maxStreams is how many calls one connection may have at once: a
+	// delegate follows each workload of its node on a stream.
+	maxStreams = 8192
 )
 
 // Connection is how the agent stands with its server.
@@ -55,14 +65,16 @@ type Connection struct {
 	Chain         []*x509.Certificate // the node's own SVID and what vouches for it; nil until attested
 }
 
-// Options of [New]. All but Now and Log are required.
+// Options of [New]. All but Delegates, Limits, Now and Log are required.
 type Options struct {
-	Listener    net.Listener // of a Unix socket; [peercred.Listen] with SocketMode
+	Listener    net.Listener // of a Unix socket; [peercred.Listen] with one of the modes
 	TrustDomain spiffeid.TrustDomain
 	Server      string // host:port
 	Held        *held.Held
 	Attestor    *workload.Attestor
 	Connection  func() Connection
+	Delegates   []spiffeid.ID // who may fetch identities on behalf of other workloads
+	Limits      endpoint.Limits
 	Now         func() time.Time // nil is time.Now
 	Log         *slog.Logger     // nil is silent
 	LogLevel    *loglevel.Var    // of Log; nil is one that is nobody's
@@ -72,6 +84,7 @@ type Options struct {
 type Server struct {
 	hallmarkv1.UnimplementedAgentAdminServiceServer
 
+	*endpoint.Endpoint
 	o       Options
 	started time.Time
 }
@@ -87,45 +100,35 @@ func New(o Options) *Server {
 	if o.LogLevel == nil {
 		o.LogLevel = loglevel.New(slog.LevelInfo)
 	}
-	return &Server{o: o, started: o.Now()}
+	s := &Server{o: o, started: o.Now()}
+	s.Endpoint = endpoint.New(endpoint.Options{
+		Listener: o.Listener, Held: o.Held, Attestor: o.Attestor, Limits: o.Limits, MaxStreams: maxStreams,
+		RequireOwner: len(o.Delegates) == 0, Authorize: s.authorize, Now: o.Now, Log: o.Log,
+	})
+	return s
 }
 
 // Run serves until ctx ends, and returns its error. It is called once.
 func (s *Server) Run(ctx context.Context) error {
-	server := grpc.NewServer(
-		grpc.Creds(peercred.New(peercred.Options{RequireOwner: true, Log: s.o.Log})),
-		grpc.UnaryInterceptor(s.recover),
-		grpc.MaxRecvMsgSize(maxMessage),
-		grpc.MaxConcurrentStreams(maxStreams),
-	)
-	hallmarkv1.RegisterAgentAdminServiceServer(server, s)
-	debugv1.RegisterDebugServer(server, &debugService{Server: s})
-	loggerv1.RegisterLoggerServer(server, &loggerService{Server: s})
-	reflection.Register(server)
-	var serving sync.WaitGroup
-	failed := make(chan error, 1)
-	serving.Go(func() { failed <- server.Serve(s.o.Listener) })
-	defer serving.Wait()
-	select {
-	case err := <-failed:
-		server.Stop()
-		return err
-	case <-ctx.Done():
-	}
-	force := time.AfterFunc(stopTime, server.Stop)
-	server.GracefulStop()
-	force.Stop()
-	return ctx.Err()
+	return s.Endpoint.Run(ctx, func(g *grpc.Server) {
+		hallmarkv1.RegisterAgentAdminServiceServer(g, s)
+		debugv1.RegisterDebugServer(g, &debugService{Server: s})
+		loggerv1.RegisterLoggerServer(g, &loggerService{Server: s})
+		delegatedv1.RegisterDelegatedIdentityServer(g, &delegatedService{Server: s})
+	})
 }
 
-func (s *Server) recover(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
-	defer func() {
-		if v := recover(); v != nil {
-			s.o.Log.Error("a call panicked", "method", info.FullMethod, "panic", v, "stack", string(debug.Stack()))
-			err = status.Error(codes.Internal, "internal error; see the agent's log")
-		}
-	}()
-	return handler(ctx, req)
+// authorize decides who may call what: a delegate the Delegated Identity API,
+// an owner of the agent everything else. Being root makes no delegate.
+func (s *Server) authorize(ctx context.Context, method string) (context.Context, error) {
+	if strings.HasPrefix(method, delegatedMethods) {
+		return s.authorizeDelegate(ctx)
+	}
+	p, err := peercred.FromContext(ctx)
+	if err != nil || !p.Owner() {
+		return nil, status.Error(codes.PermissionDenied, "this call is for root and the agent's own user")
+	}
+	return ctx, nil
 }
 
 // GetStatus says how the agent is.

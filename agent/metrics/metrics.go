@@ -18,6 +18,9 @@ type Metrics struct {
 	Calls   *telemetry.Calls // of the Workload API
 	Streams prometheus.Gauge // of the Workload API
 
+	BrokerCalls   *telemetry.Calls // of the Broker API
+	BrokerStreams prometheus.Gauge // of the Broker API
+
 	X509Signed, X509Failures prometheus.Counter
 	JWTSigned, JWTFailures   prometheus.Counter
 
@@ -42,6 +45,11 @@ func New(r prometheus.Registerer) *Metrics {
 		Streams: make.NewGauge(prometheus.GaugeOpts{
 			Name: "hallmark_agent_workload_streams",
 			Help: "Streams of the Workload API that are open.",
+		}),
+		BrokerCalls: telemetry.NewCalls(r, "hallmark_agent_broker", "the Broker API"),
+		BrokerStreams: make.NewGauge(prometheus.GaugeOpts{
+			Name: "hallmark_agent_broker_streams",
+			Help: "Streams of the Broker API that are open.",
 		}),
 		X509Signed: signed.WithLabelValues("x509"), X509Failures: failures.WithLabelValues("x509"),
 		JWTSigned: signed.WithLabelValues("jwt"), JWTFailures: failures.WithLabelValues("jwt"),

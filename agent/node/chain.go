@@ -2,6 +2,7 @@ package node
 
 import (
 	"crypto/x509"
+	"errors"
 
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
@@ -22,4 +23,14 @@ func (n *Node) Chain() []*x509.Certificate {
 		}
 	}
 	return svid.chain
+}
+
+// GetX509SVID returns the node's own X509-SVID, for TLS with processes of the
+// node. It implements [x509svid.Source].
+func (n *Node) GetX509SVID() (*x509svid.SVID, error) {
+	s := n.identity()
+	if s == nil {
+		return nil, errors.New("the node has no identity yet")
+	}
+	return &x509svid.SVID{ID: s.id, Certificates: s.chain, PrivateKey: s.key}, nil
 }
