@@ -1,9 +1,11 @@
 package admin_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -44,8 +46,27 @@ func (a attestor) Attest(_ context.Context, p attestors.Process) ([]selector.Sel
 	return a(p)
 }
 
+// lines is a log that tests look at.
+type lines struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lines) has(text string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Contains(l.b.String(), text)
+}
+
 type agent struct {
 	*heldtest.Server
+	log        *lines
 	held       *held.Held
 	conn       *grpc.ClientConn
 	client     hallmarkv1.AgentAdminServiceClient
@@ -56,12 +77,17 @@ type agent struct {
 
 // start starts an agent whose attestor gives these selectors.
 func start(t *testing.T, selectors ...string) *agent {
+	return startWith(t, nil, selectors...)
+}
+
+func startWith(t *testing.T, change func(*admin.Options), selectors ...string) *agent {
 	t.Helper()
-	a := &agent{Server: heldtest.New(t), path: filepath.Join(t.TempDir(), "s")}
+	a := &agent{Server: heldtest.New(t), path: filepath.Join(t.TempDir(), "s"), log: &lines{}}
 	a.held = held.New(held.Options{TrustDomain: heldtest.TrustDomain, Signer: a.Server})
 	l, err := peercred.Listen(a.path, admin.SocketMode)
 	must(t, err)
-	api := admin.New(admin.Options{
+	o := admin.Options{
+		Log:      slog.New(slog.NewTextHandler(a.log, nil)),
 		Listener: l, TrustDomain: heldtest.TrustDomain, Server: "server.example.org:8081", Held: a.held,
 		Attestor: workload.New(workload.Options{Attestors: map[string]attestors.Workload{
 			"broken": attestor(func(attestors.Process) ([]selector.Selector, error) { return nil, errors.New("no runtime") }),
@@ -70,7 +96,11 @@ func start(t *testing.T, selectors ...string) *agent {
 			}),
 		}}),
 		Connection: func() admin.Connection { return a.connection },
-	})
+	}
+	if change != nil {
+		change(&o)
+	}
+	api := admin.New(o)
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() { a.held.Run(ctx) })
