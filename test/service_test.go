@@ -22,7 +22,7 @@ import (
 	"github.com/hallmark-id/hallmark/test/harness"
 )
 
-// TestMain runs the tests, or, where the environment says so, one of the two
+// TestMain runs the tests, or, where the environment says so, one of the
 // services that they set against each other: processes of other users, which
 // know of Hallmark only what go-spiffe's client tells them.
 func TestMain(m *testing.M) {
@@ -35,6 +35,8 @@ func TestMain(m *testing.M) {
 		exit(echo(os.Getenv("TEST_PEER")))
 	case "caller":
 		exit(call(os.Getenv("TEST_PEER"), os.Getenv("TEST_ADDRESS")))
+	case "mesh":
+		exit(mesh(os.Getenv("TEST_ADMIN_SOCKET"), os.Getenv("TEST_BROKER_SOCKET"), os.Getenv("TEST_PID")))
 	}
 	exit(fmt.Errorf("unknown service"))
 }
