@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -88,5 +89,21 @@ func TestBrokerEndpoint_BE24_ThereIsNoneUnlessItIsSwitchedOn(t *testing.T) {
 	}
 	if got := sockets(t, w.dir); len(got) != 0 {
 		t.Errorf("once stopped, sockets are %v", got)
+	}
+}
+
+func TestTheExamplesOfTheDocumentAreGood(t *testing.T) {
+	text, err := os.ReadFile("../docs/broker.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	examples := regexp.MustCompile("(?s)```yaml\n(.*?)```").FindAllSubmatch(text, -1)
+	if len(examples) != 2 {
+		t.Errorf("%d examples", len(examples))
+	}
+	for _, e := range examples {
+		if err := check("trust_domain: example.org\nserver: localhost:8081\n" + string(e[1])); err != nil {
+			t.Errorf("%v:\n%s", err, e[1])
+		}
 	}
 }

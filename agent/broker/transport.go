@@ -90,6 +90,9 @@ func (t *transport) secure(pinned net.Conn, process *peercred.Peer) (net.Conn, *
 	return &limited{secured, end}, &identified{process, id}, nil
 }
 
+// Clone returns the same credentials: they do not change.
+func (t *transport) Clone() credentials.TransportCredentials { return t }
+
 // limited is a connection with an end.
 type limited struct {
 	net.Conn

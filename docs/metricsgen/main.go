@@ -96,6 +96,7 @@ func agentMetrics() ([]*dto.MetricFamily, error) {
 	r := prometheus.NewRegistry()
 	m := agent.New(r)
 	m.Calls.Call("", nil, 0)
+	m.BrokerCalls.Call("", nil, 0)
 	m.AttestationSeconds.WithLabelValues("")
 	m.AttestationFailures.WithLabelValues("")
 	agent.RegisterState(r, func() agent.State {
