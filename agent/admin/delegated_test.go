@@ -93,6 +93,14 @@ func startDelegated(t *testing.T, change ...func(*admin.Options)) (*agent, *entr
 	return a, e
 }
 
+// bounded is a context for a call that should not take long.
+func bounded(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
 func bySelectors(selectors ...string) *delegatedv1.SubscribeToX509SVIDsRequest {
 	return &delegatedv1.SubscribeToX509SVIDsRequest{Selectors: wire(selectors...)}
 }
@@ -118,7 +126,7 @@ func svids(ctx context.Context, conn *grpc.ClientConn, r *delegatedv1.SubscribeT
 // follow opens a stream that the test reads from.
 func (a *agent) follow(t *testing.T, r *delegatedv1.SubscribeToX509SVIDsRequest) grpc.ServerStreamingClient[delegatedv1.SubscribeToX509SVIDsResponse] {
 	t.Helper()
-	s, err := delegatedv1.NewDelegatedIdentityClient(a.conn).SubscribeToX509SVIDs(t.Context(), r)
+	s, err := delegatedv1.NewDelegatedIdentityClient(a.conn).SubscribeToX509SVIDs(bounded(t), r)
 	must(t, err)
 	return s
 }
@@ -220,7 +228,7 @@ func TestADelegateGetsTheSVIDsOfAProcessUntilItEnds(t *testing.T) {
 	end()
 	_, err := s.Recv()
 	wantCode(t, "after the process ended", err, codes.NotFound)
-	_, err = svids(t.Context(), a.conn, &delegatedv1.SubscribeToX509SVIDsRequest{Pid: pid})
+	_, err = svids(bounded(t), a.conn, &delegatedv1.SubscribeToX509SVIDsRequest{Pid: pid})
 	wantCode(t, "of an ended process", err, codes.NotFound)
 }
 
@@ -235,7 +243,7 @@ func TestADelegateGetsJWTSVIDs(t *testing.T) {
 		"by pid":       {Audience: []string{"db"}, Pid: pid},
 		"by selectors": {Audience: []string{"db"}, Selectors: wire(fmt.Sprint("unix:pid:", pid))},
 	} {
-		m, err := client.FetchJWTSVIDs(t.Context(), r)
+		m, err := client.FetchJWTSVIDs(bounded(t), r)
 		must(t, err)
 		if len(m.Svids) != 1 || m.Svids[0].Id.Path != "/web" || m.Svids[0].Hint != "internal" || m.Svids[0].Token == "" ||
 			m.Svids[0].ExpiresAt <= m.Svids[0].IssuedAt {
@@ -245,19 +253,19 @@ func TestADelegateGetsJWTSVIDs(t *testing.T) {
 	if !a.log.has("JWT-SVID issued on behalf of a workload\" delegate=spiffe://example.org/delegate workload_pid=" + fmt.Sprint(pid) + " spiffe_id=spiffe://example.org/web") {
 		t.Error("what was issued is not in the log")
 	}
-	_, err := client.FetchJWTSVIDs(t.Context(), &delegatedv1.FetchJWTSVIDsRequest{Audience: []string{"db"}, Selectors: wire("unix:uid:8")})
+	_, err := client.FetchJWTSVIDs(bounded(t), &delegatedv1.FetchJWTSVIDsRequest{Audience: []string{"db"}, Selectors: wire("unix:uid:8")})
 	wantCode(t, "without an entry", err, codes.PermissionDenied)
 	end()
-	_, err = client.FetchJWTSVIDs(t.Context(), &delegatedv1.FetchJWTSVIDsRequest{Audience: []string{"db"}, Pid: pid})
+	_, err = client.FetchJWTSVIDs(bounded(t), &delegatedv1.FetchJWTSVIDsRequest{Audience: []string{"db"}, Pid: pid})
 	wantCode(t, "of an ended process", err, codes.NotFound)
 }
 
 func TestADelegateGetsAllBundles(t *testing.T) {
 	a, _ := startDelegated(t)
 	client := delegatedv1.NewDelegatedIdentityClient(a.conn)
-	x, err := client.SubscribeToX509Bundles(t.Context(), &delegatedv1.SubscribeToX509BundlesRequest{})
+	x, err := client.SubscribeToX509Bundles(bounded(t), &delegatedv1.SubscribeToX509BundlesRequest{})
 	must(t, err)
-	j, err := client.SubscribeToJWTBundles(t.Context(), &delegatedv1.SubscribeToJWTBundlesRequest{})
+	j, err := client.SubscribeToJWTBundles(bounded(t), &delegatedv1.SubscribeToJWTBundlesRequest{})
 	must(t, err)
 	own := []string{"spiffe://example.org"}
 	if got := slices.Collect(maps.Keys(recv(t, x).CaCertificates)); !slices.Equal(got, own) {
@@ -301,13 +309,13 @@ func everyDelegatedCall(t *testing.T, conn *grpc.ClientConn) map[string]error {
 	t.Helper()
 	client := delegatedv1.NewDelegatedIdentityClient(conn)
 	out := make(map[string]error)
-	_, out["SubscribeToX509SVIDs"] = svids(t.Context(), conn, bySelectors("unix:uid:7"))
-	_, out["SubscribeToX509SVIDs by pid"] = svids(t.Context(), conn, &delegatedv1.SubscribeToX509SVIDsRequest{Pid: int32(os.Getpid())})
-	_, out["FetchJWTSVIDs"] = client.FetchJWTSVIDs(t.Context(), &delegatedv1.FetchJWTSVIDsRequest{Audience: []string{"x"}, Selectors: wire("unix:uid:7")})
-	x, err := client.SubscribeToX509Bundles(t.Context(), &delegatedv1.SubscribeToX509BundlesRequest{})
+	_, out["SubscribeToX509SVIDs"] = svids(bounded(t), conn, bySelectors("unix:uid:7"))
+	_, out["SubscribeToX509SVIDs by pid"] = svids(bounded(t), conn, &delegatedv1.SubscribeToX509SVIDsRequest{Pid: int32(os.Getpid())})
+	_, out["FetchJWTSVIDs"] = client.FetchJWTSVIDs(bounded(t), &delegatedv1.FetchJWTSVIDsRequest{Audience: []string{"x"}, Selectors: wire("unix:uid:7")})
+	x, err := client.SubscribeToX509Bundles(bounded(t), &delegatedv1.SubscribeToX509BundlesRequest{})
 	must(t, err)
 	_, out["SubscribeToX509Bundles"] = x.Recv()
-	j, err := client.SubscribeToJWTBundles(t.Context(), &delegatedv1.SubscribeToJWTBundlesRequest{})
+	j, err := client.SubscribeToJWTBundles(bounded(t), &delegatedv1.SubscribeToJWTBundlesRequest{})
 	must(t, err)
 	_, out["SubscribeToJWTBundles"] = j.Recv()
 	return out
@@ -356,7 +364,7 @@ func TestADelegateWhoseEntryIsDeletedLosesItsStreamsAtOnce(t *testing.T) {
 	a.Entry("web", nil, "unix:uid:7")
 	a.Entry("process", nil, fmt.Sprint("unix:pid:", pid))
 	a.held.Apply(a.Complete())
-	bundles, err := delegatedv1.NewDelegatedIdentityClient(a.conn).SubscribeToX509Bundles(t.Context(), &delegatedv1.SubscribeToX509BundlesRequest{})
+	bundles, err := delegatedv1.NewDelegatedIdentityClient(a.conn).SubscribeToX509Bundles(bounded(t), &delegatedv1.SubscribeToX509BundlesRequest{})
 	must(t, err)
 	recv(t, bundles)
 	x, y := a.follow(t, bySelectors("unix:uid:7")), a.follow(t, &delegatedv1.SubscribeToX509SVIDsRequest{Pid: pid})
@@ -392,7 +400,7 @@ func TestADelegatesRequestsAreChecked(t *testing.T) {
 		"an empty selector":          {Selectors: []*types.Selector{{}}},
 		"too many":                   {Selectors: wire(many...)},
 	} {
-		_, err := svids(t.Context(), a.conn, r)
+		_, err := svids(bounded(t), a.conn, r)
 		wantCode(t, name, err, codes.InvalidArgument)
 	}
 	for name, r := range map[string]*delegatedv1.FetchJWTSVIDsRequest{
@@ -401,7 +409,7 @@ func TestADelegatesRequestsAreChecked(t *testing.T) {
 		"neither":           {Audience: []string{"x"}},
 		"both":              {Audience: []string{"x"}, Selectors: wire("unix:uid:7"), Pid: 1},
 	} {
-		_, err := delegatedv1.NewDelegatedIdentityClient(a.conn).FetchJWTSVIDs(t.Context(), r)
+		_, err := delegatedv1.NewDelegatedIdentityClient(a.conn).FetchJWTSVIDs(bounded(t), r)
 		wantCode(t, name, err, codes.InvalidArgument)
 	}
 }
@@ -417,7 +425,7 @@ func TestADelegatesStreamsAreBounded(t *testing.T) {
 
 func TestADelegateWaitsUntilTheAgentIsInStep(t *testing.T) {
 	a := startWith(t, func(o *admin.Options) { o.Delegates = []spiffeid.ID{delegate} })
-	_, err := svids(t.Context(), a.conn, bySelectors("unix:uid:7"))
+	_, err := svids(bounded(t), a.conn, bySelectors("unix:uid:7"))
 	wantCode(t, "before anything is known", err, codes.Unavailable)
 	a.held.Apply(held.Change{Complete: true, Entries: []*entry.Entry{a.Entry("delegate", nil, fmt.Sprint("unix:pid:", os.Getpid()))}})
 	for _, method := range []string{"SubscribeToX509Bundles", "SubscribeToJWTBundles"} {
