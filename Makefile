@@ -47,7 +47,7 @@ check: ## formatting, vet, staticcheck, generated code
 	@test/generated
 
 .PHONY: generate
-generate: ## make the code in proto/ and docs/metrics.md anew
+generate: ## make the code in proto/, conf/schema and the reference in docs anew
 	$(TOOL) buf lint
 	$(TOOL) buf generate
-	$(GO) run ./docs/metricsgen docs/metrics.md
+	$(GO) run ./docs/gen

@@ -246,15 +246,20 @@ type settings struct {
 	brokers   []broker.Policy // none: there is no Broker API
 }
 
-// load reads and checks a configuration. It reads the file that trust_bundle
-// names.
-func load(src config.Source) (*settings, error) {
-	s := &settings{Config: Config{
+// Defaults is the configuration of which nothing was set.
+func Defaults() Config {
+	return Config{
 		DataDir:     defaultDataDir,
 		Socket:      defaultSocket,
 		AdminSocket: defaultAdminSocket,
 		HeldSVIDs:   held.DefaultLimit,
-	}}
+	}
+}
+
+// load reads and checks a configuration. It reads the file that trust_bundle
+// names.
+func load(src config.Source) (*settings, error) {
+	s := &settings{Config: Defaults()}
 	if err := config.Decode(src, &s.Config); err != nil {
 		return nil, err
 	}

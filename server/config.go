@@ -83,8 +83,8 @@ type BadgerConfig struct {
 	// store in data_dir.
 	Dir string `yaml:"dir" env:"expand"`
 	// MemTable is the size in bytes of the table that collects writes in memory,
-	// 8388608 (the default) to 268435456. A larger one makes loading very many
-	// entries faster.
+	// 8388608 to 268435456. A larger one makes loading very many entries faster.
+	// Default 8388608.
 	MemTable int64 `yaml:"memtable"`
 }
 
@@ -105,8 +105,8 @@ type MemoryConfig struct{}
 
 // X509Config is about X.509 authorities and X509-SVIDs.
 type X509Config struct {
-	// KeyType is that of new authorities: ec-p256 (the default), ec-p384,
-	// rsa-2048 or rsa-4096.
+	// KeyType is that of new authorities: ec-p256, ec-p384, rsa-2048 or rsa-4096.
+	// Default ec-p256.
 	KeyType authority.KeyType `yaml:"key_type"`
 	// AuthorityLifetime is that of new authorities; at least twice the longest
 	// lifetime of an SVID. Default 24h.
@@ -122,8 +122,8 @@ type X509Config struct {
 
 // JWTConfig is about JWT authorities and JWT-SVIDs.
 type JWTConfig struct {
-	// KeyType is that of new authorities: ec-p256 (the default), ec-p384,
-	// rsa-2048 or rsa-4096, for relying parties that take nothing but RS256.
+	// KeyType is that of new authorities: ec-p256, ec-p384, or for relying parties
+	// that take nothing but RS256, rsa-2048 or rsa-4096. Default ec-p256.
 	KeyType authority.KeyType `yaml:"key_type"`
 	// AuthorityLifetime is that of new authorities; at least twice
 	// svid_lifetime. Default 24h.
@@ -165,10 +165,9 @@ type settings struct {
 	adminIDs []spiffeid.ID
 }
 
-// load reads and checks a configuration, and the files of what is trusted that
-// it names.
-func load(src config.Source) (*settings, error) {
-	s := &settings{Config: Config{
+// Defaults is the configuration of which nothing was set.
+func Defaults() Config {
+	return Config{
 		Listen:      defaultListen,
 		DataDir:     defaultDataDir,
 		AdminSocket: defaultAdminSocket,
@@ -181,7 +180,13 @@ func load(src config.Source) (*settings, error) {
 			AuthorityLifetime: config.Duration(authority.DefaultLifetime),
 			SVIDLifetime:      config.Duration(5 * time.Minute),
 		},
-	}}
+	}
+}
+
+// load reads and checks a configuration, and the files of what is trusted that
+// it names.
+func load(src config.Source) (*settings, error) {
+	s := &settings{Config: Defaults()}
 	if err := config.Decode(src, &s.Config); err != nil {
 		return nil, err
 	}

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/goccy/go-yaml"
+
 	"github.com/hallmark-id/hallmark/test/harness"
 )
 
@@ -38,5 +40,36 @@ func TestExampleConfigurationsRun(t *testing.T) {
 	out := run("fetch", "x509", "--socket", "hallmark-data/workload.sock").Run(t)
 	if !strings.Contains(out, "spiffe://example.org/me") {
 		t.Errorf("fetch x509 printed:\n%s", out)
+	}
+}
+
+// TestExampleConfigurationsFitTheirSchema validates them as an editor does, by
+// the schema that their first line names.
+func TestExampleConfigurationsFitTheirSchema(t *testing.T) {
+	files, err := filepath.Glob(filepath.Join("..", "conf", "*.yaml"))
+	if err != nil || len(files) < 2 {
+		t.Fatalf("there are %d examples (%v)", len(files), err)
+	}
+	for _, path := range files {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		first, _, _ := strings.Cut(string(text), "\n")
+		named, ok := strings.CutPrefix(first, "# yaml-language-server: $schema=")
+		if !ok {
+			t.Errorf("%s: the first line names no schema", path)
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(filepath.Dir(path), named)); err != nil {
+			t.Errorf("%s: %v", path, err)
+		}
+		var config any
+		if err := yaml.Unmarshal(text, &config); err != nil {
+			t.Fatal(err)
+		}
+		if err := harness.Schema(t, strings.TrimSuffix(filepath.Base(named), ".json")).Validate(config); err != nil {
+			t.Errorf("%s: %v", path, err)
+		}
 	}
 }

@@ -47,7 +47,7 @@ type Config struct {
 	// file changes.
 	SHA256 bool `yaml:"sha256"`
 	// MaxSize is how large a program's file may be to be read for sha256, in
-	// bytes. A larger one has no such selector. 0 is 1 GiB.
+	// bytes. A larger one has no such selector. Default 1073741824, 1 GiB.
 	MaxSize int64 `yaml:"max_size"`
 }
 

@@ -29,7 +29,7 @@ import (
 // ServerConfig is the configuration of the half on the server.
 type ServerConfig struct {
 	// Mode says which certificates nodes attest with: external_pki, those of the
-	// authorities in ca_bundle_path (the default), or spiffe, X509-SVIDs.
+	// authorities in ca_bundle_path, or spiffe, X509-SVIDs. Default external_pki.
 	Mode string `yaml:"mode" oneof:"external_pki,spiffe"`
 
 	// CABundlePath is a PEM file of the authorities that certificates must lead
@@ -40,14 +40,14 @@ type ServerConfig struct {
 	// CABundlePaths are such files when there are several, at most 64.
 	CABundlePaths []string `yaml:"ca_bundle_paths" env:"expand"`
 
-	// TrustDomain is that of the X509-SVIDs in mode spiffe: the server's own (the
-	// default), or one whose bundle the server has.
+	// TrustDomain is that of the X509-SVIDs in mode spiffe: the server's own, or
+	// one whose bundle the server has. Default: the server's own.
 	TrustDomain string `yaml:"trust_domain" env:"expand"`
 	// SVIDPrefix is what the path of an X509-SVID must begin with in mode spiffe.
-	// What follows it names the agent: with the default, /spire-exchange, the
-	// SVID of spiffe://example.org/spire-exchange/host-1 makes the agent
+	// What follows it names the agent: with /spire-exchange the SVID of
+	// spiffe://example.org/spire-exchange/host-1 makes the agent
 	// spiffe://example.org/spire/agent/x509pop/host-1. With "/" every workload
-	// of the trust domain can become an agent.
+	// of the trust domain can become an agent. Default /spire-exchange.
 	SVIDPrefix string `yaml:"svid_prefix"`
 
 	// AgentPathTemplate makes the path of an agent's SPIFFE ID after

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/hallmark-id/hallmark/conf/schema"
 	"github.com/hallmark-id/hallmark/pkg/config"
 	"github.com/hallmark-id/hallmark/pkg/join"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
@@ -19,7 +20,7 @@ func (a *app) agentCommand() *cobra.Command {
 		"An agent runs on each node: it attests the node and the processes on it, and hands\n"+
 			"out their identities over the Workload API.",
 		"  hallmark agent run --join STRING\n  hallmark agent health",
-		a.agentRun(), a.agentValidate(), a.agentHealth())
+		a.agentRun(), a.agentValidate(), a.schemaCommand("agent", schema.Agent), a.agentHealth())
 }
 
 func (a *app) agentFlags(cmd *cobra.Command) *configFlags {

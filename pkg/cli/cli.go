@@ -58,6 +58,12 @@ func Main(programs Programs) int {
 	return a.run(ctx, os.Args[1:])
 }
 
+// Command returns the tree of commands, for what documents it.
+func Command() *cobra.Command {
+	a := &app{output: outputTable}
+	return a.rootCommand()
+}
+
 // app is one run of the command line.
 type app struct {
 	programs        Programs
@@ -98,7 +104,7 @@ func (a *app) rootCommand() *cobra.Command {
 		Long: "Hallmark gives every process an identity that others can verify: a server that\n" +
 			"issues SPIFFE identities, an agent on each node that proves which process is\n" +
 			"which, and the SPIFFE Workload API that hands the identities out.",
-		Example:           "  hallmark dev                 a trust domain on this machine, with an identity for you\n  hallmark fetch x509          in another terminal: that identity",
+		Example:           "  hallmark dev                 # a trust domain on this machine, with an identity for you\n  hallmark fetch x509          # in another terminal: that identity",
 		SilenceUsage:      true,
 		SilenceErrors:     true,
 		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},

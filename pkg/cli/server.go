@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/health/grpc_health_v1"
 
+	"github.com/hallmark-id/hallmark/conf/schema"
 	"github.com/hallmark-id/hallmark/pkg/config"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 )
@@ -23,7 +24,7 @@ func (a *app) serverCommand() *cobra.Command {
 	return noun("server", "run and look after a server",
 		"A server rules a trust domain: it keeps the registry and signs identities.",
 		"  hallmark server run -c /etc/hallmark/server.yaml\n  hallmark server health\n  hallmark server backup hallmark.backup",
-		a.serverRun(), a.serverValidate(), a.serverBackup(), a.serverRestore(), a.serverHealth())
+		a.serverRun(), a.serverValidate(), a.schemaCommand("server", schema.Server), a.serverBackup(), a.serverRestore(), a.serverHealth())
 }
 
 // configFlags are the file of a configuration and the flags that override it.

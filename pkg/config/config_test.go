@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -336,6 +337,22 @@ func TestDurationReadsAndWritesOneForm(t *testing.T) {
 			t.Errorf("%q: got %v, want an error", text, d)
 		}
 	}
+}
+
+// FuzzDurationPattern compares the pattern that editors check by to what is
+// read.
+func FuzzDurationPattern(f *testing.F) {
+	for _, seed := range []string{"0", "0s", "1h30m", "30d", "2d12h", "1d0", "1d+1h", "+1.5s", ".5m", "1.s", "90", "-1h", "1d1d", "+0", "00", "1h "} {
+		f.Add(seed)
+	}
+	pattern := regexp.MustCompile(config.Duration(0).Pattern())
+	long := regexp.MustCompile(`[0-9]{5}`) // it may be more than a Duration can hold
+	f.Fuzz(func(t *testing.T, text string) {
+		_, err := config.ParseDuration(text)
+		if matches := pattern.MatchString(text); matches != (err == nil) && (!matches || len(text) < 30 && !long.MatchString(text)) {
+			t.Errorf("%q: matches %v, but is read with the error %v", text, matches, err)
+		}
+	})
 }
 
 func TestLogMakesTheLoggerItDescribes(t *testing.T) {

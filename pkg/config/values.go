@@ -48,6 +48,13 @@ func ParseDuration(text string) (Duration, error) {
 	return Duration(total), nil
 }
 
+// Pattern is the regular expression of what [ParseDuration] reads, as JSON
+// Schema wants it; it does not know which durations are too long.
+func (Duration) Pattern() string {
+	const number, unit = `([0-9]+([.][0-9]*)?|[.][0-9]+)`, `(ns|us|µs|μs|ms|s|m|h)`
+	return `^0$|^[0-9]+d([+]?0)?$|^([0-9]+d)?[+]?(` + number + unit + `)+$`
+}
+
 // UnmarshalText reads the text form.
 func (d *Duration) UnmarshalText(text []byte) error {
 	parsed, err := ParseDuration(string(text))
@@ -85,10 +92,11 @@ func (d Duration) String() string {
 
 // Log says what is logged, and how.
 type Log struct {
-	// Level is the least urgent event that is logged.
-	Level string `yaml:"level" oneof:"debug,info,warn,error"` // default info
-	// Format is text, for people, or json, for machines.
-	Format string `yaml:"format" oneof:"text,json"` // default text
+	// Level is the least urgent event that is logged: debug, info, warn or error.
+	// Default info.
+	Level string `yaml:"level" oneof:"debug,info,warn,error"`
+	// Format is text, for people, or json, for machines. Default text.
+	Format string `yaml:"format" oneof:"text,json"`
 }
 
 // Logger makes the logger that writes to w.

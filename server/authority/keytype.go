@@ -43,14 +43,20 @@ var keyTypes = [...]struct {
 // ParseKeyType reads the name of a key type: ec-p256, ec-p384, rsa-2048 or
 // rsa-4096.
 func ParseKeyType(name string) (KeyType, error) {
-	var names []string
-	for t, k := range keyTypes {
-		if k.name == name {
-			return KeyType(t), nil
-		}
-		names = append(names, k.name)
+	names := KeyType(0).Choices()
+	if i := slices.Index(names, name); i >= 0 {
+		return KeyType(i), nil
 	}
 	return 0, fmt.Errorf("unknown key type %q; it is one of %s", name, strings.Join(names, ", "))
+}
+
+// Choices returns the names that [ParseKeyType] reads.
+func (KeyType) Choices() []string {
+	names := make([]string, len(keyTypes))
+	for i, k := range keyTypes {
+		names[i] = k.name
+	}
+	return names
 }
 
 // String returns the name that [ParseKeyType] reads.

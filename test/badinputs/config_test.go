@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/goccy/go-yaml"
+
 	"github.com/hallmark-id/hallmark/test/harness"
 )
 
@@ -84,5 +86,43 @@ func TestBadConfigurationIsExplainedAndChangesNothing(t *testing.T) {
 				t.Errorf("the directory was\n%s\nand is\n%s", before, after)
 			}
 		})
+	}
+}
+
+// seenByValidateOnly are those configurations whose mistake no JSON Schema can
+// see: it is in what a value means, in several keys together, or in a file that
+// is named; or what is missing may come from a flag.
+var seenByValidateOnly = map[string]bool{
+	"server empty": true, "agent empty": true, "agent no server": true, // flags may give it
+	"server capital trust domain": true, "server trust domain with scheme": true, "server trust domain too long": true,
+	"server listen without port": true, "server listen on a large port": true, "server advertise everything": true,
+	"server empty data_dir": true, "server socket path too long": true, "server tiny memtable": true,
+	"server lifetime of nothing": true, "server fraction of a second": true, "server SVID outlives authority": true,
+	"server authority for a century": true, "server foreign admin": true, "server malformed admin": true,
+	"server limit below zero": true, "server unknown variable": true,
+	"agent server without port": true, "agent server of nowhere": true, "agent join is no join string": true,
+	"agent join is cut": true, "agent no trust bundle": true, "agent trust bundle is a directory": true,
+	"agent same sockets": true, "agent socket path too long": true, "agent no workload attestor": true,
+	"agent empty token": true, "agent too many SVIDs": true, "agent limit too high": true,
+}
+
+func TestTheSchemaRefusesWhateverIsOfTheWrongForm(t *testing.T) {
+	seen := 0
+	for _, c := range configs {
+		name := c.program + " " + c.name
+		var file any
+		if err := yaml.Unmarshal([]byte(c.text), &file); err != nil || strings.Contains(c.text, "---") {
+			continue // no YAML, or not one document: not for a schema
+		}
+		err := harness.Schema(t, c.program).Validate(file)
+		if (err == nil) != seenByValidateOnly[name] {
+			t.Errorf("%s: the schema says %v, of\n%s", name, err, c.text)
+		}
+		if err != nil {
+			seen++
+		}
+	}
+	if seen < 12 {
+		t.Errorf("the schema has seen %d mistakes only", seen)
 	}
 }

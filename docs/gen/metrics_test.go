@@ -11,20 +11,6 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-func TestTheReferenceIsCurrent(t *testing.T) {
-	want, err := reference()
-	if err != nil {
-		t.Fatal(err)
-	}
-	got, err := os.ReadFile("../metrics.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if string(got) != string(want) {
-		t.Error("docs/metrics.md is not current; run: make generate")
-	}
-}
-
 func families(t *testing.T) []*dto.MetricFamily {
 	t.Helper()
 	all, err := serverMetrics()

@@ -1,11 +1,8 @@
-// Command metricsgen writes docs/metrics.md, the reference of the metrics of
-// server and agent, from the metrics themselves. "make generate" runs it.
 package main
 
 import (
 	"bytes"
 	"fmt"
-	"os"
 	"strings"
 	"time"
 
@@ -16,22 +13,7 @@ import (
 	server "github.com/hallmark-id/hallmark/server/metrics"
 )
 
-func main() {
-	if len(os.Args) != 2 {
-		fmt.Fprintln(os.Stderr, "usage: metricsgen FILE")
-		os.Exit(2)
-	}
-	text, err := reference()
-	if err == nil {
-		err = os.WriteFile(os.Args[1], text, 0o644)
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "metricsgen:", err)
-		os.Exit(1)
-	}
-}
-
-const head = `# Metrics
+const metricsHead = `# Metrics
 
 <!-- Made by "make generate" from server/metrics and agent/metrics. -->
 
@@ -55,10 +37,11 @@ authentication: listen where only monitoring can reach. A server and an agent on
 one machine need different ports. conf/grafana has a dashboard.
 `
 
-// reference returns docs/metrics.md.
-func reference() ([]byte, error) {
+// metricsPage returns docs/metrics.md, the reference of the metrics of server and
+// agent, from the metrics themselves.
+func metricsPage() ([]byte, error) {
 	var b bytes.Buffer
-	b.WriteString(head)
+	b.WriteString(metricsHead)
 	for _, p := range []struct {
 		title    string
 		families func() ([]*dto.MetricFamily, error)
@@ -121,7 +104,7 @@ func gather(r *prometheus.Registry) ([]*dto.MetricFamily, error) {
 	for d := range descs {
 		_, rest, _ := strings.Cut(d.String(), `fqName: "`)
 		if name, _, _ := strings.Cut(rest, `"`); !have[name] && err == nil {
-			err = fmt.Errorf("%s has no value here; give it one in docs/metricsgen", name)
+			err = fmt.Errorf("%s has no value here; give it one in docs/gen", name)
 		}
 	}
 	return families, err
