@@ -117,7 +117,7 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 		LogLevel: level, Delegates: s.delegates, Limits: s.Limits.endpoint(),
 		Connection: func() admin.Connection {
 			c := connection(n.Status(), f.Status())
-			c.Chain = n.Chain()
+			c.Chain, c.Authorities = n.Chain(), n.Authorities()
 			return c
 		},
 	})

@@ -63,6 +63,7 @@ type Connection struct {
 	LastError     error               // why it is not
 	SyncedAt      time.Time           // when what is held was last what the server says; zero: never
 	Chain         []*x509.Certificate // the node's own SVID and what vouches for it; nil until attested
+	Authorities   []*x509.Certificate // by which it knows the server; nil before it has a bundle
 }
 
 // Options of [New]. All but Delegates, Limits, Now and Log are required.
@@ -153,6 +154,9 @@ func (s *Server) GetStatus(context.Context, *hallmarkv1.GetStatusRequest) (*hall
 	}
 	if c.LastError != nil {
 		r.LastError = c.LastError.Error()
+	}
+	for _, a := range c.Authorities {
+		r.Authorities = append(r.Authorities, a.Raw)
 	}
 	return r, nil
 }

@@ -3,6 +3,7 @@ package admin_test
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -152,12 +153,13 @@ func TestStatusSaysHowTheAgentIs(t *testing.T) {
 	a.Break("bad", errors.New("refused"))
 	a.settle(t, "unix:uid:1")
 	end := time.Now().Add(time.Hour)
-	a.connection = admin.Connection{AgentID: heldtest.Node, SVIDExpiresAt: end, Connected: true, LastError: errors.New("away")}
+	a.connection = admin.Connection{AgentID: heldtest.Node, SVIDExpiresAt: end, Connected: true, LastError: errors.New("away"),
+		Authorities: []*x509.Certificate{{Raw: []byte("root")}}}
 	r, err = a.client.GetStatus(t.Context(), &hallmarkv1.GetStatusRequest{})
 	must(t, err)
 	if r.AgentId != heldtest.Node.String() || r.TrustDomain != "example.org" || r.Version != version.String() ||
 		r.Server != "server.example.org:8081" || !r.Connected || r.Revision != 1 || r.SvidExpiresAt != end.Unix() ||
-		r.Entries != 2 || r.Svids != 1 || r.LastError != "away" || time.Since(time.Unix(r.StartedAt, 0)) > time.Minute {
+		r.Entries != 2 || r.Svids != 1 || r.LastError != "away" || len(r.Authorities) != 1 || string(r.Authorities[0]) != "root" || time.Since(time.Unix(r.StartedAt, 0)) > time.Minute {
 		t.Errorf("got %v", r)
 	}
 }

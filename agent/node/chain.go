@@ -7,6 +7,17 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
 
+// Authorities returns the X.509 authorities by which the node knows its server:
+// those of the trust domain's bundle, nil before there is one.
+func (n *Node) Authorities() []*x509.Certificate {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.trust == nil {
+		return nil
+	}
+	return n.trust.x509.X509Authorities()
+}
+
 // Chain returns the node's own X509-SVID, leaf first, up to the authority in
 // the bundle that it verifies by: without that one if it does not verify now,
 // nil before the node is attested.

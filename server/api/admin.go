@@ -180,6 +180,7 @@ func (s *adminService) ListConnections(context.Context, *hallmarkv1.ListConnecti
 			ConnectedAt:          c.ConnectedAt.Unix(),
 			AgentVersion:         c.AgentVersion,
 			Address:              c.Address,
+			Behind:               c.Behind,
 		})
 	}
 	return resp, nil

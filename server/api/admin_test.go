@@ -3,15 +3,19 @@ package api_test
 import (
 	"bytes"
 	"crypto/sha256"
+	"net/http"
 	"testing"
 	"time"
 
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/metadata"
 
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/api"
@@ -57,6 +61,22 @@ func TestTheServerSaysWhatItIs(t *testing.T) {
 	must(t, err)
 	if got.TrustDomain != "example.org" || got.Address != w.address || got.Version == "" || got.Revision != int64(w.registry.View().Revision()) || time.Now().Unix()-got.StartedAt > 60 {
 		t.Errorf("got %v", got)
+	}
+}
+
+// RFC 9110 §6.6.1. "hallmark doctor" learns by it how far clocks are apart.
+func TestEveryAnswerSaysTheServersTime(t *testing.T) {
+	w := newWorld(t)
+	w.sleep(3 * time.Minute)
+	var header metadata.MD
+	_, err := bundlev1.NewBundleClient(w.connect(nil)).GetBundle(t.Context(), &bundlev1.GetBundleRequest{}, grpc.Header(&header))
+	must(t, err)
+	if len(header.Get("date")) != 1 {
+		t.Fatalf("the header is %v", header)
+	}
+	date, err := http.ParseTime(header.Get("date")[0])
+	if apart := w.now().Sub(date); err != nil || apart < 0 || apart > 30*time.Second {
+		t.Errorf("it says %v (%v), and it is %v", date, err, w.now())
 	}
 }
 

@@ -4,12 +4,14 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"runtime/debug"
 	"time"
 
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	grpcstatus "google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
@@ -41,6 +43,9 @@ func (a *API) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, ha
 		return nil, a.refused(ctx, info.FullMethod, err)
 	}
 	ctx = context.WithValue(ctx, callerKey{}, c)
+	// RFC 9110 §6.6.1. A client learns by it how far its clock is off. It fails
+	// only once the headers were sent.
+	_ = grpc.SetHeader(ctx, metadata.Pairs("date", a.now().UTC().Format(http.TimeFormat)))
 	err = a.safely(info.FullMethod, func() (err error) {
 		resp, err = handler(ctx, req)
 		return err

@@ -136,6 +136,7 @@ type Connection struct {
 	ConnectedAt  time.Time
 	AgentVersion string
 	Address      string // host:port of the agent
+	Behind       bool   // it has not acknowledged all that was sent to it
 }
 
 // Connections returns the agents that hold a stream, by ID.

@@ -372,7 +372,7 @@ func TestAnAgentIsInStepOnlyOnceItHasAcknowledgedWhatConcernsIt(t *testing.T) {
 			break
 		}
 	}
-	if c := w.feed.Connections(); c[1].Node != slow.node || c[1].Acknowledged >= rev {
+	if c := w.feed.Connections(); c[1].Node != slow.node || c[1].Acknowledged >= rev || !c[1].Behind || c[0].Behind {
 		t.Errorf("the connections are %+v, of revision %d", c, rev)
 	}
 	slow.toServ <- &hallmarkv1.FollowRequest{Revision: int64(rev)}

@@ -402,8 +402,9 @@ func (s *stream) connection() Connection {
 		ConnectedAt:  s.connectedAt,
 		AgentVersion: s.version,
 		Address:      s.address,
+		Behind:       s.acked < s.sent,
 	}
-	if s.acked >= s.sent {
+	if !c.Behind {
 		c.Acknowledged = max(s.acked, s.position)
 	}
 	return c

@@ -592,6 +592,7 @@ type Connection struct {
 	ConnectedAt          int64                  `protobuf:"varint,3,opt,name=connected_at,json=connectedAt,proto3" json:"connected_at,omitempty"` // Unix seconds
 	AgentVersion         string                 `protobuf:"bytes,4,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
 	Address              string                 `protobuf:"bytes,5,opt,name=address,proto3" json:"address,omitempty"`
+	Behind               bool                   `protobuf:"varint,6,opt,name=behind,proto3" json:"behind,omitempty"` // it has not acknowledged all that was sent to it
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -659,6 +660,13 @@ func (x *Connection) GetAddress() string {
 		return x.Address
 	}
 	return ""
+}
+
+func (x *Connection) GetBehind() bool {
+	if x != nil {
+		return x.Behind
+	}
+	return false
 }
 
 type GetJoinInfoRequest struct {
@@ -794,14 +802,15 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\x06agents\x18\x02 \x01(\x05R\x06agents\"\x18\n" +
 	"\x16ListConnectionsRequest\"T\n" +
 	"\x17ListConnectionsResponse\x129\n" +
-	"\vconnections\x18\x01 \x03(\v2\x17.hallmark.v1.ConnectionR\vconnections\"\xbe\x01\n" +
+	"\vconnections\x18\x01 \x03(\v2\x17.hallmark.v1.ConnectionR\vconnections\"\xd6\x01\n" +
 	"\n" +
 	"Connection\x12\x19\n" +
 	"\bagent_id\x18\x01 \x01(\tR\aagentId\x123\n" +
 	"\x15acknowledged_revision\x18\x02 \x01(\x03R\x14acknowledgedRevision\x12!\n" +
 	"\fconnected_at\x18\x03 \x01(\x03R\vconnectedAt\x12#\n" +
 	"\ragent_version\x18\x04 \x01(\tR\fagentVersion\x12\x18\n" +
-	"\aaddress\x18\x05 \x01(\tR\aaddress\"\x14\n" +
+	"\aaddress\x18\x05 \x01(\tR\aaddress\x12\x16\n" +
+	"\x06behind\x18\x06 \x01(\bR\x06behind\"\x14\n" +
 	"\x12GetJoinInfoRequest\"s\n" +
 	"\x13GetJoinInfoResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +

@@ -70,6 +70,9 @@ type GetStatusResponse struct {
 	Svids         int32                  `protobuf:"varint,9,opt,name=svids,proto3" json:"svids,omitempty"`                           // X509-SVIDs held
 	LastError     string                 `protobuf:"bytes,10,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`  // why it is not connected, if it is not
 	StartedAt     int64                  `protobuf:"varint,11,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"` // Unix seconds
+	// The X.509 authorities by which the agent knows its server, DER; none before
+	// it has a bundle.
+	Authorities   [][]byte `protobuf:"bytes,12,rep,name=authorities,proto3" json:"authorities,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -179,6 +182,13 @@ func (x *GetStatusResponse) GetStartedAt() int64 {
 		return x.StartedAt
 	}
 	return 0
+}
+
+func (x *GetStatusResponse) GetAuthorities() [][]byte {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
 }
 
 type ExplainRequest struct {
@@ -452,7 +462,7 @@ var File_hallmark_v1_agent_proto protoreflect.FileDescriptor
 const file_hallmark_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x17hallmark/v1/agent.proto\x12\vhallmark.v1\x1a\x18hallmark/v1/record.proto\"\x12\n" +
-	"\x10GetStatusRequest\"\xd3\x02\n" +
+	"\x10GetStatusRequest\"\xf5\x02\n" +
 	"\x11GetStatusResponse\x12\x19\n" +
 	"\bagent_id\x18\x01 \x01(\tR\aagentId\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12\x18\n" +
@@ -467,7 +477,8 @@ const file_hallmark_v1_agent_proto_rawDesc = "" +
 	"last_error\x18\n" +
 	" \x01(\tR\tlastError\x12\x1d\n" +
 	"\n" +
-	"started_at\x18\v \x01(\x03R\tstartedAt\"\"\n" +
+	"started_at\x18\v \x01(\x03R\tstartedAt\x12 \n" +
+	"\vauthorities\x18\f \x03(\fR\vauthorities\"\"\n" +
 	"\x0eExplainRequest\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\"\xa7\x04\n" +
 	"\x0fExplainResponse\x12\x10\n" +
