@@ -18,5 +18,7 @@ func main() {
 		RestoreServer: server.Restore,
 		RunAgent:      agent.Run,
 		CheckAgent:    agent.Check,
+		ServerLayout:  server.Layout,
+		AgentLayout:   agent.Layout,
 	}))
 }

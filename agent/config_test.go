@@ -4,6 +4,7 @@ import (
 	"encoding/pem"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -138,5 +139,27 @@ func TestTheExampleConfigurationIsGood(t *testing.T) {
 	}
 	if err := agent.Check(src); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestTheLayoutIsWhatTheAgentUses(t *testing.T) {
+	dir := t.TempDir()
+	saved, err := os.ReadFile(bundleFile(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What an earlier run left, in either form of a bundle.
+	if err := os.WriteFile(filepath.Join(dir, "bundle.json"), saved, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	text := "trust_domain: example.org\nserver: ca.example.org:8081\ndata_dir: " + dir + "\ntrust_bundle: " + bundleFile(t) + "\nsocket: /w\nadmin_socket: /a\n"
+	l, err := agent.Layout(config.Source{Name: "agent.yaml", Data: []byte(text)})
+	if err != nil || len(l.Authorities) != 2 {
+		t.Fatalf("there are %d authorities, one saved and one configured: %v", len(l.Authorities), err)
+	}
+	l.Authorities = nil
+	if want := (config.Layout{TrustDomain: "example.org", AdminSocket: "/a", DataDirs: []string{dir}, Connections: 4096, Descriptors: 2,
+		Socket: "/w", Server: "ca.example.org:8081"}); !reflect.DeepEqual(l, want) {
+		t.Errorf("got %+v, want %+v", l, want)
 	}
 }

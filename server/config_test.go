@@ -1,6 +1,7 @@
 package server_test
 
 import (
+	"reflect"
 	"strings"
 	"testing"
 
@@ -97,5 +98,21 @@ func TestWhatCannotBeMeantIsRefusedWithItsPlaceAndARemedy(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s:\n%v\nwant %q", c.yaml, err, c.want)
 		}
+	}
+}
+
+func TestTheLayoutIsWhatTheServerUses(t *testing.T) {
+	for text, want := range map[string]config.Layout{
+		"": {AdminSocket: "/run/hallmark/server.sock", DataDirs: []string{"/var/lib/hallmark/server/store", "/var/lib/hallmark/server/keys"}, Connections: 15000},
+		"data_dir: /d\nadmin_socket: /s\nkeys: {disk: {dir: /k}}\nlimits: {connections: 7}\n": {AdminSocket: "/s", DataDirs: []string{"/d/store", "/k"}, Connections: 7},
+		"store: {memory: {}}\nkeys: {memory: {}}\n":                                           {AdminSocket: "/run/hallmark/server.sock", Connections: 15000},
+	} {
+		want.TrustDomain, want.Descriptors = "example.org", 1
+		if got, err := server.Layout(source("trust_domain: example.org\n" + text)); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%q: %+v, %v; want %+v", text, got, err, want)
+		}
+	}
+	if _, err := server.Layout(source("trust_domain: Example\n")); err == nil {
+		t.Error("a configuration that is wrong has a layout")
 	}
 }

@@ -219,6 +219,12 @@ func (d *dir) saveBundle(b *bundle.Bundle) error {
 	return nil
 }
 
+// SavedBundle returns the bundle that an agent left in its data directory, nil
+// if there is none. It neither locks nor makes the directory.
+func SavedBundle(path string, td spiffeid.TrustDomain) (*bundle.Bundle, error) {
+	return (&dir{path: path}).loadBundle(td)
+}
+
 // loadBundle returns nil if there is none.
 func (d *dir) loadBundle(td spiffeid.TrustDomain) (*bundle.Bundle, error) {
 	data, err := d.read(bundleFile)

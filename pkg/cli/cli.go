@@ -40,6 +40,9 @@ type Programs struct {
 	RunAgent func(ctx context.Context, src config.Source, ready func()) error
 	// CheckAgent says what is wrong with an agent's configuration.
 	CheckAgent func(src config.Source) error
+	// ServerLayout and AgentLayout check a configuration too, and return what it
+	// says of the machine.
+	ServerLayout, AgentLayout func(src config.Source) (config.Layout, error)
 }
 
 // Main runs the command that the process's arguments name and returns the exit
@@ -144,7 +147,7 @@ func (a *app) rootCommand() *cobra.Command {
 	add(groupRun, a.serverCommand(), a.agentCommand())
 	add(groupAdmin, a.entryCommand(), a.nodeCommand(), a.tokenCommand(), a.bundleCommand(), a.federationCommand(), a.importCommand(), a.authorityCommand(), a.svidCommand())
 	add(groupUse, a.fetchCommand(), a.validateCommand(), a.explainCommand())
-	add(groupOther, a.completionCommand(), a.versionCommand())
+	add(groupOther, a.doctorCommand(), a.completionCommand(), a.versionCommand())
 	inOrder(root)
 	return root
 }

@@ -28,6 +28,7 @@ func TestMain(m *testing.M) {
 			os.Exit(cli.Main(cli.Programs{
 				RunServer: runServer, CheckServer: checkServer, RestoreServer: restoreServer,
 				RunAgent: runAgent, CheckAgent: checkAgent,
+				ServerLayout: serverLayout, AgentLayout: agentLayout,
 			}))
 		},
 		// What scripts run inside of `hallmark dev --`.

@@ -112,17 +112,25 @@ func isURI(address string) bool {
 	return strings.HasPrefix(address, "unix:") || strings.Contains(address, "://")
 }
 
+// checkEndpoint checks the form of a Workload API's address (Workload Endpoint
+// §4). A path is one too for our own commands.
+func checkEndpoint(address string) error {
+	if !isURI(address) {
+		return nil
+	}
+	err := workloadapi.ValidateAddress(address)
+	if rest, ok := strings.CutPrefix(address, "unix://"); ok && err == nil && !strings.HasPrefix(rest, "/") {
+		err = errors.New("a unix address names no host")
+	}
+	return err
+}
+
 // reach opens a connection to the socket, or fails with a reason. There is
 // none for a TCP address.
 func (k socketKind) reach(ctx context.Context, flag string) (string, net.Conn, error) {
 	at := k.find(flag)
-	if named := cmp.Or(flag, os.Getenv(k.env)); k.env == workloadapi.SocketEnv && isURI(named) {
-		// Workload Endpoint §4.
-		err := workloadapi.ValidateAddress(named)
-		if rest, ok := strings.CutPrefix(named, "unix://"); ok && err == nil && !strings.HasPrefix(rest, "/") {
-			err = errors.New("a unix address names no host")
-		}
-		if err != nil {
+	if named := cmp.Or(flag, os.Getenv(k.env)); k.env == workloadapi.SocketEnv {
+		if err := checkEndpoint(named); err != nil {
 			return "", nil, usageError(fmt.Errorf("%s %q: %w; write unix:///PATH or tcp://ADDRESS:PORT", at.by, named, err))
 		}
 	}

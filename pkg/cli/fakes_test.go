@@ -484,6 +484,18 @@ func checkAgent(src config.Source) error {
 	return config.Decode(src, &c)
 }
 
+func serverLayout(src config.Source) (config.Layout, error) {
+	var c serverConfig
+	err := errors.Join(config.Decode(src, &c), checkServer(src))
+	return config.Layout{TrustDomain: c.TrustDomain.Name(), AdminSocket: c.AdminSocket}, err
+}
+
+func agentLayout(src config.Source) (config.Layout, error) {
+	var c agentConfig
+	err := config.Decode(src, &c)
+	return config.Layout{TrustDomain: c.TrustDomain.Name(), AdminSocket: c.AdminSocket, Socket: c.Socket, Server: c.Server}, err
+}
+
 func runServer(ctx context.Context, src config.Source, ready func()) error {
 	var c serverConfig
 	if err := config.Decode(src, &c); err != nil {

@@ -163,6 +163,19 @@ func (src Source) Lookup(path string) (string, bool) {
 	return scalarText(find(root, strings.Split(path, ".")))
 }
 
+// Keys returns the keys at the top of the file, none if it cannot be read.
+func (src Source) Keys() (keys []string) {
+	root, err := src.parse()
+	if m, ok := root.(*ast.MappingNode); ok && err == nil {
+		for _, kv := range m.Values {
+			if key, ok := keyText(kv.Key); ok {
+				keys = append(keys, key)
+			}
+		}
+	}
+	return keys
+}
+
 // find returns the node at a path, or nil.
 func find(node ast.Node, path []string) ast.Node {
 	for _, part := range path {

@@ -355,6 +355,14 @@ func FuzzDurationPattern(f *testing.F) {
 	})
 }
 
+func TestKeysAreThoseAtTheTop(t *testing.T) {
+	for text, want := range map[string][]string{"b: {c: 1}\na: 2\n": {"b", "a"}, "": nil, "- a\n": nil, "a: [\n": nil} {
+		if got := (config.Source{Data: []byte(text)}).Keys(); !reflect.DeepEqual(got, want) {
+			t.Errorf("%q: got %v, want %v", text, got, want)
+		}
+	}
+}
+
 func TestLogMakesTheLoggerItDescribes(t *testing.T) {
 	var b strings.Builder
 	log, err := config.Log{Level: "warn", Format: "json"}.Logger(&b)
