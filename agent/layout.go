@@ -4,8 +4,8 @@ import (
 	"cmp"
 	"crypto/x509"
 
+	"github.com/hallmark-id/hallmark/agent/endpoint"
 	"github.com/hallmark-id/hallmark/agent/node"
-	"github.com/hallmark-id/hallmark/agent/workloadapi"
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/config"
 )
@@ -22,7 +22,7 @@ func Layout(src config.Source) (config.Layout, error) {
 		TrustDomain: s.td.Name(),
 		AdminSocket: s.AdminSocket,
 		DataDirs:    []string{s.DataDir},
-		Connections: cmp.Or(s.Limits.Connections, workloadapi.DefaultConnections),
+		Connections: cmp.Or(s.Limits.Connections, endpoint.DefaultConnections),
 		Descriptors: 2, // one for the connection, one that pins its process
 		Socket:      s.Socket,
 		Server:      s.Server,
