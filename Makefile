@@ -15,6 +15,10 @@ help: ## list the commands
 build: ## build bin/hallmark, one static binary
 	@CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN) .
 
+.PHONY: build-pkcs11
+build-pkcs11: ## build it with PKCS #11, which takes a C compiler
+	@CGO_ENABLED=1 $(GO) build -trimpath -tags pkcs11 -o $(BIN) .
+
 .PHONY: run
 run: build ## a trust domain on this machine, with an identity for you
 	@$(BIN) dev
@@ -22,6 +26,8 @@ run: build ## a trust domain on this machine, with an identity for you
 .PHONY: test
 test: test-deps ## all tests; installs what they need (as root, with apt)
 	$(GO) test $(RACE) -timeout 14m ./...
+	@if command -v gcc >/dev/null 2>&1; then set -x; $(GO) test $(RACE) -tags pkcs11 -run PKCS11 ./server/authority ./server; \
+	elif [ "$$CI" = true ]; then echo "in CI nothing may be missing: gcc, for PKCS #11" >&2; exit 1; fi
 
 .PHONY: test-deps
 test-deps:
@@ -43,6 +49,7 @@ fuzz: ## every fuzz target, FUZZTIME each (default 60s)
 check: ## formatting, vet, staticcheck, generated code
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "not formatted; run: gofmt -w"; gofmt -l $$(git ls-files '*.go'); exit 1; }
 	$(GO) vet ./...
+	$(GO) vet -tags pkcs11 ./server/authority ./server
 	$(TOOL) staticcheck ./...
 	@test/generated
 

@@ -16,6 +16,7 @@ func main() {
 		RunServer:     server.Run,
 		CheckServer:   server.Check,
 		RestoreServer: server.Restore,
+		ReencryptKeys: server.ReencryptKeys,
 		RunAgent:      agent.Run,
 		CheckAgent:    agent.Check,
 		ServerLayout:  server.Layout,

@@ -91,6 +91,7 @@ type BadgerConfig struct {
 // KeysConfig says where private keys are kept: one of its fields is set.
 type KeysConfig struct {
 	Disk   *DiskConfig   `yaml:"disk"`   // files that only the server's user can read
+	KMS    *KMSConfig    `yaml:"kms"`    // a device or service that does not let keys out
 	Memory *MemoryConfig `yaml:"memory"` // lost when the server ends; the next start makes new authorities
 }
 
@@ -98,6 +99,33 @@ type KeysConfig struct {
 type DiskConfig struct {
 	// Dir is the directory of the files. Default: keys in data_dir.
 	Dir string `yaml:"dir" env:"expand"`
+	// Encryption encrypts the files. Default: they are not encrypted. Where there
+	// are keys already, run "hallmark server reencrypt-keys" after a change of it.
+	Encryption *EncryptionConfig `yaml:"encryption"`
+}
+
+// EncryptionConfig names the secret that encrypts key files: one of its fields
+// is set. A secret has at least 16 characters; make one with
+// "openssl rand -base64 32".
+type EncryptionConfig struct {
+	// SecretFile is the path of a file with the secret: one line, readable by
+	// the server alone, on another volume than the keys. For a credential of
+	// systemd's: ${CREDENTIALS_DIRECTORY}/NAME.
+	SecretFile string `yaml:"secret_file" env:"expand"`
+	// SecretEnv is the name of an environment variable with the secret.
+	SecretEnv string `yaml:"secret_env"`
+}
+
+// KMSConfig is a key manager that makes keys, signs with them and does not let
+// them out.
+type KMSConfig struct {
+	// URI names it. pkcs11:module-path=LIBRARY;token=LABEL is a token behind a
+	// PKCS #11 library (RFC 7512; serial or slot-id instead of token, too). It
+	// needs a hallmark that was built with "-tags pkcs11".
+	URI string `yaml:"uri" env:"expand"`
+	// PINFile is the path of a file with the PIN of a PKCS #11 token, readable
+	// by the server alone. Default: the token needs none.
+	PINFile string `yaml:"pin_file" env:"expand"`
 }
 
 // MemoryConfig is what is kept in memory; there is nothing to say of it.
@@ -252,9 +280,7 @@ func (s *settings) check(src config.Source) error {
 	if b := s.Store.Badger; b != nil && b.MemTable != 0 && (b.MemTable < 8<<20 || b.MemTable > 256<<20) {
 		wrong("store.badger.memtable", "memtable is %d bytes; it is between %d and %d", b.MemTable, 8<<20, 256<<20)
 	}
-	if s.Keys.Disk != nil && s.Keys.Memory != nil {
-		wrong("keys", "keys names two key managers; choose disk or memory")
-	}
+	s.checkKeys(wrong)
 	s.Telemetry.Check(func(key, format string, args ...any) { wrong("telemetry."+key, format, args...) })
 	s.checkLifetimes(wrong)
 	s.checkAttestors(wrong)

@@ -31,6 +31,8 @@ store:
 keys:
   disk:
     dir: /var/lib/hallmark/keys
+    encryption:
+      secret_file: /run/secrets/hallmark
 x509:
   key_type: ec-p384
   authority_lifetime: 30d
@@ -75,7 +77,11 @@ func TestWhatCannotBeMeantIsRefusedWithItsPlaceAndARemedy(t *testing.T) {
 		{"admin_socket: /" + strings.Repeat("x", 120), "admin_socket is 121 bytes long and the kernel takes 107"},
 		{"store: {badger: {}, memory: {}}", "choose badger or memory"},
 		{"store: {badger: {memtable: 1}}", "memtable is 1 bytes"},
-		{"keys: {disk: {}, memory: {}}", "choose disk or memory"},
+		{"keys: {disk: {}, memory: {}}", "choose one of disk, kms and memory"},
+		{"keys: {disk: {encryption: {}}}", "server.yaml:2:27: encryption names no secret; set secret_file"},
+		{"keys: {disk: {encryption: {secret_file: /a, secret_env: B}}}", "choose secret_file or secret_env"},
+		{"keys: {kms: {}}", "there is no uri; write pkcs11:"},
+		{"keys: {kms: {uri: 'pkcs11:token=a?pin-value=1234'}}", "server.yaml:2:19: uri has pin-value; write the PIN to a file and set pin_file"},
 		{"x509: {key_type: dsa}", `unknown key type "dsa"; it is one of ec-p256`},
 		{"x509: {svid_lifetime: 13h}", "server.yaml:2:23: x509.svid_lifetime is 13h, but x509.authority_lifetime only 24h; an authority must live at least twice as long"},
 		{"x509: {agent_lifetime: 13h}", "x509.agent_lifetime is 13h"},

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"go.step.sm/crypto/kms/apiv1"
+
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/metrics"
@@ -15,7 +17,7 @@ import (
 
 // readiness returns why a server cannot issue anything now, or nil. It is for
 // whoever asked, and of a server that runs until its context ends.
-func readiness(asked, running context.Context, st store.Store, authorities *authority.Authorities) error {
+func readiness(asked, running context.Context, st store.Store, authorities *authority.Authorities, keys apiv1.KeyManager) error {
 	if running.Err() != nil {
 		return errors.New("the server is stopping")
 	}
@@ -31,6 +33,9 @@ func readiness(asked, running context.Context, st store.Store, authorities *auth
 		case !now.Before(active.ExpiresAt):
 			return fmt.Errorf("the active %v authority has expired", kind)
 		}
+	}
+	if k, ok := keys.(interface{ Available() error }); ok {
+		return k.Available()
 	}
 	return nil
 }

@@ -86,7 +86,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	if err != nil {
 		return fmt.Errorf("open the registry: %w", err)
 	}
-	keys, err := s.openKeys()
+	keys, err := s.openKeys(log)
 	if err != nil {
 		return err
 	}
@@ -113,7 +113,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		})
 		served := s.newAPI(st, reg, authorities, evidence, pushes, log, level, counted)
 		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities) })
-		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities) })
+		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities, keys) })
 		log.Info("server is ready", append(describe(reg, authorities),
 			"trust_domain", s.TrustDomain, "listen", tcp.Addr().String(), "admin_socket", s.AdminSocket,
 			"version", version.String(), "took", time.Since(began).Round(time.Millisecond))...)
@@ -197,13 +197,6 @@ func (s *settings) openStore(log *slog.Logger, counted *metrics.Metrics) (store.
 		return nil, fmt.Errorf("%w; set data_dir to a directory that this user may write to", err)
 	}
 	return st, err
-}
-
-func (s *settings) openKeys() (apiv1.KeyManager, error) {
-	if s.Keys.Memory != nil {
-		return authority.NewMemoryKeys(), nil
-	}
-	return authority.NewDiskKeys(s.Keys.Disk.Dir)
 }
 
 // Check checks a configuration, and the files of what is trusted that it names.

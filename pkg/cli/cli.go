@@ -35,6 +35,11 @@ type Programs struct {
 	// RestoreServer fills the empty store of a server that does not run from
 	// a backup, and says how many records it holds.
 	RestoreServer func(ctx context.Context, src config.Source, r io.Reader) (records int, err error)
+	// ReencryptKeys writes the key files of a server that does not run in the
+	// form that its configuration demands, and says how many it wrote and how
+	// many had it. It reads them with the secret in a file, if they are
+	// encrypted; without one the name is empty.
+	ReencryptKeys func(src config.Source, oldSecretFile string) (written, right int, err error)
 	// RunAgent runs an agent until the context ends or it fails. It calls
 	// ready once the Workload API answers.
 	RunAgent func(ctx context.Context, src config.Source, ready func()) error

@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"hallmark": func() {
 			os.Exit(cli.Main(cli.Programs{
-				RunServer: runServer, CheckServer: checkServer, RestoreServer: restoreServer,
+				RunServer: runServer, CheckServer: checkServer, RestoreServer: restoreServer, ReencryptKeys: reencryptKeys,
 				RunAgent: runAgent, CheckAgent: checkAgent,
 				ServerLayout: serverLayout, AgentLayout: agentLayout,
 			}))

@@ -24,7 +24,7 @@ func (a *app) serverCommand() *cobra.Command {
 	return noun("server", "run and look after a server",
 		"A server rules a trust domain: it keeps the registry and signs identities.",
 		"  hallmark server run -c /etc/hallmark/server.yaml\n  hallmark server health\n  hallmark server backup hallmark.backup",
-		a.serverRun(), a.serverValidate(), a.schemaCommand("server", schema.Server), a.serverBackup(), a.serverRestore(), a.serverHealth())
+		a.serverRun(), a.serverValidate(), a.schemaCommand("server", schema.Server), a.serverBackup(), a.serverRestore(), a.serverReencryptKeys(), a.serverHealth())
 }
 
 // configFlags are the file of a configuration and the flags that override it.
@@ -266,6 +266,43 @@ func (a *app) serverRestore() *cobra.Command {
 		}
 		fmt.Fprintf(a.out, "restored %s from %s\n", count(records, "record", "records"), name)
 		return nil
+	}
+	return cmd
+}
+
+// reencrypted is what `server reencrypt-keys` prints.
+type reencrypted struct {
+	Written int `json:"written"`
+	Right   int `json:"right"` // already
+}
+
+func (a *app) serverReencryptKeys() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "reencrypt-keys",
+		Short: "encrypt the key files of a stopped server, or decrypt them",
+		Long: "Reencrypt-keys writes the files of the authorities' keys anew, as keys.disk.encryption in\n" +
+			"the configuration now says: encrypted with its secret, or not encrypted if it is not set.\n" +
+			"Files that are right stay as they are. It reads files that another secret encrypts with\n" +
+			"that in --old-secret-file. Each file is replaced in one step: if this ends early, run it\n" +
+			"again. The server must not run.",
+		Example: "  hallmark server reencrypt-keys -c /etc/hallmark/server.yaml\n  hallmark server reencrypt-keys -c /etc/hallmark/server.yaml --old-secret-file /root/old-secret",
+		Args:    noArguments,
+	}
+	f := a.serverFlags(cmd)
+	oldSecret := cmd.Flags().String("old-secret-file", "", "`FILE` with the secret that encrypted the keys until now")
+	a.outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		src, err := f.source(cmd)
+		if err != nil {
+			return err
+		}
+		written, right, err := a.programs.ReencryptKeys(src, *oldSecret)
+		if err != nil {
+			return err
+		}
+		return a.print(reencrypted{written, right}, func(w io.Writer) {
+			fmt.Fprintf(w, "wrote %s anew; %d had the right form already\n", count(written, "key file", "key files"), right)
+		})
 	}
 	return cmd
 }

@@ -77,6 +77,8 @@ func status(err error) error {
 		return &callError{code: codes.InvalidArgument, text: err.Error()}
 	case errors.Is(err, authority.ErrUnavailable):
 		return &callError{code: codes.Unavailable, text: authority.ErrUnavailable.Error()}
+	case errors.Is(err, authority.ErrKeysUnavailable): // the key manager has logged why
+		return &callError{code: codes.Unavailable, text: authority.ErrKeysUnavailable.Error()}
 	case errors.Is(err, attestors.ErrUnavailable):
 		return &callError{code: codes.Unavailable, text: attestors.ErrUnavailable.Error()}
 	case errors.Is(err, store.ErrTooLarge):

@@ -147,8 +147,12 @@ func (s *svidService) NewDownstreamX509CA(ctx context.Context, req *svidv1.NewDo
 	if err != nil {
 		return nil, status(err)
 	}
+	own := s.registry.View().Bundle(s.td)
+	if own == nil {
+		return nil, errNoBundle
+	}
 	resp := &svidv1.NewDownstreamX509CAResponse{CaCertChain: ca.Chain}
-	for _, a := range s.registry.View().Bundle(s.td).X509Authorities {
+	for _, a := range own.X509Authorities {
 		resp.X509Authorities = append(resp.X509Authorities, a.Certificate.Raw)
 	}
 	return resp, nil

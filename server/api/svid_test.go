@@ -219,17 +219,3 @@ func TestOperatorsMintSVIDs(t *testing.T) {
 		t.Errorf("the call was recorded %d times", len(lines))
 	}
 }
-
-func TestADownstreamServerGetsACACertificate(t *testing.T) {
-	w := newWorld(t)
-	below := w.workload(w.newAgent(), "/below", func(e *types.Entry) { e.Downstream = true })
-	res, err := svidv1.NewSVIDClient(w.connect(below)).NewDownstreamX509CA(t.Context(), &svidv1.NewDownstreamX509CARequest{Csr: newCSR(t, newKey(t))})
-	must(t, err)
-	ca, err := x509.ParseCertificate(res.CaCertChain[0])
-	must(t, err)
-	root, err := x509.ParseCertificate(res.X509Authorities[0])
-	must(t, err)
-	if err := ca.CheckSignatureFrom(root); err != nil || !ca.IsCA || ca.URIs[0].String() != "spiffe://example.org" {
-		t.Errorf("the CA certificate: %v, CA %v, URIs %v", err, ca.IsCA, ca.URIs)
-	}
-}

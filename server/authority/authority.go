@@ -45,7 +45,7 @@ var ErrUnavailable = errors.New("no signing authority is available yet; try agai
 type X509 struct {
 	ID          string              // subject key ID, in hex
 	Certificate *x509.Certificate   // its own
-	Chain       []*x509.Certificate // intermediates to append after a leaf, nearest first; empty when self-signed
+	Chain       []*x509.Certificate // what follows a leaf: itself and what signed it, without the root; empty when self-signed
 	Signer      crypto.Signer
 	Remote      bool // the key is not in this process: verify what it signs
 }

@@ -245,6 +245,7 @@ func TestASecondStartWithItsKeysContinues_JW06(t *testing.T) {
 	a := w.open()
 	w.add(13 * time.Hour)
 	w.rotate(a) // the next ones are prepared
+	closed(t, w.keys)
 	w.keys = diskKeys(t, dir)
 	b := w.open()
 	for _, kind := range bothKinds {

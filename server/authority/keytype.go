@@ -119,18 +119,30 @@ func isLocal(signer crypto.Signer) bool {
 	return false
 }
 
-// generate makes a key for a key manager of this package.
+// supported says why the key managers of this package do not make a key.
+func supported(req *apiv1.CreateKeyRequest) error {
+	switch req.SignatureAlgorithm {
+	case apiv1.UnspecifiedSignAlgorithm, apiv1.ECDSAWithSHA256, apiv1.ECDSAWithSHA384:
+		return nil
+	case apiv1.SHA256WithRSA, apiv1.SHA384WithRSA, apiv1.SHA512WithRSA:
+		if !slices.Contains([]int{2048, 3072, 4096}, req.Bits) {
+			return fmt.Errorf("an RSA key of %d bits is not supported; use 2048, 3072 or 4096", req.Bits)
+		}
+		return nil
+	}
+	return fmt.Errorf("keys for %s are not supported; use ECDSA with P-256 or P-384, or RSA", req.SignatureAlgorithm)
+}
+
+// generate makes a key in this process.
 func generate(req *apiv1.CreateKeyRequest) (crypto.Signer, error) {
+	if err := supported(req); err != nil {
+		return nil, err
+	}
 	switch req.SignatureAlgorithm {
 	case apiv1.UnspecifiedSignAlgorithm, apiv1.ECDSAWithSHA256:
 		return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	case apiv1.ECDSAWithSHA384:
 		return ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
-	case apiv1.SHA256WithRSA, apiv1.SHA384WithRSA, apiv1.SHA512WithRSA:
-		if !slices.Contains([]int{2048, 3072, 4096}, req.Bits) {
-			return nil, fmt.Errorf("an RSA key of %d bits is not supported; use 2048, 3072 or 4096", req.Bits)
-		}
-		return rsa.GenerateKey(rand.Reader, req.Bits)
 	}
-	return nil, fmt.Errorf("keys for %s are not supported; use ECDSA with P-256 or P-384, or RSA", req.SignatureAlgorithm)
+	return rsa.GenerateKey(rand.Reader, req.Bits)
 }

@@ -1,6 +1,7 @@
 package authority
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -463,7 +464,11 @@ func (a *Authorities) use(r *registry.Authority) error {
 	if len(r.Chain) == 0 {
 		return fmt.Errorf("x509 authority %s has no certificate", r.ID)
 	}
-	a.x509.Store(&X509{ID: r.ID, Certificate: r.Chain[0], Chain: r.Chain[1:], Signer: signer, Remote: !isLocal(signer)})
+	x := &X509{ID: r.ID, Certificate: r.Chain[0], Chain: r.Chain, Signer: signer, Remote: !isLocal(signer)}
+	if bytes.Equal(x.Certificate.RawIssuer, x.Certificate.RawSubject) {
+		x.Chain = nil // it is the root
+	}
+	a.x509.Store(x)
 	return nil
 }
 

@@ -6,11 +6,15 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/pem"
+	"math/big"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,6 +28,7 @@ import (
 	"github.com/zmap/zlint/v3"
 	"github.com/zmap/zlint/v3/lint"
 
+	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/test/harness"
@@ -251,4 +256,52 @@ func TestRFC5280_RF20_OpenSSLAcceptsASigningCertificate(t *testing.T) {
 			t.Errorf("openssl verify: %v\n%s", err, out)
 		}
 	})
+}
+
+func TestX509SVID_X12_AnAuthorityThatAnotherSignedIsPartOfTheChainOfItsSVIDs(t *testing.T) {
+	w := newWorld(t)
+	root, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certificate := func(cn string, public crypto.PublicKey, parent *x509.Certificate, signer crypto.Signer) *x509.Certificate {
+		t.Helper()
+		tmpl := &x509.Certificate{
+			SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: cn}, URIs: []*url.URL{td.ID().URL()},
+			NotBefore: start.Add(-time.Minute), NotAfter: start.Add(24 * time.Hour),
+			IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		}
+		if parent == nil {
+			parent = tmpl
+		}
+		der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, public, signer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cert
+	}
+	top := certificate("root", root.Public(), nil, root)
+	public := createKey(t, w.keys, "x509-below")
+	below := certificate("below", public, top, root)
+	_, err = w.registry.ChangeAuthorities(t.Context(), func(own *bundle.Bundle, _ []*registry.Authority) (registry.AuthorityChange, error) {
+		own.X509Authorities = append(own.X509Authorities, bundle.X509Authority{Certificate: top})
+		return registry.AuthorityChange{Put: []*registry.Authority{{
+			ID: hex.EncodeToString(below.SubjectKeyId), Kind: registry.X509, State: registry.Active, Server: "server-1",
+			KeyName: "x509-below", PublicKey: public, Chain: []*x509.Certificate{below}, CreatedAt: start, ExpiresAt: below.NotAfter,
+		}}}, nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	x, err := w.open().X509()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !x.Certificate.Equal(below) || len(x.Chain) != 1 || !x.Chain[0].Equal(below) {
+		t.Errorf("%s signs, with a chain of %d certificates; want %q, and it alone", x.Certificate.Subject, len(x.Chain), "CN=below")
+	}
 }

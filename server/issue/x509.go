@@ -54,6 +54,7 @@ type x509Signer struct {
 	notBefore time.Time
 	notAfter  time.Time
 	chain     [][]byte // what follows a leaf, DER
+	below     int      // how many CA certificates may follow its own; -1: any number
 	signed    *tally
 }
 
@@ -95,6 +96,15 @@ func newX509Signer(a *authority.X509) (*x509Signer, error) {
 		})
 	})
 	s.keyID = b.BytesOrPanic()
+	s.below = -1
+	for i, c := range append([]*x509.Certificate{a.Certificate}, a.Chain...) {
+		depth := max(i-1, 0) // of certificates between it and those to follow; the chain begins with its own again
+		if c.MaxPathLen > 0 || c.MaxPathLenZero {
+			if left := max(c.MaxPathLen-depth, 0); s.below < 0 || left < s.below {
+				s.below = left
+			}
+		}
+	}
 	for _, c := range a.Chain {
 		s.chain = append(s.chain, c.Raw)
 	}
@@ -144,7 +154,7 @@ func (i *Issuer) signX509(ctx context.Context, c certificate) (*X509SVID, error)
 	if err != nil {
 		return nil, err
 	}
-	if c.ca && s.Certificate.MaxPathLen == 0 && s.Certificate.MaxPathLenZero { // RFC 5280 §4.2.1.9
+	if c.ca && s.below == 0 {
 		return nil, invalid("the X.509 authority of this server may not sign others: its path length is 0")
 	}
 	now := i.now()
@@ -314,8 +324,8 @@ func (s *x509Signer) addExtensions(b *cryptobyte.Builder, c *certificate, subjec
 		addExtension(b, oidBasicConstraints, true, func(b *cryptobyte.Builder) { // RFC 5280 §4.2.1.9
 			b.AddASN1(asn1.SEQUENCE, func(b *cryptobyte.Builder) {
 				b.AddASN1Boolean(true)
-				if above := s.Certificate.MaxPathLen; above > 0 {
-					b.AddASN1Int64(int64(above - 1))
+				if s.below > 0 {
+					b.AddASN1Int64(int64(s.below - 1))
 				}
 			})
 		})

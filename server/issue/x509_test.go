@@ -489,6 +489,30 @@ func TestDownstreamCA_X16_RF07_ThePathLengthOfTheAuthorityIsHonoured(t *testing.
 	}
 }
 
+func TestDownstreamCA_X16_RF07_ThePathLengthOfEveryAuthorityAboveIsHonoured(t *testing.T) {
+	h := newHouse(t)
+	limited := func(most int) *authority.X509 {
+		return newX509Authority(t, newKey(t, elliptic.P256()), func(c *x509.Certificate) {
+			c.MaxPathLen, c.MaxPathLenZero = most, most == 0
+		})
+	}
+	for above, want := range map[int]int{3: 1, 2: 0, 1: -1} {
+		own, over := limited(-1), limited(above)
+		h.keys.set(&authority.X509{ID: "sub", Certificate: own.Certificate, Signer: own.Signer, Chain: []*x509.Certificate{own.Certificate, over.Certificate}})
+		svid, err := h.DownstreamCA(context.Background(), newCSR(t, nil), 0)
+		if want < 0 {
+			wantInvalid(t, err)
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := parse(t, svid.Chain[0]).MaxPathLen; got != want {
+			t.Errorf("two below path length %d it is %d, want %d", above, got, want)
+		}
+	}
+}
+
 func TestNodeIDsAreThoseOfAgents(t *testing.T) {
 	h := newHouse(t)
 	for _, id := range []spiffeid.ID{

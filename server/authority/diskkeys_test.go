@@ -21,11 +21,35 @@ import (
 
 func diskKeys(tb testing.TB, dir string) apiv1.KeyManager {
 	tb.Helper()
-	keys, err := authority.NewDiskKeys(dir)
+	return encryptedKeys(tb, dir, "")
+}
+
+func encryptedKeys(tb testing.TB, dir, secret string) apiv1.KeyManager {
+	tb.Helper()
+	keys, err := authority.NewDiskKeys(dir, secret)
 	if err != nil {
 		tb.Fatal(err)
 	}
+	tb.Cleanup(func() { keys.Close() })
 	return keys
+}
+
+// closed ends the use of a key manager, as the end of a server would.
+func closed(tb testing.TB, keys apiv1.KeyManager) {
+	tb.Helper()
+	if err := keys.Close(); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// sign signs something with a key on P-256, and checks the signature.
+func sign(signer crypto.Signer) error {
+	digest := sha256.Sum256([]byte("something"))
+	signature, err := signer.Sign(rand.Reader, digest[:], crypto.SHA256)
+	if err == nil && !ecdsa.VerifyASN1(signer.Public().(*ecdsa.PublicKey), digest[:], signature) {
+		err = errors.New("the signature does not verify")
+	}
+	return err
 }
 
 func createKey(tb testing.TB, keys apiv1.KeyManager, name string) crypto.PublicKey {
@@ -40,78 +64,79 @@ func createKey(tb testing.TB, keys apiv1.KeyManager, name string) crypto.PublicK
 // everyKeyManager runs a test with each of the key managers.
 func everyKeyManager(t *testing.T, test func(*testing.T, apiv1.KeyManager)) {
 	t.Run("disk", func(t *testing.T) { test(t, diskKeys(t, filepath.Join(t.TempDir(), "keys"))) })
+	t.Run("encrypted", func(t *testing.T) { test(t, encryptedKeys(t, filepath.Join(t.TempDir(), "keys"), secret)) })
 	t.Run("memory", func(t *testing.T) { test(t, authority.NewMemoryKeys()) })
 }
 
-func TestKeysThatWereMadeSign(t *testing.T) {
-	everyKeyManager(t, func(t *testing.T, keys apiv1.KeyManager) {
-		for name, req := range map[string]*apiv1.CreateKeyRequest{
-			"default":  {},
-			"ec-p256":  {SignatureAlgorithm: apiv1.ECDSAWithSHA256},
-			"ec-p384":  {SignatureAlgorithm: apiv1.ECDSAWithSHA384},
-			"rsa-2048": {SignatureAlgorithm: apiv1.SHA256WithRSA, Bits: 2048},
-		} {
-			req.Name = name
-			made, err := keys.CreateKey(req)
-			if err != nil {
-				t.Fatal(err)
-			}
-			signer, err := keys.CreateSigner(&made.CreateSignerRequest)
-			if err != nil {
-				t.Fatal(err)
-			}
-			public, err := keys.GetPublicKey(&apiv1.GetPublicKeyRequest{Name: made.Name})
-			if err != nil {
-				t.Fatal(err)
-			}
-			if !made.PublicKey.(interface{ Equal(crypto.PublicKey) bool }).Equal(public) {
-				t.Errorf("%s: GetPublicKey returned another key than CreateKey", name)
-			}
-			digest := sha256.Sum256([]byte(name))
-			signature, err := signer.Sign(rand.Reader, digest[:], crypto.SHA256)
-			if err != nil {
-				t.Fatal(err)
-			}
-			switch public := public.(type) {
-			case *ecdsa.PublicKey:
-				if !ecdsa.VerifyASN1(public, digest[:], signature) {
-					t.Errorf("%s: signature does not verify", name)
-				}
-				if want := map[bool]elliptic.Curve{true: elliptic.P384(), false: elliptic.P256()}[name == "ec-p384"]; public.Curve != want {
-					t.Errorf("%s: key is on curve %s", name, public.Curve.Params().Name)
-				}
-			case *rsa.PublicKey:
-				if err := rsa.VerifyPKCS1v15(public, crypto.SHA256, digest[:], signature); err != nil {
-					t.Errorf("%s: %v", name, err)
-				}
-				if public.N.BitLen() != 2048 {
-					t.Errorf("%s: key has %d bits", name, public.N.BitLen())
-				}
-			}
-		}
-	})
-}
+func TestKeysThatWereMadeSign(t *testing.T) { everyKeyManager(t, testKeysSign) }
 
-func TestAKeyIsMadeOnceAndDeletedOnce(t *testing.T) {
-	everyKeyManager(t, func(t *testing.T, keys apiv1.KeyManager) {
-		createKey(t, keys, "a")
-		if _, err := keys.CreateKey(&apiv1.CreateKeyRequest{Name: "a"}); !errors.Is(err, apiv1.AlreadyExistsError{}) {
-			t.Errorf("made a key twice: %v", err)
-		}
-		remove := func() error { return keys.(apiv1.KeyDeleter).DeleteKey(&apiv1.DeleteKeyRequest{Name: "a"}) }
-		if err := remove(); err != nil {
+func testKeysSign(t *testing.T, keys apiv1.KeyManager) {
+	for name, req := range map[string]*apiv1.CreateKeyRequest{
+		"default":  {},
+		"ec-p256":  {SignatureAlgorithm: apiv1.ECDSAWithSHA256},
+		"ec-p384":  {SignatureAlgorithm: apiv1.ECDSAWithSHA384},
+		"rsa-2048": {SignatureAlgorithm: apiv1.SHA256WithRSA, Bits: 2048},
+	} {
+		req.Name = name
+		made, err := keys.CreateKey(req)
+		if err != nil {
 			t.Fatal(err)
 		}
-		if err := remove(); !errors.Is(err, apiv1.NotFoundError{}) {
-			t.Errorf("deleted a key twice: %v", err)
+		signer, err := keys.CreateSigner(&made.CreateSignerRequest)
+		if err != nil {
+			t.Fatal(err)
 		}
-		if _, err := keys.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: "a"}); !errors.Is(err, apiv1.NotFoundError{}) {
-			t.Errorf("opened a deleted key: %v", err)
+		public, err := keys.GetPublicKey(&apiv1.GetPublicKeyRequest{Name: made.Name})
+		if err != nil {
+			t.Fatal(err)
 		}
-		if _, err := keys.GetPublicKey(&apiv1.GetPublicKeyRequest{Name: "a"}); !errors.Is(err, apiv1.NotFoundError{}) {
-			t.Errorf("read a deleted key: %v", err)
+		if !made.PublicKey.(interface{ Equal(crypto.PublicKey) bool }).Equal(public) {
+			t.Errorf("%s: GetPublicKey returned another key than CreateKey", name)
 		}
-	})
+		digest := sha256.Sum256([]byte(name))
+		signature, err := signer.Sign(rand.Reader, digest[:], crypto.SHA256)
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch public := public.(type) {
+		case *ecdsa.PublicKey:
+			if !ecdsa.VerifyASN1(public, digest[:], signature) {
+				t.Errorf("%s: signature does not verify", name)
+			}
+			if want := map[bool]elliptic.Curve{true: elliptic.P384(), false: elliptic.P256()}[name == "ec-p384"]; public.Curve != want {
+				t.Errorf("%s: key is on curve %s", name, public.Curve.Params().Name)
+			}
+		case *rsa.PublicKey:
+			if err := rsa.VerifyPKCS1v15(public, crypto.SHA256, digest[:], signature); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			if public.N.BitLen() != 2048 {
+				t.Errorf("%s: key has %d bits", name, public.N.BitLen())
+			}
+		}
+	}
+}
+
+func TestAKeyIsMadeOnceAndDeletedOnce(t *testing.T) { everyKeyManager(t, testKeyOnce) }
+
+func testKeyOnce(t *testing.T, keys apiv1.KeyManager) {
+	createKey(t, keys, "a")
+	if _, err := keys.CreateKey(&apiv1.CreateKeyRequest{Name: "a"}); !errors.Is(err, apiv1.AlreadyExistsError{}) {
+		t.Errorf("made a key twice: %v", err)
+	}
+	remove := func() error { return keys.(apiv1.KeyDeleter).DeleteKey(&apiv1.DeleteKeyRequest{Name: "a"}) }
+	if err := remove(); err != nil {
+		t.Fatal(err)
+	}
+	if err := remove(); !errors.Is(err, apiv1.NotFoundError{}) {
+		t.Errorf("deleted a key twice: %v", err)
+	}
+	if _, err := keys.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: "a"}); !errors.Is(err, apiv1.NotFoundError{}) {
+		t.Errorf("opened a deleted key: %v", err)
+	}
+	if _, err := keys.GetPublicKey(&apiv1.GetPublicKeyRequest{Name: "a"}); !errors.Is(err, apiv1.NotFoundError{}) {
+		t.Errorf("read a deleted key: %v", err)
+	}
 }
 
 func TestKeyNamesThatLeadElsewhereAreRefused(t *testing.T) {
@@ -133,24 +158,26 @@ func TestKeyNamesThatLeadElsewhereAreRefused(t *testing.T) {
 	})
 }
 
-func TestUnsupportedKeysAreRefused(t *testing.T) {
-	everyKeyManager(t, func(t *testing.T, keys apiv1.KeyManager) {
-		for _, req := range []*apiv1.CreateKeyRequest{
-			{Name: "a", SignatureAlgorithm: apiv1.SHA256WithRSA},
-			{Name: "a", SignatureAlgorithm: apiv1.SHA256WithRSA, Bits: 1024},
-			{Name: "a", SignatureAlgorithm: apiv1.SHA256WithRSA, Bits: 1 << 20},
-			{Name: "a", SignatureAlgorithm: apiv1.PureEd25519},
-		} {
-			if _, err := keys.CreateKey(req); err == nil {
-				t.Errorf("made a key of %s with %d bits", req.SignatureAlgorithm, req.Bits)
-			}
+func TestUnsupportedKeysAreRefused(t *testing.T) { everyKeyManager(t, testUnsupported) }
+
+func testUnsupported(t *testing.T, keys apiv1.KeyManager) {
+	for _, req := range []*apiv1.CreateKeyRequest{
+		{Name: "a", SignatureAlgorithm: apiv1.SHA256WithRSA},
+		{Name: "a", SignatureAlgorithm: apiv1.SHA256WithRSA, Bits: 1024},
+		{Name: "a", SignatureAlgorithm: apiv1.SHA256WithRSA, Bits: 1 << 20},
+		{Name: "a", SignatureAlgorithm: apiv1.PureEd25519},
+	} {
+		if _, err := keys.CreateKey(req); err == nil {
+			t.Errorf("made a key of %s with %d bits", req.SignatureAlgorithm, req.Bits)
 		}
-	})
+	}
 }
 
 func TestDiskKeysAreTheOwnersAloneAndSurviveARestart(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "data", "keys")
-	public := createKey(t, diskKeys(t, dir), "x509-1")
+	keys := diskKeys(t, dir)
+	public := createKey(t, keys, "x509-1")
+	closed(t, keys)
 	for path, want := range map[string]os.FileMode{dir: 0o700, filepath.Join(dir, "x509-1.pem"): 0o600} {
 		info, err := os.Stat(path)
 		if err != nil {
@@ -189,10 +216,11 @@ func TestDiskKeysThatOthersCanReadAreRefused(t *testing.T) {
 			t.Errorf("mode %04o: the key counts as lost", mode)
 		}
 	}
+	closed(t, keys)
 	if err := os.Chmod(dir, 0o750); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := authority.NewDiskKeys(dir); err == nil || !strings.Contains(err.Error(), "chmod 700 "+dir) {
+	if _, err := authority.NewDiskKeys(dir, ""); err == nil || !strings.Contains(err.Error(), "chmod 700 "+dir) {
 		t.Errorf("directory with mode 0750: got error %v, want one that says how to mend it", err)
 	}
 }
@@ -237,7 +265,9 @@ func TestDamagedKeyFilesAreNeitherKeysNorLost(t *testing.T) {
 
 func TestDiskKeysRemoveWhatACrashLeftHalfWritten(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "keys[1]*")
-	createKey(t, diskKeys(t, dir), "a")
+	before := diskKeys(t, dir)
+	createKey(t, before, "a")
+	closed(t, before)
 	half := filepath.Join(dir, ".new-0123")
 	if err := os.WriteFile(half, []byte("half"), 0o600); err != nil {
 		t.Fatal(err)
