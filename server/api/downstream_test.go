@@ -115,7 +115,7 @@ func TestADownstreamCALivesAsLongAsAskedButNotLongerThanTheAuthorityAbove(t *tes
 	request := func(ttl int32) *svidv1.NewDownstreamX509CARequest {
 		return &svidv1.NewDownstreamX509CARequest{Csr: newCSR(t, newKey(t)), PreferredTtl: ttl}
 	}
-	active, _, _ := w.authorities.State(registry.X509)
+	active, _, _ := w.own.State(registry.X509)
 	for ttl, want := range map[int32]time.Time{
 		3600:        time.Now().Add(time.Hour),
 		0:           active.ExpiresAt,
@@ -136,7 +136,7 @@ func TestADownstreamCALivesAsLongAsAskedButNotLongerThanTheAuthorityAbove(t *tes
 func TestAServerBelowLearnsAllRootsAbove(t *testing.T) {
 	w := newWorld(t)
 	client := svidv1.NewSVIDClient(w.connect(w.workload(w.newAgent(), "/below", func(e *types.Entry) { e.Downstream = true })))
-	next, err := w.authorities.Prepare(context.Background(), registry.X509)
+	next, err := w.own.Prepare(context.Background(), registry.X509)
 	must(t, err)
 	res, err := client.NewDownstreamX509CA(t.Context(), &svidv1.NewDownstreamX509CARequest{Csr: newCSR(t, newKey(t))})
 	must(t, err)

@@ -56,16 +56,16 @@ func wireID(id spiffeid.ID) *types.SPIFFEID {
 
 // world is a whole server, reached through its listeners.
 type world struct {
-	t           testing.TB
-	api         *api.API
-	registry    *registry.Registry
-	feed        *feed.Feed
-	authorities *authority.Authorities
-	address     string
-	socket      string
-	offset      atomic.Int64 // of the server's clock to the real one
-	log         *logBuffer
-	stop        func() error // stops serving and returns what Run returned
+	t        testing.TB
+	api      *api.API
+	registry *registry.Registry
+	feed     *feed.Feed
+	own      *authority.Authorities
+	address  string
+	socket   string
+	offset   atomic.Int64 // of the server's clock to the real one
+	log      *logBuffer
+	stop     func() error // stops serving and returns what Run returned
 }
 
 // newWorld starts a server. The functions may change what its API is made of.
@@ -84,7 +84,7 @@ func newWorld(t testing.TB, change ...func(*api.Options)) *world {
 	keys := authority.NewMemoryKeys()
 	authorities, err := authority.Open(t.Context(), authority.Options{Registry: w.registry, Keys: keys, TrustDomain: td, Server: "test", Now: now})
 	must(t, err)
-	w.authorities = authorities
+	w.own = authorities
 	w.feed = feed.New(feed.Options{Registry: w.registry, X509TTL: time.Hour, JWTTTL: 5 * time.Minute, Now: now})
 	o := api.Options{
 		Store:       db,

@@ -79,11 +79,17 @@ type latencies []time.Duration
 
 func (l latencies) report(b *testing.B) {
 	b.Helper()
+	l.reportAs(b, "")
+}
+
+// reportAs is report with names that begin in a way.
+func (l latencies) reportAs(b *testing.B, prefix string) {
+	b.Helper()
 	slices.Sort(l)
 	at := func(p float64) float64 { return float64(l[int(p*float64(len(l)-1))]) / 1e6 }
-	b.ReportMetric(at(0.50), "p50-ms")
-	b.ReportMetric(at(0.99), "p99-ms")
-	b.ReportMetric(at(1), "max-ms")
+	b.ReportMetric(at(0.50), prefix+"p50-ms")
+	b.ReportMetric(at(0.99), prefix+"p99-ms")
+	b.ReportMetric(at(1), prefix+"max-ms")
 }
 
 // perOp reports the CPU that a process used, per operation.
