@@ -261,16 +261,27 @@ func (a *app) authorityActivate() *cobra.Command {
 		Use:   "activate x509|jwt [ID]",
 		Short: "let the prepared key sign",
 		Long: "Activate lets the prepared authority of this server sign from now on; the active one\n" +
-			"becomes old. It does not wait for anyone to know the new one: \"rotate\" does.",
+			"becomes old. It does not wait for anyone to know the new one: \"rotate\" does. It says so\n" +
+			"and asks, where somebody can be asked.",
 		Example:           "  hallmark authority activate x509\n  hallmark authority activate jwt 4hXr",
 		Args:              arguments(1, 2, "x509 or jwt, and an ID"),
 		ValidArgsFunction: a.completeAuthorities("prepared"),
 	}
 	socket := socketFlag(cmd, serverSocket)
+	yes := yesFlag(cmd)
 	a.outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		kind, err := authorityKind(args[0])
 		if err != nil {
+			return err
+		}
+		warning := fmt.Sprintf("This lets the prepared %s authority of the server sign at once; the active one becomes old.\n"+
+			"Whoever does not have it in the bundle yet cannot verify what it signs; \"hallmark authority rotate %s\"\n"+
+			"waits until every connected agent has it.", args[0], args[0])
+		if *yes {
+			a.remark("%s", warning)
+		}
+		if err := a.confirm(*yes, false, warning); err != nil {
 			return err
 		}
 		return a.withAuthorities(cmd, *socket, func(ctx context.Context, c *admin) error {
