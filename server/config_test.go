@@ -77,7 +77,7 @@ func TestWhatCannotBeMeantIsRefusedWithItsPlaceAndARemedy(t *testing.T) {
 		{"admin_socket: /" + strings.Repeat("x", 120), "admin_socket is 121 bytes long and the kernel takes 107"},
 		{"store: {badger: {}, memory: {}}", "choose badger or memory"},
 		{"store: {badger: {memtable: 1}}", "memtable is 1 bytes"},
-		{"keys: {disk: {}, memory: {}}", "choose one of disk, kms and memory"},
+		{"keys: {disk: {}, memory: {}}", "choose disk, kms or memory"},
 		{"keys: {disk: {encryption: {}}}", "server.yaml:2:27: encryption names no secret; set secret_file"},
 		{"keys: {disk: {encryption: {secret_file: /a, secret_env: B}}}", "choose secret_file or secret_env"},
 		{"keys: {kms: {}}", "there is no uri; write pkcs11:"},

@@ -19,7 +19,7 @@ func (s *settings) checkKeys(wrong func(path, format string, args ...any)) {
 		}
 	}
 	if managers > 1 {
-		wrong("keys", "keys names %d key managers; choose one of disk, kms and memory", managers)
+		wrong("keys", "keys names more than one key manager; choose disk, kms or memory")
 	}
 	if d := s.Keys.Disk; d != nil && d.Encryption != nil {
 		switch e := d.Encryption; {

@@ -284,7 +284,7 @@ func (a *app) serverReencryptKeys() *cobra.Command {
 			"the configuration now says: encrypted with its secret, or not encrypted if it is not set.\n" +
 			"Files that are right stay as they are. It reads files that another secret encrypts with\n" +
 			"that in --old-secret-file. Each file is replaced in one step: if this ends early, run it\n" +
-			"again. The server must not run.",
+			"again. The server must not run. Run this as the server's user.",
 		Example: "  hallmark server reencrypt-keys -c /etc/hallmark/server.yaml\n  hallmark server reencrypt-keys -c /etc/hallmark/server.yaml --old-secret-file /root/old-secret",
 		Args:    noArguments,
 	}

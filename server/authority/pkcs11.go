@@ -1,4 +1,4 @@
-//go:build pkcs11
+//go:build pkcs11 && cgo
 
 package authority
 
@@ -237,11 +237,12 @@ func (k *pkcs11Keys) DeleteKey(req *apiv1.DeleteKeyRequest) error {
 func (k *pkcs11Keys) Close() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.failure, k.final = errors.New("the key manager was closed"), true
 	if k.token == nil {
 		return nil
 	}
 	err := k.token.Close()
-	k.token, k.failure, k.final = nil, errors.New("the key manager was closed"), true
+	k.token = nil
 	return err
 }
 

@@ -1,4 +1,4 @@
-//go:build pkcs11
+//go:build pkcs11 && cgo
 
 package authority_test
 
@@ -159,4 +159,28 @@ func TestPKCS11_ErrorsSayWhatIsWrong(t *testing.T) {
 	expectError(t, err, "open the PKCS #11 token")
 	k.BringBack(t)
 	k.open()
+}
+
+func TestPKCS11_ARefusedPINIsNotTriedAgain(t *testing.T) {
+	k := newToken(t)
+	keys := k.open()
+	createKey(t, keys, "a")
+	signer, err := keys.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: "a"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.Replace(t, "999999")
+	if err := sign(signer); !errors.Is(err, authority.ErrKeysUnavailable) || !strings.Contains(err.Error(), "PIN") {
+		t.Errorf("with another PIN: %v", err)
+	}
+	k.log.await(t, 1, "the PKCS #11 token refuses the PIN; it is not tried again until the server is restarted")
+	k.BringBack(t)
+	// Longer than the wait between two tries.
+	for end := time.Now().Add(1200 * time.Millisecond); time.Now().Before(end); {
+		if keys.(interface{ Available() error }).Available() == nil {
+			t.Fatal("the PIN was tried again")
+		}
+	}
+	closed(t, keys)
+	expectKey(t, k.open(), "a", signer.Public())
 }

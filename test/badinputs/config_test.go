@@ -34,7 +34,7 @@ var configs = []struct {
 	{"server", "empty data_dir", "trust_domain: a\ndata_dir: \"\"\n", []string{"data_dir is empty", "the default is"}},
 	{"server", "socket path too long", "trust_domain: a\nadmin_socket: /" + strings.Repeat("a", 120) + "\n", []string{"121 bytes long", "choose a shorter path"}},
 	{"server", "two stores", "trust_domain: a\nstore: {badger: {}, memory: {}}\n", []string{"names two engines", "choose badger or memory"}},
-	{"server", "two key managers", "trust_domain: a\nkeys: {disk: {}, memory: {}}\n", []string{"names two key managers", "choose disk or memory"}},
+	{"server", "two key managers", "trust_domain: a\nkeys: {disk: {}, memory: {}}\n", []string{"names more than one key manager", "choose disk, kms or memory"}},
 	{"server", "tiny memtable", "trust_domain: a\nstore: {badger: {memtable: 1}}\n", []string{"memtable is 1 bytes", "between"}},
 	{"server", "unknown key type", "trust_domain: a\nx509: {key_type: dsa}\n", []string{"dsa", "ec-p256"}},
 	{"server", "lifetime without unit", "trust_domain: a\nx509: {svid_lifetime: 90}\n", []string{"has no unit", "write 90s"}},

@@ -30,11 +30,16 @@ func NewSoftHSM(t *testing.T) *SoftHSM {
 	must(t, os.WriteFile(h.PINFile, []byte(h.PIN+"\n"), 0o600))
 	must(t, os.WriteFile(conf, fmt.Appendf(nil, "directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\n", h.tokens), 0o600))
 	t.Setenv("SOFTHSM2_CONF", conf)
-	out, err := exec.Command("softhsm2-util", "--init-token", "--free", "--label", "hallmark", "--pin", h.PIN, "--so-pin", "5678").CombinedOutput()
+	h.init(t, h.PIN)
+	return h
+}
+
+func (h *SoftHSM) init(t *testing.T, pin string) {
+	t.Helper()
+	out, err := exec.Command("softhsm2-util", "--init-token", "--free", "--label", "hallmark", "--pin", pin, "--so-pin", "5678").CombinedOutput()
 	if err != nil {
 		t.Fatalf("softhsm2-util: %v\n%s", err, out)
 	}
-	return h
 }
 
 // TakeAway makes the token go, as when it is pulled out.
@@ -43,8 +48,17 @@ func (h *SoftHSM) TakeAway(t *testing.T) {
 	must(t, os.Rename(h.tokens, h.tokens+".away"))
 }
 
-// BringBack undoes TakeAway.
+// Replace puts another token of the same label, with another PIN, in its place.
+func (h *SoftHSM) Replace(t *testing.T, pin string) {
+	t.Helper()
+	h.TakeAway(t)
+	must(t, os.Mkdir(h.tokens, 0o700))
+	h.init(t, pin)
+}
+
+// BringBack undoes TakeAway and Replace.
 func (h *SoftHSM) BringBack(t *testing.T) {
 	t.Helper()
+	must(t, os.RemoveAll(h.tokens))
 	must(t, os.Rename(h.tokens+".away", h.tokens))
 }
