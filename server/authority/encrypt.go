@@ -20,8 +20,9 @@ import (
 //
 // workFactor is the binary logarithm of scrypt's cost: 32 MiB and a twentieth
 // of a second. It is for secrets that somebody thought up; one from a random
-// generator needs none. A file that asks for more is refused.
-const workFactor = 15
+// generator needs none. A file that asks for more is refused. (A variable, so
+// that the tests of this package, which open very many files, ask for less.)
+var workFactor = 15
 
 var errWrongSecret = errors.New("it was encrypted with another secret than the configured one")
 

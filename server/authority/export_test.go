@@ -1,0 +1,3 @@
+package authority
+
+func init() { workFactor = 10 }
