@@ -80,7 +80,7 @@ type Stream struct {
 // changes. The first message waits until all X509-SVIDs are signed, or cannot
 // be. Encode returns nil while there is nothing that may be sent.
 func (s Share) Follow(ctx context.Context, to Stream, encode func(*held.Update) endpoint.Encoded) error {
-	sub := s.Held.Subscribe(s.Selectors)
+	sub := s.Held.Subscribe(ctx, s.Selectors)
 	defer sub.Close()
 	var (
 		sent endpoint.Encoded

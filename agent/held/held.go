@@ -31,6 +31,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/digest"
 	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/pkg/selector"
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 )
 
 // Signer obtains SVIDs from the server. All methods may be called concurrently.
@@ -77,9 +78,10 @@ type Options struct {
 	// them, and kept after; 0 is [DefaultLimit]. Those of workloads that are
 	// being served are held in any case.
 	Limit   int
-	Now     func() time.Time // nil is time.Now
-	Log     *slog.Logger     // nil is silent
-	Metrics *metrics.Metrics // nil: none
+	Now     func() time.Time  // nil is time.Now
+	Log     *slog.Logger      // nil is silent
+	Metrics *metrics.Metrics  // nil: none
+	Traces  *telemetry.Traces // nil: none
 }
 
 // DefaultLimit is how many X509-SVIDs are held unasked: a busy node's worth.
@@ -108,6 +110,7 @@ type Held struct {
 	now         func() time.Time
 	log         *slog.Logger
 	metrics     *metrics.Metrics
+	traces      *telemetry.Traces
 
 	wake    chan struct{}   // of Run
 	ctx     context.Context // of signing JWT-SVIDs, which several callers may wait for
@@ -140,6 +143,7 @@ func New(o Options) *Held {
 		now:         o.Now,
 		log:         o.Log,
 		metrics:     o.Metrics,
+		traces:      o.Traces,
 		wake:        make(chan struct{}, 1),
 		first:       make(chan struct{}),
 		tickets:     make(chan struct{}, maxFlights),

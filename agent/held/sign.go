@@ -12,6 +12,7 @@ import (
 	mathrand "math/rand/v2"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/hallmark-id/hallmark/pkg/entry"
@@ -70,6 +71,7 @@ type job struct {
 	s     *slot
 	entry *entry.Entry // as it was when it was asked for
 	key   *ecdsa.PrivateKey
+	asker trace.Span // nil: none
 }
 
 // step does what is due now. It returns what is to be signed now, and how long
@@ -145,7 +147,8 @@ func (h *Held) takeBatch(now time.Time) []job {
 	for len(jobs) < most && c.ready.Len() > 0 && (c.ready.slots[0].urgency() == background) == patient {
 		s := c.ready.take()
 		s.signing = true
-		jobs = append(jobs, job{s: s, entry: s.entry})
+		jobs = append(jobs, job{s: s, entry: s.entry, asker: s.asker})
+		s.asker = nil
 		h.reschedule(s, now)
 	}
 	c.calls++
@@ -154,6 +157,15 @@ func (h *Held) takeBatch(now time.Time) []job {
 
 // sign has one batch signed.
 func (h *Held) sign(ctx context.Context, jobs []job) {
+	var asker trace.SpanContext // one of many; the others have waited as long
+	for _, j := range jobs {
+		if j.asker != nil {
+			asker = j.asker.SpanContext()
+			break
+		}
+	}
+	ctx, span := h.traces.Root(ctx, "sign X509-SVIDs", asker)
+	defer span.End()
 	svids, errs, err := h.request(ctx, jobs)
 	if ctx.Err() != nil {
 		return // not the server's failure

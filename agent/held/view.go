@@ -2,6 +2,7 @@ package held
 
 import (
 	"container/list"
+	"context"
 	"encoding/binary"
 	"iter"
 	"slices"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/entry"
@@ -116,16 +118,19 @@ type Subscription struct {
 }
 
 // Subscribe follows X509-SVIDs and bundles. While it is open, X509-SVIDs of
-// all entries that match are signed and renewed.
-func (h *Held) Subscribe(selectors selector.Set) *Subscription { return h.subscribe(selectors, true) }
+// all entries that match are signed and renewed. The context says in which
+// trace a workload waits for them, and nothing else.
+func (h *Held) Subscribe(ctx context.Context, selectors selector.Set) *Subscription {
+	return h.subscribe(selectors, true, trace.SpanFromContext(ctx))
+}
 
 // SubscribeBundles follows the entries that match and their bundles. It is not
 // woken for X509-SVIDs and does not ask for any.
 func (h *Held) SubscribeBundles(selectors selector.Set) *Subscription {
-	return h.subscribe(selectors, false)
+	return h.subscribe(selectors, false, nil)
 }
 
-func (h *Held) subscribe(selectors selector.Set, x509 bool) *Subscription {
+func (h *Held) subscribe(selectors selector.Set, x509 bool, asker trace.Span) *Subscription {
 	c := make(chan struct{}, 1)
 	s := &Subscription{C: c, h: h, c: c, x509: x509}
 	h.mu.Lock()
@@ -135,6 +140,13 @@ func (h *Held) subscribe(selectors selector.Set, x509 bool) *Subscription {
 	s.v.subscribers[s] = struct{}{}
 	if x509 {
 		h.want(s.v, +1)
+		if asker.IsRecording() {
+			for _, wanted := range s.v.matched {
+				if wanted.svid == nil {
+					wanted.asker = asker
+				}
+			}
+		}
 	}
 	return s
 }

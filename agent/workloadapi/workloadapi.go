@@ -25,6 +25,7 @@ import (
 	"github.com/hallmark-id/hallmark/agent/metrics"
 	agentworkload "github.com/hallmark-id/hallmark/agent/workload"
 	"github.com/hallmark-id/hallmark/pkg/selector"
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 )
 
 // SocketMode is the mode of the socket: every local user may ask; who gets
@@ -38,15 +39,16 @@ const Header = "workload.spiffe.io"
 // needs a few.
 const maxStreams = 100
 
-// Options of [New]. All but Limits, Now, Log and Metrics are required.
+// Options of [New]. All but Limits, Now, Log, Metrics and Traces are required.
 type Options struct {
 	Listener net.Listener // of a Unix socket; [peercred.Listen] with SocketMode
 	Held     *held.Held
 	Attestor *agentworkload.Attestor
 	Limits   endpoint.Limits
-	Now      func() time.Time // nil is time.Now
-	Log      *slog.Logger     // nil is silent
-	Metrics  *metrics.Metrics // nil: none
+	Now      func() time.Time  // nil is time.Now
+	Log      *slog.Logger      // nil is silent
+	Metrics  *metrics.Metrics  // nil: none
+	Traces   *telemetry.Traces // nil: none
 }
 
 // Server serves the Workload API.
@@ -54,13 +56,14 @@ type Server struct {
 	workload.UnimplementedSpiffeWorkloadAPIServer // the WIT methods
 
 	*endpoint.Endpoint
-	held *held.Held
-	now  func() time.Time
+	held   *held.Held
+	now    func() time.Time
+	traces *telemetry.Traces
 }
 
 // New makes a server. [Server.Run] closes the listener.
 func New(o Options) *Server {
-	s := &Server{held: o.Held, now: o.Now}
+	s := &Server{held: o.Held, now: o.Now, traces: o.Traces}
 	if s.now == nil {
 		s.now = time.Now
 	}
@@ -70,6 +73,7 @@ func New(o Options) *Server {
 	s.Endpoint = endpoint.New(endpoint.Options{
 		Listener: o.Listener, Held: o.Held, Attestor: o.Attestor, Limits: o.Limits, MaxStreams: maxStreams, Header: Header,
 		Calls: o.Metrics.Calls, Streams: o.Metrics.Streams, Now: o.Now, Log: o.Log,
+		Traces: o.Traces,
 	})
 	return s
 }

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/crypto/cryptobyte"
 	"golang.org/x/crypto/cryptobyte/asn1"
 
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/server/authority"
 )
 
@@ -97,6 +98,8 @@ func newJWTSigner(a *authority.JWT) (*jwtSigner, error) {
 
 // signJWT builds a JWT-SVID, signs and records it.
 func (i *Issuer) signJWT(ctx context.Context, t token) (*JWTSVID, error) {
+	ctx, span := telemetry.Span(ctx, "sign JWT")
+	defer span.End()
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
