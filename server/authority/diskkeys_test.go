@@ -42,16 +42,6 @@ func closed(tb testing.TB, keys apiv1.KeyManager) {
 	}
 }
 
-// sign signs something with a key on P-256, and checks the signature.
-func sign(signer crypto.Signer) error {
-	digest := sha256.Sum256([]byte("something"))
-	signature, err := signer.Sign(rand.Reader, digest[:], crypto.SHA256)
-	if err == nil && !ecdsa.VerifyASN1(signer.Public().(*ecdsa.PublicKey), digest[:], signature) {
-		err = errors.New("the signature does not verify")
-	}
-	return err
-}
-
 func createKey(tb testing.TB, keys apiv1.KeyManager, name string) crypto.PublicKey {
 	tb.Helper()
 	made, err := keys.CreateKey(&apiv1.CreateKeyRequest{Name: name})

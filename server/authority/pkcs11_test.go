@@ -4,6 +4,10 @@ package authority_test
 
 import (
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/sha256"
 	"errors"
 	"log/slog"
 	"os/exec"
@@ -183,4 +187,14 @@ func TestPKCS11_ARefusedPINIsNotTriedAgain(t *testing.T) {
 	}
 	closed(t, keys)
 	expectKey(t, k.open(), "a", signer.Public())
+}
+
+// sign signs something with a key on P-256, and checks the signature.
+func sign(signer crypto.Signer) error {
+	digest := sha256.Sum256([]byte("something"))
+	signature, err := signer.Sign(rand.Reader, digest[:], crypto.SHA256)
+	if err == nil && !ecdsa.VerifyASN1(signer.Public().(*ecdsa.PublicKey), digest[:], signature) {
+		err = errors.New("the signature does not verify")
+	}
+	return err
 }
