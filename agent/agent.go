@@ -110,7 +110,8 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 	f := feed.New(feed.Options{TrustDomain: s.td, Node: n, Held: h, Log: log})
 	attestor := workload.New(workload.Options{Attestors: s.workloads, Log: log, Metrics: counted})
 	api := workloadapi.New(workloadapi.Options{
-		Listener: workloads, Held: h, Attestor: attestor, Limits: s.Limits.endpoint(), Log: log, Metrics: counted,
+		Listener: workloads, Held: h, Attestor: attestor, Limits: s.Limits.endpoint(),
+		WIT: s.Experimental.WIT, Log: log, Metrics: counted,
 	})
 	console := admin.New(admin.Options{
 		Listener: operators, TrustDomain: s.td, Server: s.Server, Held: h, Attestor: attestor, Log: log,

@@ -109,6 +109,7 @@ type Config struct {
 // ExperimentalConfig switches on what may change incompatibly. Default: nothing.
 type ExperimentalConfig struct {
 	Broker bool `yaml:"broker"` // the SPIFFE Broker API; docs/broker.md
+	WIT    bool `yaml:"wit"`    // WIT-SVIDs, if the server issues them; docs/wit.md
 }
 
 // LimitsConfig bounds what processes can make the agent do through each of its

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"errors"
 	"net"
 	"net/netip"
@@ -15,6 +16,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/peercred"
 	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/server/authority"
+	"github.com/hallmark-id/hallmark/server/issue"
 )
 
 // Config is a server's configuration, as server.yaml has it. Only trust_domain
@@ -54,6 +56,10 @@ type Config struct {
 	X509 X509Config `yaml:"x509"` // authorities and SVIDs of X.509
 	JWT  JWTConfig  `yaml:"jwt"`  // authorities and SVIDs of JWT
 
+	// WIT is about authorities and SVIDs of WIT, which experimental.wit switches
+	// on.
+	WIT *WITConfig `yaml:"wit"`
+
 	// NodeAttestors says how nodes may attest. Default: join_token alone.
 	NodeAttestors *NodeAttestorsConfig `yaml:"node_attestors"`
 
@@ -69,6 +75,17 @@ type Config struct {
 
 	// Log is about the log, on the standard error. SIGHUP reloads its level.
 	Log config.Log `yaml:"log"`
+
+	// Experimental switches on what follows standards that may still change.
+	Experimental ExperimentalConfig `yaml:"experimental"`
+}
+
+// ExperimentalConfig switches on what follows standards that may still change,
+// and may change with them from one version to the next.
+type ExperimentalConfig struct {
+	// WIT makes the server have WIT authorities and issue WIT-SVIDs. Switching it
+	// off takes them out of the bundle: what they signed verifies no more.
+	WIT bool `yaml:"wit"`
 }
 
 // StoreConfig says where the registry is kept: one of its fields is set.
@@ -163,6 +180,18 @@ type JWTConfig struct {
 	Issuer string `yaml:"issuer" env:"expand"`
 }
 
+// WITConfig is about WIT authorities and WIT-SVIDs.
+type WITConfig struct {
+	// KeyType is that of new authorities: ec-p256 (the default), ec-p384,
+	// rsa-2048 or rsa-4096.
+	KeyType authority.KeyType `yaml:"key_type"`
+	// AuthorityLifetime is that of new authorities; at least twice
+	// svid_lifetime. Default 24h.
+	AuthorityLifetime config.Duration `yaml:"authority_lifetime"`
+	// SVIDLifetime is that of WIT-SVIDs. Default 1h.
+	SVIDLifetime config.Duration `yaml:"svid_lifetime"`
+}
+
 // LimitsConfig bounds what callers can make the server do. 0 is the default.
 type LimitsConfig struct {
 	// Connections over TCP at once; each takes a file descriptor. Default 15000.
@@ -233,6 +262,13 @@ func load(src config.Source) (*settings, error) {
 	if s.Keys.Disk != nil && s.Keys.Disk.Dir == "" {
 		s.Keys.Disk.Dir = filepath.Join(s.DataDir, "keys")
 	}
+	if s.WIT == nil {
+		s.WIT = &WITConfig{}
+	} else if !s.Experimental.WIT {
+		return s, src.Errorf("wit", "wit says how WIT-SVIDs are issued, but they are not; set wit in experimental, or remove this")
+	}
+	s.WIT.AuthorityLifetime = cmp.Or(s.WIT.AuthorityLifetime, config.Duration(authority.DefaultLifetime))
+	s.WIT.SVIDLifetime = cmp.Or(s.WIT.SVIDLifetime, config.Duration(issue.DefaultWITTTL))
 	return s, s.check(src)
 }
 
@@ -323,6 +359,7 @@ func (s *settings) checkLifetimes(wrong func(path, format string, args ...any)) 
 		{"x509.svid_lifetime", s.X509.SVIDLifetime, "x509.authority_lifetime", s.X509.AuthorityLifetime},
 		{"x509.agent_lifetime", s.X509.AgentLifetime, "x509.authority_lifetime", s.X509.AuthorityLifetime},
 		{"jwt.svid_lifetime", s.JWT.SVIDLifetime, "jwt.authority_lifetime", s.JWT.AuthorityLifetime},
+		{"wit.svid_lifetime", s.WIT.SVIDLifetime, "wit.authority_lifetime", s.WIT.AuthorityLifetime},
 	} {
 		switch d := time.Duration(l.lifetime); {
 		case d < time.Second:
@@ -339,6 +376,7 @@ func (s *settings) checkLifetimes(wrong func(path, format string, args ...any)) 
 	}{
 		{"x509.authority_lifetime", s.X509.AuthorityLifetime},
 		{"jwt.authority_lifetime", s.JWT.AuthorityLifetime},
+		{"wit.authority_lifetime", s.WIT.AuthorityLifetime},
 	} {
 		if d := time.Duration(l.lifetime); d < authority.MinLifetime || d > authority.MaxLifetime {
 			wrong(l.path, "%s is %v; it is between %v and %v", l.path, l.lifetime, config.Duration(authority.MinLifetime), config.Duration(authority.MaxLifetime))

@@ -26,7 +26,7 @@ func readiness(asked, running context.Context, st store.Store, authorities *auth
 		return fmt.Errorf("the store cannot be read: %w", err)
 	}
 	now := time.Now()
-	for _, kind := range []registry.AuthorityKind{registry.X509, registry.JWT} {
+	for _, kind := range authorities.Kinds() {
 		switch active, _, _ := authorities.State(kind); {
 		case active == nil:
 			return fmt.Errorf("there is no active %v authority", kind)
@@ -50,7 +50,7 @@ func state(reg *registry.Registry, pushes *feed.Feed, authorities *authority.Aut
 		AgentsBehind:  pushes.Behind(),
 		AuthorityEnds: make(map[string]time.Time),
 	}
-	for _, kind := range []registry.AuthorityKind{registry.X509, registry.JWT} {
+	for _, kind := range authorities.Kinds() {
 		if active, _, _ := authorities.State(kind); active != nil {
 			s.AuthorityEnds[kind.String()] = active.ExpiresAt
 		}

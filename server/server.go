@@ -145,6 +145,9 @@ func (s *settings) openAuthorities(ctx context.Context, reg *registry.Registry, 
 		JWTLifetime:  time.Duration(s.JWT.AuthorityLifetime),
 		X509KeyType:  s.X509.KeyType,
 		JWTKeyType:   s.JWT.KeyType,
+		WIT:          s.Experimental.WIT,
+		WITLifetime:  time.Duration(s.WIT.AuthorityLifetime),
+		WITKeyType:   s.WIT.KeyType,
 		Log:          log,
 	})
 }
@@ -162,6 +165,7 @@ func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *a
 			Metrics:     counted,
 			X509TTL:     x509TTL,
 			JWTTTL:      jwtTTL,
+			WITTTL:      time.Duration(s.WIT.SVIDLifetime),
 			AgentTTL:    time.Duration(s.X509.AgentLifetime),
 			JWTIssuer:   s.JWT.Issuer,
 		}),
@@ -178,7 +182,7 @@ func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *a
 
 // describe says what a server has, for the log.
 func describe(reg *registry.Registry, authorities *authority.Authorities) (attrs []any) {
-	for _, kind := range []registry.AuthorityKind{registry.X509, registry.JWT} {
+	for _, kind := range authorities.Kinds() {
 		if active, _, _ := authorities.State(kind); active != nil {
 			attrs = append(attrs, kind.String()+"_authority", active.ID)
 		}

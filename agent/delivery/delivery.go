@@ -5,7 +5,8 @@
 // sent, and what it is made of, is the same and is here.
 //
 // A [Share] says what may be had: [Share.Follow] streams X509-SVIDs,
-// [Share.FollowBundles] bundles, [Share.JWTs] has JWT-SVIDs signed.
+// [Share.FollowWIT] WIT-SVIDs, [Share.FollowBundles] bundles, [Share.JWTs] has
+// JWT-SVIDs signed.
 package delivery
 
 import (
@@ -25,8 +26,8 @@ import (
 )
 
 const (
-	// firstWait is how long a stream waits for X509-SVIDs that are being
-	// signed before it sends its first message without them, or ends.
+	// firstWait is how long a stream waits for SVIDs that are being signed
+	// before it sends its first message without them, or ends.
 	firstWait = 10 * time.Second
 	// replaceWait is how long a stream whose only identity was taken away
 	// stays open for another that is being signed. No message says "none"
@@ -34,7 +35,7 @@ const (
 	replaceWait = time.Second
 )
 
-var errNotSigned = status.Error(codes.Unavailable, "no X509-SVID could be signed yet; try again later")
+var errNotSigned = status.Error(codes.Unavailable, "no SVID could be signed yet; try again later")
 
 // ErrNone says that nothing is there to be had.
 var ErrNone = errors.New("no entry matches")
@@ -80,7 +81,23 @@ type Stream struct {
 // changes. The first message waits until all X509-SVIDs are signed, or cannot
 // be. Encode returns nil while there is nothing that may be sent.
 func (s Share) Follow(ctx context.Context, to Stream, encode func(*held.Update) endpoint.Encoded) error {
-	sub := s.Held.Subscribe(s.Selectors)
+	return s.follow(ctx, to, s.Held.Subscribe, func(u *held.Update) state {
+		return state{none: len(u.Identities) == 0, message: encode(u), ready: u.Ready}
+	})
+}
+
+// state is what a stream of SVIDs has to say of an update.
+type state struct {
+	none    bool             // no identity is there
+	message endpoint.Encoded // nil: there is nothing that may be sent
+	ready   bool             // nothing better is to be had at once
+	never   error            // why nothing will be there soon; nil: it may
+}
+
+// follow sends what a subscription's updates say, now and whenever that
+// changes. The first message waits until all SVIDs are signed, or cannot be.
+func (s Share) follow(ctx context.Context, to Stream, subscribe func(selector.Set) *held.Subscription, read func(*held.Update) state) error {
+	sub := subscribe(s.Selectors)
 	defer sub.Close()
 	var (
 		sent endpoint.Encoded
@@ -92,17 +109,18 @@ func (s Share) Follow(ctx context.Context, to Stream, encode func(*held.Update) 
 			return err
 		}
 		u := s.of(sub.Update())
-		if len(u.Identities) == 0 && to.None != nil {
-			return to.None()
-		}
-		message := encode(u)
+		is := read(u)
 		switch {
-		case message != nil && (sent != nil || u.Ready || over):
-			if err := to.send(message, &sent, u); err != nil {
+		case is.none && to.None != nil:
+			return to.None()
+		case is.never != nil:
+			return is.never
+		case is.message != nil && (sent != nil || is.ready || over):
+			if err := to.send(is.message, &sent, u); err != nil {
 				return err
 			}
 			wait, over = nil, false
-		case over, sent != nil && u.Ready:
+		case over, sent != nil && is.ready:
 			return errNotSigned
 		case wait == nil && sent == nil:
 			wait = time.After(firstWait)

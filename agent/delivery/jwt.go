@@ -35,7 +35,7 @@ type JWT struct {
 // its place. The error is one for the caller, or [ErrNone].
 func (s Share) JWTs(ctx context.Context, id spiffeid.ID, audience []string) ([]JWT, error) {
 	for range maxRematches {
-		entries := s.identities(id)
+		entries := identities(s.Look(), id)
 		if len(entries) == 0 {
 			return nil, ErrNone
 		}
@@ -52,10 +52,10 @@ func (s Share) JWTs(ctx context.Context, id spiffeid.ID, audience []string) ([]J
 	return nil, errNoJWT
 }
 
-// identities returns the entries that there are JWT-SVIDs of: those with the
-// SPIFFE ID, if one is given.
-func (s Share) identities(id spiffeid.ID) []*entry.Entry {
-	entries := s.Look().Entries
+// identities returns the entries of an update that there are tokens of: those
+// with the SPIFFE ID, if one is given, and of those with one hint the oldest.
+func identities(u *held.Update, id spiffeid.ID) []*entry.Entry {
+	entries := u.Entries
 	if !id.IsZero() {
 		var of []*entry.Entry
 		for _, e := range entries {

@@ -94,12 +94,18 @@ func (s *step) readBundle(record *hallmarkv1.Bundle) (*bundle.Bundle, error) {
 			readable.X509Authorities = append(readable.X509Authorities, a)
 		}
 	}
-	for _, a := range record.JwtAuthorities {
+	readable.JwtAuthorities = readableKeys(record.JwtAuthorities)
+	readable.WitAuthorities = readableKeys(record.WitAuthorities)
+	return bundle.FromRecord(readable)
+}
+
+func readableKeys(as []*hallmarkv1.JWTAuthority) (readable []*hallmarkv1.JWTAuthority) {
+	for _, a := range as {
 		if _, err := x509.ParsePKIXPublicKey(a.PublicKey); err == nil {
-			readable.JwtAuthorities = append(readable.JwtAuthorities, a)
+			readable = append(readable, a)
 		}
 	}
-	return bundle.FromRecord(readable)
+	return readable
 }
 
 // unread is the entries that the server counts among this agent's and the agent

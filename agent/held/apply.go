@@ -53,7 +53,9 @@ func (h *Held) Apply(c Change) {
 			v.changed()
 		}
 	}
-	h.schedule.serverIsBack(now)
+	for k := range kinds {
+		h.schedules[k].serverIsBack(now)
+	}
 	h.poke()
 }
 
@@ -85,6 +87,7 @@ func (h *Held) putEntry(e *entry.Entry, rematch map[*view]struct{}) {
 	}
 	if s == nil {
 		s = &slot{entry: e, views: make(map[*view]struct{})}
+		h.credential(s, x509Kind)
 		h.slots[e.ID] = s
 	} else {
 		h.unindex(s)
@@ -92,12 +95,14 @@ func (h *Held) putEntry(e *entry.Entry, rematch map[*view]struct{}) {
 		for v := range s.views {
 			rematch[v] = struct{}{}
 		}
-		if s.entry.SPIFFEID != e.SPIFFEID {
-			s.svid = nil // an identity that was taken away
+		for c := range s.held() {
+			if s.entry.SPIFFEID != e.SPIFFEID {
+				c.svid = nil // an identity that was taken away
+			}
+			c.settle() // what failed for the old one may succeed now
 		}
 		h.jwts.drop(s)
 		s.entry = e
-		s.settle() // what failed for the old one may succeed now
 	}
 	h.sum.AddEntry(e.ID, e.RevisionNumber, unix(e.CreatedAt))
 	h.addIndex(s)
@@ -126,7 +131,6 @@ func (h *Held) removeEntry(s *slot, rematch map[*view]struct{}) {
 	h.unindex(s)
 	h.sum.SubEntry(s.entry.ID, s.entry.RevisionNumber, unix(s.entry.CreatedAt))
 	h.jwts.drop(s)
-	s.svid = nil
 	s.gone = true
 	h.place(s)
 }
@@ -215,13 +219,15 @@ func (h *Held) bundleChanged(td spiffeid.TrustDomain, b *bundle.Bundle) {
 	h.jwts.recheck(h.trust)
 	now := h.now()
 	for _, s := range h.slots {
-		if s.svid == nil {
-			continue
-		}
-		if distrusted := h.trust.distrusts(s.svid); distrusted != s.distrusted {
-			s.distrusted = distrusted
-			s.settle()
-			h.reschedule(s, now)
+		for c := range s.held() {
+			if c.svid == nil {
+				continue
+			}
+			if distrusted := c.svid.distrusted(h.trust); distrusted != c.distrusted {
+				c.distrusted = distrusted
+				c.settle()
+				h.reschedule(c, now)
+			}
 		}
 	}
 }
@@ -231,8 +237,11 @@ func sameBundle(a, b *bundle.Bundle) bool {
 		slices.EqualFunc(a.X509Authorities, b.X509Authorities, func(x, y bundle.X509Authority) bool {
 			return x.Tainted == y.Tainted && x.Certificate.Equal(y.Certificate)
 		}) &&
-		slices.EqualFunc(a.JWTAuthorities, b.JWTAuthorities, func(x, y bundle.JWTAuthority) bool {
-			key, ok := x.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
-			return x.KeyID == y.KeyID && x.Tainted == y.Tainted && x.ExpiresAt.Equal(y.ExpiresAt) && ok && key.Equal(y.PublicKey)
-		})
+		slices.EqualFunc(a.JWTAuthorities, b.JWTAuthorities, sameKey) &&
+		slices.EqualFunc(a.WITAuthorities, b.WITAuthorities, sameKey)
+}
+
+func sameKey(a, b bundle.JWTAuthority) bool {
+	key, ok := a.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
+	return a.KeyID == b.KeyID && a.Tainted == b.Tainted && a.ExpiresAt.Equal(b.ExpiresAt) && ok && key.Equal(b.PublicKey)
 }

@@ -6,7 +6,8 @@
 // wanted, renews it in time, and drops what is no longer the node's to give.
 // Readers come with the selectors that a workload was attested to have:
 // [Held.Look] returns what they entitle to, [Held.Subscribe] keeps X509-SVIDs
-// for them and says when anything changed, [Held.JWT] returns a JWT-SVID.
+// for them and says when anything changed, [Held.SubscribeWIT] does so with
+// WIT-SVIDs, and [Held.JWT] returns a JWT-SVID.
 //
 // Private keys are made here, one for each issuance, and stay in memory.
 //
@@ -38,11 +39,13 @@ type Signer interface {
 	// SignX509 signs X509-SVIDs for up to [MaxBatch] entries. It returns one
 	// result for each request, in their order, or an error for the whole call.
 	SignX509(ctx context.Context, requests []X509Request) ([]X509Result, error)
+	// SignWIT is SignX509 for WIT-SVIDs.
+	SignWIT(ctx context.Context, requests []WITRequest) ([]WITResult, error)
 	// SignJWT signs a JWT-SVID of one entry for an audience.
 	SignJWT(ctx context.Context, entryID string, audience []string) (JWTResult, error)
 }
 
-// MaxBatch is how many X509-SVIDs are asked for in one call, at most.
+// MaxBatch is how many SVIDs are asked for in one call, at most.
 const MaxBatch = 500
 
 // X509Request asks for one X509-SVID.
@@ -74,8 +77,9 @@ type Options struct {
 	TrustDomain spiffeid.TrustDomain
 	Signer      Signer
 	// Limit is how many X509-SVIDs are signed before a workload asked for
-	// them, and kept after; 0 is [DefaultLimit]. Those of workloads that are
-	// being served are held in any case.
+	// them, and kept after, and how many WIT-SVIDs are kept after; 0 is
+	// [DefaultLimit]. Those of workloads that are being served are held in any
+	// case.
 	Limit   int
 	Now     func() time.Time // nil is time.Now
 	Log     *slog.Logger     // nil is silent
@@ -127,8 +131,9 @@ type Held struct {
 	watches  map[*BundleWatch]struct{}
 	trust    *trust // of the own bundle
 	views    views
-	schedule schedule
 	jwts     jwtCache
+
+	schedules [kinds]schedule
 }
 
 // New makes a Held that holds nothing yet.
@@ -162,7 +167,9 @@ func New(o Options) *Held {
 	}
 	h.ctx, h.cancel = context.WithCancel(context.Background())
 	h.views.init()
-	h.schedule.init()
+	for k := range kinds {
+		h.schedules[k].init(k)
+	}
 	return h
 }
 
@@ -201,16 +208,18 @@ func (h *Held) WaitSynced(ctx context.Context) error {
 	}
 }
 
-// NextExpiry returns when the first X509-SVID that is wanted ends; zero if none
-// is held. Whoever cannot reach the server should have tried well before.
+// NextExpiry returns when the first SVID that is wanted ends; zero if none is
+// held. Whoever cannot reach the server should have tried well before.
 func (h *Held) NextExpiry() time.Time {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	now := h.now()
 	var first time.Time
 	for _, s := range h.slots {
-		if svid := s.valid(now); svid != nil && h.keeps(s) {
-			first = earlier(first, svid.ExpiresAt)
+		for c := range s.held() {
+			if svid := c.valid(now); svid != nil && c.kept() {
+				first = earlier(first, svid.ends())
+			}
 		}
 	}
 	return first
@@ -255,7 +264,7 @@ func (h *Held) Counts() (entries, svids int) {
 	defer h.mu.Unlock()
 	now := h.now()
 	for _, s := range h.slots {
-		if s.valid(now) != nil {
+		if s.credentials[x509Kind].valid(now) != nil {
 			svids++
 		}
 	}
@@ -277,9 +286,10 @@ func (h *Held) Status(entryID string) (status Status, ok bool) {
 	if s == nil {
 		return Status{}, false
 	}
-	status = Status{SVID: s.valid(h.now()), Err: s.err}
-	if s.err != nil {
-		status.RetryAt = later(s.retryAt, h.schedule.callRetryAt)
+	c := s.credentials[x509Kind]
+	status = Status{SVID: c.x509(h.now()), Err: c.err}
+	if c.err != nil {
+		status.RetryAt = later(c.retryAt, c.schedule.callRetryAt)
 	}
 	return status, true
 }

@@ -192,9 +192,9 @@ func (h *Held) fly(j *jwt, e *entry.Entry, audience []string) {
 	defer h.flights.Done()
 	result, err := h.signJWT(h.ctx, e, audience)
 	if err == nil {
-		h.metrics.JWTSigned.Inc()
+		h.metrics.Signed.WithLabelValues("jwt").Inc()
 	} else {
-		h.metrics.JWTFailures.Inc()
+		h.metrics.SigningFailures.WithLabelValues("jwt").Inc()
 	}
 	<-h.tickets
 

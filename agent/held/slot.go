@@ -3,7 +3,7 @@ package held
 import (
 	"container/heap"
 	"container/list"
-	"encoding/asn1"
+	"iter"
 	"math/rand/v2"
 	"time"
 
@@ -11,38 +11,66 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/selector"
 )
 
-// X509SVID is a signed X509-SVID with its key. It does not change.
-type X509SVID struct {
-	Chain     []byte // concatenated DER, leaf first, as the Workload API carries it
-	Key       []byte // unencrypted PKCS#8 DER
-	ExpiresAt time.Time
+// kind is a kind of SVID that is held.
+type kind int
 
-	issuers []string // authority key IDs of the chain's certificates
-}
+const (
+	x509Kind kind = iota
+	witKind
+	kinds // how many there are
+)
 
-// Certificates returns the DER of each certificate of the chain, leaf first.
-func (x *X509SVID) Certificates() [][]byte {
-	var out [][]byte
-	for rest := x.Chain; len(rest) > 0; {
-		var c asn1.RawValue
-		var err error
-		if rest, err = asn1.Unmarshal(rest, &c); err != nil {
-			return out // it was parsed when it was signed
-		}
-		out = append(out, c.FullBytes)
+// String names the kind in metrics.
+func (k kind) String() string {
+	if k == witKind {
+		return "wit"
 	}
-	return out
+	return "x509"
 }
 
-// slot is one entry that is held, and its X509-SVID.
+// name names the kind in the log.
+func (k kind) name() string {
+	if k == witKind {
+		return "WIT-SVID"
+	}
+	return "X509-SVID"
+}
+
+// svid is a signed SVID with its key: an [X509SVID] or a [WITSVID].
+type svid interface {
+	ends() time.Time
+	distrusted(t *trust) bool // is to be replaced before its time
+}
+
+// slot is one entry that is held, and its SVIDs.
 type slot struct {
 	entry *entry.Entry
 	gone  bool              // not held any more
 	under selector.Selector // where Held.index has it
 	views map[*view]struct{}
 
-	svid       *X509SVID
-	signedFor  *entry.Entry // what svid was signed for; not entry, once that changed
+	credentials [kinds]*credential // nil: nobody wanted one of the kind yet
+	jwts        map[string]*jwt    // by audience
+}
+
+// held yields the credentials that there are.
+func (s *slot) held() iter.Seq[*credential] {
+	return func(yield func(*credential) bool) {
+		for _, c := range s.credentials {
+			if c != nil && !yield(c) {
+				return
+			}
+		}
+	}
+}
+
+// credential is the SVID of one kind of an entry that is held.
+type credential struct {
+	slot     *slot
+	schedule *schedule // of its kind
+
+	svid       svid
+	signedFor  *entry.Entry // what svid was signed for; not the slot's entry, once that changed
 	distrusted bool         // svid's authority is tainted, or not in the bundle
 	renewAt    time.Time    // of svid
 
@@ -57,23 +85,37 @@ type slot struct {
 
 	at           time.Time // when to look at it, in schedule.due
 	dueI, readyI int       // 1 + its index there; 0: not there
-
-	jwts map[string]*jwt // by audience
 }
 
-// valid returns the X509-SVID unless it has expired.
-func (s *slot) valid(now time.Time) *X509SVID {
-	if s.svid == nil || !now.Before(s.svid.ExpiresAt) {
+// credential returns the slot's credential of a kind.
+func (h *Held) credential(s *slot, k kind) *credential {
+	if s.credentials[k] == nil {
+		s.credentials[k] = &credential{slot: s, schedule: &h.schedules[k]}
+	}
+	return s.credentials[k]
+}
+
+// valid returns the SVID unless it has expired.
+func (c *credential) valid(now time.Time) svid {
+	if c.svid == nil || !now.Before(c.svid.ends()) {
 		return nil
 	}
-	return s.svid
+	return c.svid
 }
 
-// outdated reports whether the X509-SVID should be replaced before its time.
-func (s *slot) outdated() bool { return s.svid != nil && (s.signedFor != s.entry || s.distrusted) }
+// outdated reports whether the SVID should be replaced before its time.
+func (c *credential) outdated() bool {
+	return c.svid != nil && (c.signedFor != c.slot.entry || c.distrusted)
+}
 
 // settle forgets earlier failures.
-func (s *slot) settle() { s.failures, s.err, s.retryAt = 0, nil, time.Time{} }
+func (c *credential) settle() { c.failures, c.err, c.retryAt = 0, nil, time.Time{} }
+
+// ahead reports whether the SVID is signed before a workload asks for it. Else
+// it is not renewed once nobody wants it.
+func (c *credential) ahead() bool {
+	return c.schedule.kind == x509Kind && !c.slot.entry.DisableX509Prefetch
+}
 
 // What the order of signing depends on.
 const (
@@ -82,70 +124,72 @@ const (
 	background        // nobody asked for it yet
 )
 
-func (s *slot) urgency() int {
+func (c *credential) urgency() int {
 	switch {
-	case s.watchers > 0 && (s.svid == nil || s.outdated()):
+	case c.watchers > 0 && (c.svid == nil || c.outdated()):
 		return awaited
-	case s.svid != nil:
+	case c.svid != nil:
 		return renewal
 	}
 	return background
 }
 
-func moreUrgent(a, b *slot) bool {
+func moreUrgent(a, b *credential) bool {
 	ua, ub := a.urgency(), b.urgency()
 	if ua != ub {
 		return ua < ub
 	}
-	if ua == renewal && !a.svid.ExpiresAt.Equal(b.svid.ExpiresAt) {
-		return a.svid.ExpiresAt.Before(b.svid.ExpiresAt)
+	if ua == renewal && !a.svid.ends().Equal(b.svid.ends()) {
+		return a.svid.ends().Before(b.svid.ends())
 	}
-	return compareEntries(a.entry, b.entry) < 0
+	return compareEntries(a.slot.entry, b.slot.entry) < 0
 }
 
-func isDueBefore(a, b *slot) bool { return a.at.Before(b.at) }
+func isDueBefore(a, b *credential) bool { return a.at.Before(b.at) }
 
-// queue is a heap of slots that knows where each one is.
+// queue is a heap of credentials that knows where each one is.
 type queue struct {
-	slots []*slot
-	less  func(a, b *slot) bool
-	index func(*slot) *int // 1 + the index
+	all   []*credential
+	less  func(a, b *credential) bool
+	index func(*credential) *int // 1 + the index
 }
 
-func (q *queue) Len() int           { return len(q.slots) }
-func (q *queue) Less(i, j int) bool { return q.less(q.slots[i], q.slots[j]) }
+func (q *queue) Len() int           { return len(q.all) }
+func (q *queue) Less(i, j int) bool { return q.less(q.all[i], q.all[j]) }
 func (q *queue) Swap(i, j int) {
-	q.slots[i], q.slots[j] = q.slots[j], q.slots[i]
-	*q.index(q.slots[i]), *q.index(q.slots[j]) = i+1, j+1
+	q.all[i], q.all[j] = q.all[j], q.all[i]
+	*q.index(q.all[i]), *q.index(q.all[j]) = i+1, j+1
 }
 func (q *queue) Push(x any) {
-	s := x.(*slot)
-	q.slots = append(q.slots, s)
-	*q.index(s) = len(q.slots)
+	c := x.(*credential)
+	q.all = append(q.all, c)
+	*q.index(c) = len(q.all)
 }
 func (q *queue) Pop() any {
-	last := len(q.slots) - 1
-	s := q.slots[last]
-	q.slots[last] = nil
-	q.slots = q.slots[:last]
-	*q.index(s) = 0
-	return s
+	last := len(q.all) - 1
+	c := q.all[last]
+	q.all[last] = nil
+	q.all = q.all[:last]
+	*q.index(c) = 0
+	return c
 }
 
-func (q *queue) put(s *slot) { heap.Push(q, s) }
-func (q *queue) take() *slot { return heap.Pop(q).(*slot) }
-func (q *queue) remove(s *slot) {
-	if i := *q.index(s); i > 0 {
+func (q *queue) put(c *credential) { heap.Push(q, c) }
+func (q *queue) take() *credential { return heap.Pop(q).(*credential) }
+func (q *queue) remove(c *credential) {
+	if i := *q.index(c); i > 0 {
 		heap.Remove(q, i-1)
 	}
 }
 
-// schedule is what is to be signed, and when.
+// schedule is what is to be signed of one kind, and when. A server that fails
+// to sign one kind does not keep the other waiting.
 type schedule struct {
+	kind  kind
 	due   queue // by when something is to be done
 	ready queue // to be signed now, most urgent first
 
-	watched int       // slots with watchers
+	watched int       // those with watchers
 	unasked list.List // kept without watchers, most recently asked for first
 	spare   list.List // not kept, for want of room
 
@@ -155,9 +199,10 @@ type schedule struct {
 	callRetryAt  time.Time
 }
 
-func (c *schedule) init() {
-	c.due = queue{less: isDueBefore, index: func(s *slot) *int { return &s.dueI }}
-	c.ready = queue{less: moreUrgent, index: func(s *slot) *int { return &s.readyI }}
+func (c *schedule) init(k kind) {
+	c.kind = k
+	c.due = queue{less: isDueBefore, index: func(c *credential) *int { return &c.dueI }}
+	c.ready = queue{less: moreUrgent, index: func(c *credential) *int { return &c.readyI }}
 }
 
 // Waits after failures. The first is short because a server that restarts is
@@ -186,25 +231,23 @@ func (c *schedule) serverIsBack(now time.Time) {
 	}
 }
 
-// keeps reports whether the slot's X509-SVID is wanted.
-func (h *Held) keeps(s *slot) bool {
-	return s.watchers > 0 || s.home == &h.schedule.unasked
-}
+// kept reports whether the SVID is wanted.
+func (c *credential) kept() bool { return c.watchers > 0 || c.home == &c.schedule.unasked }
 
-func (h *Held) settleIn(s *slot, home *list.List, front bool) {
-	h.leave(s)
-	s.home = home
+func (c *credential) settleIn(home *list.List, front bool) {
+	c.leave()
+	c.home = home
 	if front {
-		s.place = home.PushFront(s)
+		c.place = home.PushFront(c)
 	} else {
-		s.place = home.PushBack(s)
+		c.place = home.PushBack(c)
 	}
 }
 
-func (h *Held) leave(s *slot) {
-	if s.home != nil {
-		s.home.Remove(s.place)
-		s.home, s.place = nil, nil
+func (c *credential) leave() {
+	if c.home != nil {
+		c.home.Remove(c.place)
+		c.home, c.place = nil, nil
 	}
 }
 
@@ -213,99 +256,103 @@ func (s *slot) mayBeServed(now time.Time) bool {
 	return !s.gone && !s.entry.StoreSVID && !s.entry.Expired(now)
 }
 
-// place finds the home of a slot that is new, changed or gone.
+// place finds the homes of what a slot has that is new, changed or gone.
 func (h *Held) place(s *slot) {
 	now := h.now()
-	switch {
-	case !s.mayBeServed(now):
-		h.leave(s)
-		s.svid = nil
-	case s.watchers == 0 && s.home == nil && !s.entry.DisableX509Prefetch:
-		h.settleIn(s, &h.schedule.spare, false)
+	for c := range s.held() {
+		switch {
+		case !s.mayBeServed(now):
+			c.leave()
+			c.svid = nil
+		case c.watchers == 0 && c.home == nil && c.ahead():
+			c.settleIn(&c.schedule.spare, false)
+		}
+		h.reschedule(c, now)
 	}
-	h.reschedule(s, now)
 }
 
-// watch counts a view that wants the slot's X509-SVID in (+1) or out (-1).
-func (h *Held) watch(s *slot, by int) {
-	was := s.watchers > 0
-	s.watchers += by
-	if s.watchers > 0 == was {
+// watch counts a view that wants the SVID in (+1) or out (-1).
+func (h *Held) watch(c *credential, by int) {
+	was := c.watchers > 0
+	c.watchers += by
+	if c.watchers > 0 == was {
 		return
 	}
-	h.schedule.watched += by
+	c.schedule.watched += by
 	now := h.now()
 	switch {
-	case !s.mayBeServed(now):
+	case !c.slot.mayBeServed(now):
 		return
 	case by > 0:
-		h.leave(s)
+		c.leave()
 	default:
-		h.settleIn(s, &h.schedule.unasked, true)
+		c.settleIn(&c.schedule.unasked, true)
 	}
-	h.reschedule(s, now)
+	h.reschedule(c, now)
 }
 
-// balance keeps as many X509-SVIDs as the limit allows: it lets go of those
-// asked for longest ago, or takes in those not asked for yet.
+// balance keeps as many SVIDs of each kind as the limit allows: it lets go of
+// those asked for longest ago, or takes in those not asked for yet.
 func (h *Held) balance(now time.Time) {
-	c := &h.schedule
-	for c.watched+c.unasked.Len() > h.limit && c.unasked.Len() > 0 {
-		s := c.unasked.Back().Value.(*slot)
-		h.forget(s)
-		if !s.entry.DisableX509Prefetch {
-			h.settleIn(s, &c.spare, true)
+	for i := range h.schedules {
+		on := &h.schedules[i]
+		for on.watched+on.unasked.Len() > h.limit && on.unasked.Len() > 0 {
+			c := on.unasked.Back().Value.(*credential)
+			c.forget()
+			if c.ahead() {
+				c.settleIn(&on.spare, true)
+			}
+			h.reschedule(c, now)
 		}
-		h.reschedule(s, now)
-	}
-	for c.watched+c.unasked.Len() < h.limit && c.spare.Len() > 0 {
-		s := c.spare.Front().Value.(*slot)
-		h.settleIn(s, &c.unasked, false)
-		h.reschedule(s, now)
+		for on.watched+on.unasked.Len() < h.limit && on.spare.Len() > 0 {
+			c := on.spare.Front().Value.(*credential)
+			c.settleIn(&on.unasked, false)
+			h.reschedule(c, now)
+		}
 	}
 }
 
-// forget lets go of a slot's X509-SVID.
-func (h *Held) forget(s *slot) {
-	h.leave(s)
-	s.svid = nil
-	s.settle()
-	for v := range s.views {
+// forget lets go of the SVID.
+func (c *credential) forget() {
+	c.leave()
+	c.svid = nil
+	c.settle()
+	for v := range c.slot.views {
 		v.update = nil // nobody who wants the SVID subscribes
 	}
 }
 
-// reschedule puts a slot into the queues where it belongs.
-func (h *Held) reschedule(s *slot, now time.Time) {
-	c := &h.schedule
-	c.due.remove(s)
-	c.ready.remove(s)
-	if s.gone {
+// reschedule puts a credential into the queues where it belongs.
+func (h *Held) reschedule(c *credential, now time.Time) {
+	on, e := c.schedule, c.slot.entry
+	on.due.remove(c)
+	on.ready.remove(c)
+	if c.slot.gone {
 		return
 	}
-	s.at = s.entry.ExpiresAt
-	if s.entry.Expired(now) {
+	c.at = e.ExpiresAt
+	if e.Expired(now) {
 		return
 	}
-	if h.keeps(s) && !s.signing {
-		sign := s.renewAt
-		if s.svid == nil || s.outdated() {
+	if c.kept() && !c.signing {
+		sign := c.renewAt
+		if c.svid == nil || c.outdated() {
 			sign = now
 		}
-		sign = later(sign, s.retryAt)
+		sign = later(sign, c.retryAt)
 		switch {
 		case sign.After(now):
-			s.at = earlier(s.at, sign)
-		case s.watchers == 0 && s.entry.DisableX509Prefetch:
-			h.forget(s) // nobody asked for it again
+			c.at = earlier(c.at, sign)
+		case c.watchers == 0 && !c.ahead():
+			c.forget() // nobody asked for it again
 		default:
-			c.ready.put(s)
+			on.ready.put(c)
 		}
 	}
-	if s.svid != nil {
-		s.at = earlier(s.at, s.svid.ExpiresAt)
+	if c.svid != nil {
+		c.at = earlier(c.at, c.svid.ends())
 	}
-	if !s.at.IsZero() {
-		c.due.put(s)
+	if !c.at.IsZero() {
+		on.due.put(c)
 	}
 }

@@ -6,15 +6,15 @@ import "github.com/hallmark-id/hallmark/pkg/bundle"
 // key ID and by kid, whether it is to be relied on (false: tainted). A nil
 // trust, before there is a bundle, says nothing.
 type trust struct {
-	x509 map[string]bool
-	jwt  map[string]bool
+	x509     map[string]bool
+	jwt, wit map[string]bool
 }
 
 func trustIn(b *bundle.Bundle) *trust {
 	if b == nil {
 		return nil
 	}
-	t := &trust{x509: make(map[string]bool), jwt: make(map[string]bool)}
+	t := &trust{x509: make(map[string]bool), jwt: make(map[string]bool), wit: make(map[string]bool)}
 	for _, a := range b.X509Authorities {
 		id := string(a.Certificate.SubjectKeyId)
 		if good, ok := t.x509[id]; !ok || good { // one mark is enough for a key
@@ -24,12 +24,15 @@ func trustIn(b *bundle.Bundle) *trust {
 	for _, a := range b.JWTAuthorities {
 		t.jwt[a.KeyID] = !a.Tainted
 	}
+	for _, a := range b.WITAuthorities {
+		t.wit[a.KeyID] = !a.Tainted
+	}
 	return t
 }
 
-// distrusts reports whether an X509-SVID is to be replaced before its time:
+// distrusted reports whether an X509-SVID is to be replaced before its time:
 // one of those who vouch for it is tainted, or none is in the bundle.
-func (t *trust) distrusts(x *X509SVID) bool {
+func (x *X509SVID) distrusted(t *trust) bool {
 	if t == nil || len(x.issuers) == 0 {
 		return false
 	}
@@ -43,6 +46,10 @@ func (t *trust) distrusts(x *X509SVID) bool {
 	}
 	return !known
 }
+
+// distrusted reports whether a WIT-SVID is to be replaced before its time: the
+// key that signed it is tainted, or not in the bundle.
+func (w *WITSVID) distrusted(t *trust) bool { return t != nil && !t.wit[w.keyID] }
 
 // distrustsKey reports whether a JWT-SVID signed by a key is not to be handed
 // out again: the key is tainted, or not in the bundle. A token without a kid

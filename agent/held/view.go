@@ -4,6 +4,7 @@ import (
 	"container/list"
 	"encoding/binary"
 	"iter"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -29,6 +30,9 @@ type Update struct {
 	// Ready says that each identity has an X509-SVID, or that signing it has
 	// failed: nothing better is to be had at once.
 	Ready bool
+	// WITs are the WIT-SVIDs of the entries; nil unless somebody subscribes to
+	// them.
+	WITs map[*entry.Entry]WITIdentity
 
 	all   []Identity // of Entries
 	until time.Time  // when something in it expires; zero is never
@@ -43,6 +47,10 @@ func (u *Update) Only(may func(*entry.Entry) bool) *Update {
 		if may(i.Entry) {
 			only.all = append(only.all, i)
 		}
+	}
+	if u.WITs != nil {
+		only.WITs = maps.Clone(u.WITs)
+		maps.DeleteFunc(only.WITs, func(e *entry.Entry, _ WITIdentity) bool { return !may(e) })
 	}
 	only.tell()
 	for _, b := range u.Federated {
@@ -78,6 +86,12 @@ type Identity struct {
 	Err   error     // why the last attempt to sign one failed
 }
 
+// WITIdentity is an entry's WIT-SVID.
+type WITIdentity struct {
+	SVID *WITSVID // nil if none is held now
+	Err  error    // why the last attempt to sign one failed
+}
+
 // Memo returns what make made the first time it was called with this key.
 // All streams with the same selectors so share one encoding of an update.
 func (u *Update) Memo(key any, make func() any) any {
@@ -109,33 +123,38 @@ type Subscription struct {
 	// C receives after a change. Several changes may give one.
 	C <-chan struct{}
 
-	h    *Held
-	c    chan struct{}
-	v    *view
-	x509 bool // wants X509-SVIDs
+	h     *Held
+	c     chan struct{}
+	v     *view
+	wants kind // the SVIDs that it wants; kinds: none
 }
 
 // Subscribe follows X509-SVIDs and bundles. While it is open, X509-SVIDs of
 // all entries that match are signed and renewed.
-func (h *Held) Subscribe(selectors selector.Set) *Subscription { return h.subscribe(selectors, true) }
-
-// SubscribeBundles follows the entries that match and their bundles. It is not
-// woken for X509-SVIDs and does not ask for any.
-func (h *Held) SubscribeBundles(selectors selector.Set) *Subscription {
-	return h.subscribe(selectors, false)
+func (h *Held) Subscribe(selectors selector.Set) *Subscription {
+	return h.subscribe(selectors, x509Kind)
 }
 
-func (h *Held) subscribe(selectors selector.Set, x509 bool) *Subscription {
+// SubscribeWIT is Subscribe for WIT-SVIDs.
+func (h *Held) SubscribeWIT(selectors selector.Set) *Subscription {
+	return h.subscribe(selectors, witKind)
+}
+
+// SubscribeBundles follows the entries that match and their bundles. It is not
+// woken for SVIDs and does not ask for any.
+func (h *Held) SubscribeBundles(selectors selector.Set) *Subscription {
+	return h.subscribe(selectors, kinds)
+}
+
+func (h *Held) subscribe(selectors selector.Set, wants kind) *Subscription {
 	c := make(chan struct{}, 1)
-	s := &Subscription{C: c, h: h, c: c, x509: x509}
+	s := &Subscription{C: c, h: h, c: c, wants: wants}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	s.v = h.viewOf(selectors)
 	h.views.unrest(s.v)
 	s.v.subscribers[s] = struct{}{}
-	if x509 {
-		h.want(s.v, +1)
-	}
+	h.want(s.v, wants, +1)
 	return s
 }
 
@@ -154,9 +173,7 @@ func (s *Subscription) Close() {
 		return
 	}
 	delete(s.v.subscribers, s)
-	if s.x509 {
-		s.h.want(s.v, -1)
-	}
+	s.h.want(s.v, s.wants, -1)
 	if len(s.v.subscribers) == 0 {
 		s.h.rest(s.v)
 	}
@@ -176,7 +193,7 @@ type view struct {
 	selectors   selector.Set
 	matched     []*slot // oldest first
 	subscribers map[*Subscription]struct{}
-	wanting     int           // how many of them want X509-SVIDs
+	wanting     [kinds]int    // how many of them want SVIDs of each kind
 	update      *Update       // nil: make it anew
 	resting     *list.Element // while nobody subscribes to it
 	dropped     []*entry.Entry
@@ -190,11 +207,11 @@ func (v *view) changed() {
 	}
 }
 
-// svidChanged wakes those who want X509-SVIDs.
-func (v *view) svidChanged() {
+// svidChanged wakes those who want SVIDs of a kind.
+func (v *view) svidChanged(k kind) {
 	v.update = nil
 	for s := range v.subscribers {
-		if s.x509 {
+		if s.wants == k {
 			wake(s.c)
 		}
 	}
@@ -301,13 +318,19 @@ func (h *Held) rest(v *view) {
 	}
 }
 
-// want counts a subscriber that wants X509-SVIDs in (+1) or out (-1).
-func (h *Held) want(v *view, by int) {
-	was := v.wanting > 0
-	v.wanting += by
-	if is := v.wanting > 0; is != was {
+// want counts a subscriber that wants SVIDs of a kind in (+1) or out (-1).
+func (h *Held) want(v *view, k kind, by int) {
+	if k == kinds {
+		return
+	}
+	was := v.wanting[k] > 0
+	v.wanting[k] += by
+	if is := v.wanting[k] > 0; is != was {
 		for _, s := range v.matched {
-			h.watch(s, by)
+			h.watch(h.credential(s, k), by)
+		}
+		if k == witKind {
+			v.update = nil // which has them for subscribers only
 		}
 		h.balance(h.now())
 		h.poke()
@@ -323,9 +346,7 @@ func (h *Held) rematch(v *view, now time.Time) {
 	for _, s := range matched {
 		if _, ok := s.views[v]; !ok {
 			s.views[v] = struct{}{}
-			if v.wanting > 0 {
-				h.watch(s, +1)
-			}
+			h.watchFor(v, s, +1)
 		}
 	}
 	is := make(map[*slot]bool, len(matched))
@@ -335,9 +356,16 @@ func (h *Held) rematch(v *view, now time.Time) {
 	for _, s := range old {
 		if !is[s] {
 			delete(s.views, v)
-			if v.wanting > 0 {
-				h.watch(s, -1)
-			}
+			h.watchFor(v, s, -1)
+		}
+	}
+}
+
+// watchFor counts a view in or out of those that want what a slot has.
+func (h *Held) watchFor(v *view, s *slot, by int) {
+	for k, wanting := range v.wanting {
+		if wanting > 0 {
+			h.watch(h.credential(s, kind(k)), by)
 		}
 	}
 }
@@ -354,8 +382,9 @@ func (h *Held) update(v *view) *Update {
 	u := &Update{Bundle: h.bundles[h.trustDomain]}
 	federated := make(map[spiffeid.TrustDomain]bool)
 	for _, s := range v.matched {
-		svid := s.valid(now)
-		u.all = append(u.all, Identity{Entry: s.entry, SVID: svid, Err: s.err})
+		c := s.credentials[x509Kind]
+		svid := c.x509(now)
+		u.all = append(u.all, Identity{Entry: s.entry, SVID: svid, Err: c.err})
 		u.until = earlier(u.until, s.entry.ExpiresAt)
 		if svid != nil {
 			u.until = earlier(u.until, svid.ExpiresAt)
@@ -368,6 +397,17 @@ func (h *Held) update(v *view) *Update {
 		}
 	}
 	slices.SortFunc(u.Federated, func(a, b *bundle.Bundle) int { return a.TrustDomain.Compare(b.TrustDomain) })
+	if v.wanting[witKind] > 0 {
+		u.WITs = make(map[*entry.Entry]WITIdentity, len(v.matched))
+		for _, s := range v.matched {
+			c := h.credential(s, witKind)
+			svid := c.wit(now)
+			if svid != nil {
+				u.until = earlier(u.until, svid.ExpiresAt)
+			}
+			u.WITs[s.entry] = WITIdentity{SVID: svid, Err: c.err}
+		}
+	}
 	dropped := u.tell()
 	if !slices.Equal(dropped, v.dropped) {
 		v.dropped = dropped

@@ -21,8 +21,8 @@ type Metrics struct {
 	BrokerCalls   *telemetry.Calls // of the Broker API
 	BrokerStreams prometheus.Gauge // of the Broker API
 
-	X509Signed, X509Failures prometheus.Counter
-	JWTSigned, JWTFailures   prometheus.Counter
+	Signed          *prometheus.CounterVec // by kind
+	SigningFailures *prometheus.CounterVec // by kind
 
 	AttestationSeconds  *prometheus.HistogramVec // by attestor
 	AttestationFailures *prometheus.CounterVec   // by attestor
@@ -32,14 +32,6 @@ type Metrics struct {
 // nothing: they count for nobody.
 func New(r prometheus.Registerer) *Metrics {
 	make := promauto.With(r)
-	signed := make.NewCounterVec(prometheus.CounterOpts{
-		Name: "hallmark_agent_signed_total",
-		Help: "SVIDs that the server signed for this node's workloads, by kind (x509, jwt).",
-	}, []string{"kind"})
-	failures := make.NewCounterVec(prometheus.CounterOpts{
-		Name: "hallmark_agent_signing_failures_total",
-		Help: "SVIDs that were wanted and could not be signed, by kind (x509, jwt); each attempt counts.",
-	}, []string{"kind"})
 	m := &Metrics{
 		Calls: telemetry.NewCalls(r, "hallmark_agent_workload", "the Workload API"),
 		Streams: make.NewGauge(prometheus.GaugeOpts{
@@ -51,8 +43,14 @@ func New(r prometheus.Registerer) *Metrics {
 			Name: "hallmark_agent_broker_streams",
 			Help: "Streams of the Broker API that are open.",
 		}),
-		X509Signed: signed.WithLabelValues("x509"), X509Failures: failures.WithLabelValues("x509"),
-		JWTSigned: signed.WithLabelValues("jwt"), JWTFailures: failures.WithLabelValues("jwt"),
+		Signed: make.NewCounterVec(prometheus.CounterOpts{
+			Name: "hallmark_agent_signed_total",
+			Help: "SVIDs that the server signed for this node's workloads, by kind (x509, jwt, wit).",
+		}, []string{"kind"}),
+		SigningFailures: make.NewCounterVec(prometheus.CounterOpts{
+			Name: "hallmark_agent_signing_failures_total",
+			Help: "SVIDs that were wanted and could not be signed, by kind (x509, jwt, wit); each attempt counts.",
+		}, []string{"kind"}),
 		AttestationSeconds: make.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "hallmark_agent_attestation_duration_seconds",
 			Help:    "How long attestors took to attest a process, by attestor; one that gives no answer counts until nobody waits any more.",
@@ -67,6 +65,11 @@ func New(r prometheus.Registerer) *Metrics {
 		Name: "hallmark_agent_build_info",
 		Help: "1, with the version of the program.",
 	}, []string{"version"}).WithLabelValues(version.String()).Set(1)
+	// From the start, so that the first one shows as an increase.
+	for _, kind := range []string{"x509", "jwt"} {
+		m.Signed.WithLabelValues(kind)
+		m.SigningFailures.WithLabelValues(kind)
+	}
 	return m
 }
 
@@ -76,7 +79,7 @@ type State struct {
 	InStep         bool
 	Revision       int64
 	Drifts         int       // since the start
-	NextExpiry     time.Time // of the first X509-SVID that is wanted to end; zero: none is held
+	NextExpiry     time.Time // of the first SVID that is wanted to end; zero: none is held
 	NodeExpiry     time.Time // of the node's own SVID; zero: none
 }
 
@@ -86,7 +89,7 @@ var (
 	inStep     = prometheus.NewDesc("hallmark_agent_in_step", "1 if the push stream is open and what is held is what the server says, else 0.", nil, nil)
 	revision   = prometheus.NewDesc("hallmark_agent_revision", "Revision of the last change applied.", nil, nil)
 	drifts     = prometheus.NewDesc("hallmark_agent_drifts_total", "How often what is held differed from what the server says; it is then asked for anew.", nil, nil)
-	nextExpiry = prometheus.NewDesc("hallmark_agent_next_expiry_timestamp_seconds", "When the first X509-SVID of those wanted expires, in seconds since 1970; subtract time() for what is left. Missing if none is held.", nil, nil)
+	nextExpiry = prometheus.NewDesc("hallmark_agent_next_expiry_timestamp_seconds", "When the first X509-SVID or WIT-SVID of those wanted expires, in seconds since 1970; subtract time() for what is left. Missing if none is held.", nil, nil)
 	nodeExpiry = prometheus.NewDesc("hallmark_agent_node_expiry_timestamp_seconds", "When the node's own X509-SVID expires, in seconds since 1970; subtract time() for what is left. Missing until the node has attested.", nil, nil)
 )
 

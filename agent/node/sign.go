@@ -18,7 +18,7 @@ var _ held.Signer = (*Node)(nil)
 
 const (
 	jwtTimeout = 10 * time.Second // someone waits for the answer
-	maxToken   = 64 << 10         // bytes of a JWT-SVID
+	maxToken   = 64 << 10         // bytes of a JWT-SVID or WIT-SVID
 )
 
 // SignX509 has the server sign X509-SVIDs, at most [held.MaxBatch] in one call.
@@ -71,6 +71,49 @@ func (n *Node) x509Result(r *svidv1.BatchNewX509SVIDResponse_Result, t *trust) h
 		return fail(err)
 	}
 	return held.X509Result{Chain: r.Svid.CertChain, ExpiresAt: chain[0].NotAfter}
+}
+
+// SignWIT has the server sign WIT-SVIDs, at most [held.MaxBatch] in one call.
+// Whether a token is for the key and the SPIFFE ID asked for is for the caller
+// to check. The call takes at most 30 seconds. Without a connection the error
+// wraps [ErrUnavailable].
+func (n *Node) SignWIT(ctx context.Context, requests []held.WITRequest) ([]held.WITResult, error) {
+	if len(requests) == 0 {
+		return nil, nil
+	}
+	if len(requests) > held.MaxBatch {
+		return nil, fmt.Errorf("sign WIT-SVIDs: %d in one call; the most is %d", len(requests), held.MaxBatch)
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	in := &svidv1.BatchNewWITSVIDRequest{}
+	for _, r := range requests {
+		in.Params = append(in.Params, &svidv1.NewWITSVIDParams{EntryId: r.EntryID, PublicKey: r.PublicKey, SigningAlgorithm: r.Algorithm})
+	}
+	var out *svidv1.BatchNewWITSVIDResponse
+	err := n.call(ctx, func(conn grpc.ClientConnInterface) (err error) {
+		out, err = svidv1.NewSVIDClient(conn).BatchNewWITSVID(ctx, in)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("sign WIT-SVIDs: %w", err)
+	}
+	if len(out.Results) != len(requests) {
+		return nil, fmt.Errorf("sign WIT-SVIDs: server sent %d results for %d requests", len(out.Results), len(requests))
+	}
+	results := make([]held.WITResult, len(requests))
+	for i, r := range out.Results {
+		token := r.GetSvid().GetToken()
+		switch code := codes.Code(r.GetStatus().GetCode()); {
+		case code != codes.OK:
+			results[i].Err = status.Error(code, r.GetStatus().GetMessage())
+		case len(token) > maxToken:
+			results[i].Err = fmt.Errorf("server sent a WIT-SVID of %d bytes; the most is %d", len(token), maxToken)
+		default:
+			results[i].Token = token
+		}
+	}
+	return results, nil
 }
 
 // SignJWT has the server sign a JWT-SVID of an entry. It takes at most ten

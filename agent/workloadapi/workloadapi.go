@@ -1,7 +1,7 @@
 // Package workloadapi serves the SPIFFE Workload API on a Unix socket: a
 // workload asks without any credential of its own, is attested by what the
-// kernel says of it, and gets its X509-SVIDs, JWT-SVIDs and bundles as they
-// change. Make a [Server] with [New].
+// kernel says of it, and gets its X509-SVIDs, JWT-SVIDs, WIT-SVIDs and bundles
+// as they change. Make a [Server] with [New].
 //
 // A call runs peer → attest → selectors → what is held for them → response.
 // The first two are package endpoint's, the last two package delivery's.
@@ -38,12 +38,13 @@ const Header = "workload.spiffe.io"
 // needs a few.
 const maxStreams = 100
 
-// Options of [New]. All but Limits, Now, Log and Metrics are required.
+// Options of [New]. Listener, Held and Attestor are required.
 type Options struct {
 	Listener net.Listener // of a Unix socket; [peercred.Listen] with SocketMode
 	Held     *held.Held
 	Attestor *agentworkload.Attestor
 	Limits   endpoint.Limits
+	WIT      bool             // serve the WIT-SVID profile
 	Now      func() time.Time // nil is time.Now
 	Log      *slog.Logger     // nil is silent
 	Metrics  *metrics.Metrics // nil: none
@@ -51,16 +52,17 @@ type Options struct {
 
 // Server serves the Workload API.
 type Server struct {
-	workload.UnimplementedSpiffeWorkloadAPIServer // the WIT methods
+	workload.UnsafeSpiffeWorkloadAPIServer // every call is here: one that is missing does not compile
 
 	*endpoint.Endpoint
 	held *held.Held
+	wit  bool
 	now  func() time.Time
 }
 
 // New makes a server. [Server.Run] closes the listener.
 func New(o Options) *Server {
-	s := &Server{held: o.Held, now: o.Now}
+	s := &Server{held: o.Held, wit: o.WIT, now: o.Now}
 	if s.now == nil {
 		s.now = time.Now
 	}
@@ -101,6 +103,7 @@ const (
 	x509SVIDs memoKey = iota
 	x509Bundles
 	jwtBundles
+	witBundles
 )
 
 // once encodes an update once for all streams that have it.

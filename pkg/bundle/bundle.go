@@ -1,7 +1,7 @@
 // Package bundle defines the bundle: the public authorities of a trust domain.
 //
 // A [Bundle] is immutable. Its derived forms (the pool for verification, the
-// concatenated DER and the JWK Set that the Workload API serves) are made once
+// concatenated DER and the JWK Sets that the Workload API serves) are made once
 // and shared by all readers.
 package bundle
 
@@ -29,7 +29,7 @@ type X509Authority struct {
 	Tainted     bool // trusted still, but what it signed is being replaced
 }
 
-// JWTAuthority is one JWT key of a bundle.
+// JWTAuthority is one key of a bundle that signs JWTs: JWT-SVIDs or WIT-SVIDs.
 type JWTAuthority struct {
 	KeyID     string
 	PublicKey crypto.PublicKey
@@ -42,9 +42,10 @@ type JWTAuthority struct {
 type Bundle struct {
 	TrustDomain     spiffeid.TrustDomain
 	X509Authorities []X509Authority
-	JWTAuthorities  []JWTAuthority
-	SequenceNumber  uint64        // rises by one at each change
-	RefreshHint     time.Duration // whole seconds; 0 is unset
+	JWTAuthorities  []JWTAuthority // of JWT-SVIDs
+	WITAuthorities  []JWTAuthority // of WIT-SVIDs
+	SequenceNumber  uint64         // rises by one at each change
+	RefreshHint     time.Duration  // whole seconds; 0 is unset
 
 	once    sync.Once
 	derived derived
@@ -53,8 +54,25 @@ type Bundle struct {
 type derived struct {
 	pool *x509.CertPool
 	der  []byte
-	jwks []byte
+	jwt  keySet
+	wit  keySet
+}
+
+// keySet is keys by their IDs, and as a JWK Set.
+type keySet struct {
 	keys map[string]crypto.PublicKey
+	jwks []byte
+}
+
+func newKeySet(as []JWTAuthority) keySet {
+	s := keySet{keys: make(map[string]crypto.PublicKey, len(as))}
+	set := jose.JSONWebKeySet{Keys: []jose.JSONWebKey{}}
+	for _, a := range as {
+		s.keys[a.KeyID] = a.PublicKey
+		set.Keys = append(set.Keys, jose.JSONWebKey{Key: a.PublicKey, KeyID: a.KeyID})
+	}
+	s.jwks, _ = json.Marshal(set) // public keys that were parsed always encode
+	return s
 }
 
 func (b *Bundle) derive() *derived {
@@ -65,13 +83,7 @@ func (b *Bundle) derive() *derived {
 			d.pool.AddCert(a.Certificate)
 			d.der = append(d.der, a.Certificate.Raw...)
 		}
-		set := jose.JSONWebKeySet{Keys: []jose.JSONWebKey{}}
-		d.keys = make(map[string]crypto.PublicKey, len(b.JWTAuthorities))
-		for _, a := range b.JWTAuthorities {
-			d.keys[a.KeyID] = a.PublicKey
-			set.Keys = append(set.Keys, jose.JSONWebKey{Key: a.PublicKey, KeyID: a.KeyID})
-		}
-		d.jwks, _ = json.Marshal(set) // public keys that were parsed always encode
+		d.jwt, d.wit = newKeySet(b.JWTAuthorities), newKeySet(b.WITAuthorities)
 	})
 	return &b.derived
 }
@@ -85,10 +97,24 @@ func (b *Bundle) DER() []byte { return b.derive().der }
 
 // JWKS returns the JWT authorities as a plain JWK Set (RFC 7517), as the
 // Workload API carries them. Do not change it.
-func (b *Bundle) JWKS() []byte { return b.derive().jwks }
+func (b *Bundle) JWKS() []byte { return b.derive().jwt.jwks }
 
 // JWTKey returns the JWT authority with a key ID, or nil.
-func (b *Bundle) JWTKey(kid string) crypto.PublicKey { return b.derive().keys[kid] }
+func (b *Bundle) JWTKey(kid string) crypto.PublicKey { return b.derive().jwt.keys[kid] }
+
+// WITJWKS returns the WIT authorities as a plain JWK Set, as the Workload API
+// carries them. Do not change it.
+func (b *Bundle) WITJWKS() []byte { return b.derive().wit.jwks }
+
+// WITKey returns the WIT authority with a key ID, or nil.
+func (b *Bundle) WITKey(kid string) crypto.PublicKey { return b.derive().wit.keys[kid] }
+
+// HasKeyID reports whether a JWT or WIT authority has a key ID. In one bundle
+// it names one key, whatever that signs: WIT-SVID §6.1.
+func (b *Bundle) HasKeyID(kid string) bool {
+	named := func(a JWTAuthority) bool { return a.KeyID == kid }
+	return slices.ContainsFunc(b.JWTAuthorities, named) || slices.ContainsFunc(b.WITAuthorities, named)
+}
 
 // HasX509 reports whether the bundle holds the certificate.
 func (b *Bundle) HasX509(cert *x509.Certificate) bool {
@@ -126,19 +152,28 @@ func FromRecord(r *hallmarkv1.Bundle) (*Bundle, error) {
 		}
 		b.X509Authorities = append(b.X509Authorities, X509Authority{Certificate: cert, Tainted: a.Tainted})
 	}
-	for _, a := range r.JwtAuthorities {
-		key, err := x509.ParsePKIXPublicKey(a.PublicKey)
-		if err != nil {
-			return nil, fmt.Errorf("bundle of %s: JWT authority %q: %w", td.Name(), a.KeyId, err)
-		}
-		b.JWTAuthorities = append(b.JWTAuthorities, JWTAuthority{
-			KeyID: a.KeyId, PublicKey: key, Tainted: a.Tainted, ExpiresAt: timeOf(a.ExpiresAt),
-		})
+	if b.JWTAuthorities, err = jwtAuthorities(r.JwtAuthorities); err != nil {
+		return nil, fmt.Errorf("bundle of %s: JWT authority %w", td.Name(), err)
+	}
+	if b.WITAuthorities, err = jwtAuthorities(r.WitAuthorities); err != nil {
+		return nil, fmt.Errorf("bundle of %s: WIT authority %w", td.Name(), err)
 	}
 	return b, nil
 }
 
-// Record returns the stored form. It fails if a JWT authority has a key of an
+func jwtAuthorities(rs []*hallmarkv1.JWTAuthority) ([]JWTAuthority, error) {
+	var as []JWTAuthority
+	for _, r := range rs {
+		key, err := x509.ParsePKIXPublicKey(r.PublicKey)
+		if err != nil {
+			return nil, fmt.Errorf("%q: %w", r.KeyId, err)
+		}
+		as = append(as, JWTAuthority{KeyID: r.KeyId, PublicKey: key, Tainted: r.Tainted, ExpiresAt: timeOf(r.ExpiresAt)})
+	}
+	return as, nil
+}
+
+// Record returns the stored form. It fails if an authority has a key of an
 // unknown kind.
 func (b *Bundle) Record() (*hallmarkv1.Bundle, error) {
 	r := &hallmarkv1.Bundle{
@@ -149,16 +184,26 @@ func (b *Bundle) Record() (*hallmarkv1.Bundle, error) {
 	for _, a := range b.X509Authorities {
 		r.X509Authorities = append(r.X509Authorities, &hallmarkv1.X509Authority{Asn1: a.Certificate.Raw, Tainted: a.Tainted})
 	}
-	for _, a := range b.JWTAuthorities {
-		der, err := x509.MarshalPKIXPublicKey(a.PublicKey)
-		if err != nil {
-			return nil, fmt.Errorf("bundle of %s: JWT authority %q: %w", r.TrustDomain, a.KeyID, err)
-		}
-		r.JwtAuthorities = append(r.JwtAuthorities, &hallmarkv1.JWTAuthority{
-			KeyId: a.KeyID, PublicKey: der, Tainted: a.Tainted, ExpiresAt: unixOf(a.ExpiresAt),
-		})
+	var err error
+	if r.JwtAuthorities, err = jwtRecords(b.JWTAuthorities); err != nil {
+		return nil, fmt.Errorf("bundle of %s: JWT authority %w", r.TrustDomain, err)
+	}
+	if r.WitAuthorities, err = jwtRecords(b.WITAuthorities); err != nil {
+		return nil, fmt.Errorf("bundle of %s: WIT authority %w", r.TrustDomain, err)
 	}
 	return r, nil
+}
+
+func jwtRecords(as []JWTAuthority) ([]*hallmarkv1.JWTAuthority, error) {
+	var rs []*hallmarkv1.JWTAuthority
+	for _, a := range as {
+		der, err := x509.MarshalPKIXPublicKey(a.PublicKey)
+		if err != nil {
+			return nil, fmt.Errorf("%q: %w", a.KeyID, err)
+		}
+		rs = append(rs, &hallmarkv1.JWTAuthority{KeyId: a.KeyID, PublicKey: der, Tainted: a.Tainted, ExpiresAt: unixOf(a.ExpiresAt)})
+	}
+	return rs, nil
 }
 
 // Clone returns a copy that may be changed, without derived forms.
@@ -167,6 +212,7 @@ func (b *Bundle) Clone() *Bundle {
 		TrustDomain:     b.TrustDomain,
 		X509Authorities: slices.Clone(b.X509Authorities),
 		JWTAuthorities:  slices.Clone(b.JWTAuthorities),
+		WITAuthorities:  slices.Clone(b.WITAuthorities),
 		SequenceNumber:  b.SequenceNumber,
 		RefreshHint:     b.RefreshHint,
 	}
@@ -176,6 +222,9 @@ func (b *Bundle) Clone() *Bundle {
 func (b *Bundle) String() string {
 	var s strings.Builder
 	fmt.Fprintf(&s, "%s #%d: %d X.509, %d JWT", b.TrustDomain.Name(), b.SequenceNumber, len(b.X509Authorities), len(b.JWTAuthorities))
+	if n := len(b.WITAuthorities); n > 0 {
+		fmt.Fprintf(&s, ", %d WIT", n)
+	}
 	return s.String()
 }
 

@@ -129,7 +129,11 @@ const (
 // connected agent knows the new one.
 func (s *adminService) RotateAuthority(ctx context.Context, req *hallmarkv1.RotateAuthorityRequest) (*hallmarkv1.RotateAuthorityResponse, error) {
 	kind := registry.AuthorityKind(req.Kind)
-	if kind != registry.X509 && kind != registry.JWT {
+	switch {
+	case slices.Contains(s.authorities.Kinds(), kind):
+	case kind == registry.WIT:
+		return nil, errNoWIT
+	default:
 		return nil, invalidArgument("unknown kind of authority %v", req.Kind)
 	}
 	wait := time.Duration(req.Wait) * time.Second

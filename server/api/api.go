@@ -13,6 +13,7 @@ import (
 	"context"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -68,6 +69,7 @@ type API struct {
 	store       store.Store
 	registry    *registry.Registry
 	authorities *authority.Authorities
+	wit         bool // there are WIT authorities
 	issuer      *issue.Issuer
 	feed        *feed.Feed
 	attestors   map[string]attestors.Server
@@ -108,6 +110,7 @@ func New(o Options) *API {
 		store:       o.Store,
 		registry:    o.Registry,
 		authorities: o.Authorities,
+		wit:         slices.Contains(o.Authorities.Kinds(), registry.WIT),
 		issuer:      o.Issuer,
 		feed:        o.Feed,
 		attestors:   o.NodeAttestors,

@@ -80,9 +80,11 @@ func subject(req, resp any) []slog.Attr {
 	case *entryv1.BatchDeleteEntryRequest:
 		return items("entry", r.Ids, itself, statuses(resp))
 	case *bundlev1.AppendBundleRequest:
-		return []slog.Attr{slog.Int("x509_authorities", len(r.X509Authorities)), slog.Int("jwt_authorities", len(r.JwtAuthorities))}
+		return []slog.Attr{slog.Int("x509_authorities", len(r.X509Authorities)), slog.Int("jwt_authorities", len(r.JwtAuthorities)), slog.Int("wit_authorities", len(r.WitAuthorities))}
 	case *bundlev1.PublishJWTAuthorityRequest:
-		return []slog.Attr{slog.String("authority", r.GetJwtAuthority().GetKeyId())}
+		return []slog.Attr{slog.String("authority", clip(r.GetJwtAuthority().GetKeyId()))}
+	case *bundlev1.PublishWITAuthorityRequest:
+		return []slog.Attr{slog.String("authority", clip(r.GetWitAuthority().GetKeyId()))}
 	case *bundlev1.BatchCreateFederatedBundleRequest:
 		return items("bundle", r.Bundle, (*types.Bundle).GetTrustDomain, statuses(resp))
 	case *bundlev1.BatchUpdateFederatedBundleRequest:
@@ -117,6 +119,10 @@ func subject(req, resp any) []slog.Attr {
 		return []slog.Attr{slog.String("id", idText(minted.GetSvid().GetId()))}
 	case *svidv1.MintJWTSVIDRequest:
 		return []slog.Attr{slog.String("id", idText(r.Id)), slog.Any("audience", shorten(r.Audience))}
+	case *svidv1.MintWITSVIDRequest:
+		return []slog.Attr{slog.String("id", idText(r.Id))}
+	case *svidv1.BatchNewWITSVIDRequest:
+		return items("entry", r.Params, (*svidv1.NewWITSVIDParams).GetEntryId, statuses(resp))
 	case *svidv1.BatchNewX509SVIDRequest:
 		return items("entry", r.Params, (*svidv1.NewX509SVIDParams).GetEntryId, statuses(resp))
 	case *svidv1.NewJWTSVIDRequest:
@@ -158,6 +164,8 @@ func statuses(resp any) []codes.Code {
 	case *trustdomainv1.BatchDeleteFederationRelationshipResponse:
 		return codesOf(r.GetResults())
 	case *svidv1.BatchNewX509SVIDResponse:
+		return codesOf(r.GetResults())
+	case *svidv1.BatchNewWITSVIDResponse:
 		return codesOf(r.GetResults())
 	}
 	return nil

@@ -96,30 +96,49 @@ func (s *authorityService) RevokeJWTAuthority(ctx context.Context, req *localaut
 	return &localauthorityv1.RevokeJWTAuthorityResponse{RevokedAuthority: stateToWire(revoked)}, status(err)
 }
 
-// GetWITAuthorityState and those below are for a kind of authority that this
-// server has not.
+// GetWITAuthorityState returns this server's WIT authorities.
 func (s *authorityService) GetWITAuthorityState(context.Context, *localauthorityv1.GetWITAuthorityStateRequest) (*localauthorityv1.GetWITAuthorityStateResponse, error) {
-	return nil, errNoWIT
+	if !s.wit {
+		return nil, errNoWIT
+	}
+	active, prepared, old, err := s.states(registry.WIT)
+	return &localauthorityv1.GetWITAuthorityStateResponse{Active: active, Prepared: prepared, Old: old}, err
 }
 
-// PrepareWITAuthority is not offered.
-func (s *authorityService) PrepareWITAuthority(context.Context, *localauthorityv1.PrepareWITAuthorityRequest) (*localauthorityv1.PrepareWITAuthorityResponse, error) {
-	return nil, errNoWIT
+// PrepareWITAuthority makes the next WIT authority and publishes it.
+func (s *authorityService) PrepareWITAuthority(ctx context.Context, _ *localauthorityv1.PrepareWITAuthorityRequest) (*localauthorityv1.PrepareWITAuthorityResponse, error) {
+	if !s.wit {
+		return nil, errNoWIT
+	}
+	prepared, err := s.authorities.Prepare(ctx, registry.WIT)
+	return &localauthorityv1.PrepareWITAuthorityResponse{PreparedAuthority: stateToWire(prepared)}, status(err)
 }
 
-// ActivateWITAuthority is not offered.
-func (s *authorityService) ActivateWITAuthority(context.Context, *localauthorityv1.ActivateWITAuthorityRequest) (*localauthorityv1.ActivateWITAuthorityResponse, error) {
-	return nil, errNoWIT
+// ActivateWITAuthority makes the prepared WIT authority sign.
+func (s *authorityService) ActivateWITAuthority(ctx context.Context, req *localauthorityv1.ActivateWITAuthorityRequest) (*localauthorityv1.ActivateWITAuthorityResponse, error) {
+	if !s.wit {
+		return nil, errNoWIT
+	}
+	active, err := s.authorities.Activate(ctx, registry.WIT, req.AuthorityId)
+	return &localauthorityv1.ActivateWITAuthorityResponse{ActivatedAuthority: stateToWire(active)}, status(err)
 }
 
-// TaintWITAuthority is not offered.
-func (s *authorityService) TaintWITAuthority(context.Context, *localauthorityv1.TaintWITAuthorityRequest) (*localauthorityv1.TaintWITAuthorityResponse, error) {
-	return nil, errNoWIT
+// TaintWITAuthority marks an old WIT authority: agents replace what it signed.
+func (s *authorityService) TaintWITAuthority(ctx context.Context, req *localauthorityv1.TaintWITAuthorityRequest) (*localauthorityv1.TaintWITAuthorityResponse, error) {
+	if !s.wit {
+		return nil, errNoWIT
+	}
+	tainted, err := s.authorities.Taint(ctx, registry.WIT, req.AuthorityId)
+	return &localauthorityv1.TaintWITAuthorityResponse{TaintedAuthority: stateToWire(tainted)}, status(err)
 }
 
-// RevokeWITAuthority is not offered.
-func (s *authorityService) RevokeWITAuthority(context.Context, *localauthorityv1.RevokeWITAuthorityRequest) (*localauthorityv1.RevokeWITAuthorityResponse, error) {
-	return nil, errNoWIT
+// RevokeWITAuthority takes a tainted WIT authority out of the bundle.
+func (s *authorityService) RevokeWITAuthority(ctx context.Context, req *localauthorityv1.RevokeWITAuthorityRequest) (*localauthorityv1.RevokeWITAuthorityResponse, error) {
+	if !s.wit {
+		return nil, errNoWIT
+	}
+	revoked, err := s.authorities.Revoke(ctx, registry.WIT, req.AuthorityId)
+	return &localauthorityv1.RevokeWITAuthorityResponse{RevokedAuthority: stateToWire(revoked)}, status(err)
 }
 
 // states returns the active, the prepared and the newest old authority.

@@ -3,7 +3,6 @@ package api
 import (
 	"context"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"iter"
 	"slices"
@@ -25,7 +24,6 @@ type bundleService struct {
 }
 
 var (
-	errNoWIT          = callErrorf(codes.Unimplemented, "this server has no WIT authorities")
 	errNoBundle       = callErrorf(codes.NotFound, "bundle not found")
 	errBundleExists   = callErrorf(codes.AlreadyExists, "bundle already exists")
 	errOwnTrustDomain = invalidArgument("this is the bundle of the server's own trust domain; only foreign ones can be handled here")
@@ -48,18 +46,16 @@ func (s *bundleService) GetBundle(ctx context.Context, req *bundlev1.GetBundleRe
 // AppendBundle adds authorities to the bundle of the server's trust domain.
 // Those that it has are passed over.
 func (s *bundleService) AppendBundle(ctx context.Context, req *bundlev1.AppendBundleRequest) (*types.Bundle, error) {
-	if len(req.WitAuthorities) > 0 {
+	if len(req.WitAuthorities) > 0 && !s.wit {
 		return nil, errNoWIT
 	}
-	x509s, err := x509AuthoritiesFromWire(req.X509Authorities)
+	more, err := authoritiesFromWire(&types.Bundle{
+		X509Authorities: req.X509Authorities, JwtAuthorities: req.JwtAuthorities, WitAuthorities: req.WitAuthorities,
+	}, wholeBundle)
 	if err != nil {
 		return nil, invalidArgument("%s", err)
 	}
-	jwts, err := jwtAuthoritiesFromWire(req.JwtAuthorities)
-	if err != nil {
-		return nil, invalidArgument("%s", err)
-	}
-	b, err := s.extend(ctx, x509s, jwts)
+	b, err := s.extend(ctx, more)
 	if err != nil {
 		return nil, status(err)
 	}
@@ -69,11 +65,11 @@ func (s *bundleService) AppendBundle(ctx context.Context, req *bundlev1.AppendBu
 // PublishJWTAuthority adds a downstream server's JWT authority to the bundle of
 // the trust domain.
 func (s *bundleService) PublishJWTAuthority(ctx context.Context, req *bundlev1.PublishJWTAuthorityRequest) (*bundlev1.PublishJWTAuthorityResponse, error) {
-	a, err := jwtAuthorityFromWire(req.JwtAuthority)
+	a, err := jwtAuthorityFromWire("JWT", req.JwtAuthority)
 	if err != nil {
 		return nil, invalidArgument("%s", err)
 	}
-	b, err := s.extend(ctx, nil, []bundle.JWTAuthority{a})
+	b, err := s.extend(ctx, &bundle.Bundle{JWTAuthorities: []bundle.JWTAuthority{a}})
 	if err != nil {
 		return nil, status(err)
 	}
@@ -84,25 +80,41 @@ func (s *bundleService) PublishJWTAuthority(ctx context.Context, req *bundlev1.P
 	return &bundlev1.PublishJWTAuthorityResponse{JwtAuthorities: keys}, nil
 }
 
-// PublishWITAuthority is for a kind of authority that this server has not.
-func (s *bundleService) PublishWITAuthority(context.Context, *bundlev1.PublishWITAuthorityRequest) (*bundlev1.PublishWITAuthorityResponse, error) {
-	return nil, errNoWIT
+// PublishWITAuthority adds a downstream server's WIT authority to the bundle of
+// the trust domain.
+func (s *bundleService) PublishWITAuthority(ctx context.Context, req *bundlev1.PublishWITAuthorityRequest) (*bundlev1.PublishWITAuthorityResponse, error) {
+	if !s.wit {
+		return nil, errNoWIT
+	}
+	a, err := jwtAuthorityFromWire("WIT", req.WitAuthority)
+	if err != nil {
+		return nil, invalidArgument("%s", err)
+	}
+	b, err := s.extend(ctx, &bundle.Bundle{WITAuthorities: []bundle.JWTAuthority{a}})
+	if err != nil {
+		return nil, status(err)
+	}
+	keys, err := witAuthoritiesToWire(b.WITAuthorities)
+	if err != nil {
+		return nil, status(err)
+	}
+	return &bundlev1.PublishWITAuthorityResponse{WitAuthorities: keys}, nil
 }
 
 // extend adds authorities to the bundle of the server's trust domain. Those
-// that have expired are refused; JWT authorities in the bundle that have
-// expired make room, as downstream servers add new ones for ever.
-func (s *bundleService) extend(ctx context.Context, x509s []bundle.X509Authority, jwts []bundle.JWTAuthority) (*bundle.Bundle, error) {
+// that have expired are refused; JWT and WIT authorities in the bundle that
+// have expired make room, as downstream servers add new ones for ever.
+func (s *bundleService) extend(ctx context.Context, more *bundle.Bundle) (*bundle.Bundle, error) {
 	now := s.now()
-	for i, a := range x509s {
+	for i, a := range more.X509Authorities {
 		if now.After(a.Certificate.NotAfter) {
 			return nil, invalidArgument("X.509 authority %d expired at %s", i, a.Certificate.NotAfter.Format(time.RFC3339))
 		}
 	}
 	expired := func(a bundle.JWTAuthority) bool { return !a.ExpiresAt.IsZero() && !now.Before(a.ExpiresAt) }
-	for _, a := range jwts {
+	for _, a := range slices.Concat(more.JWTAuthorities, more.WITAuthorities) {
 		if expired(a) {
-			return nil, invalidArgument("JWT authority %q expired at %s", a.KeyID, a.ExpiresAt.UTC().Format(time.RFC3339))
+			return nil, invalidArgument("authority %q expired at %s", a.KeyID, a.ExpiresAt.UTC().Format(time.RFC3339))
 		}
 	}
 	view := s.registry.View()
@@ -110,24 +122,22 @@ func (s *bundleService) extend(ctx context.Context, x509s []bundle.X509Authority
 		return nil, errNoBundle
 	}
 	for foreign := range s.federated(view, "") {
-		if err := disjoint(foreign, x509s, jwts); err != nil {
+		if err := disjoint(foreign, more); err != nil {
 			return nil, err
 		}
 	}
 	return s.registry.ChangeBundle(ctx, s.td, func(b *bundle.Bundle) error {
-		for _, a := range x509s {
+		for _, a := range more.X509Authorities {
 			if !b.HasX509(a.Certificate) {
 				b.X509Authorities = append(b.X509Authorities, a)
 			}
 		}
-		for _, a := range jwts {
-			as, added, err := withJWTAuthority(b.JWTAuthorities, a)
-			if err != nil {
-				return invalidArgument("%s", err)
-			}
-			if added {
-				b.JWTAuthorities = slices.DeleteFunc(as, expired)
-			}
+		var err error
+		if b.JWTAuthorities, err = withJWTAuthorities(b.JWTAuthorities, more.JWTAuthorities, b.WITAuthorities, expired); err != nil {
+			return invalidArgument("%s", err)
+		}
+		if b.WITAuthorities, err = withJWTAuthorities(b.WITAuthorities, more.WITAuthorities, b.JWTAuthorities, expired); err != nil {
+			return invalidArgument("%s", err)
 		}
 		return checkBundleSize(b)
 	})
@@ -255,9 +265,6 @@ func (s *bundleService) BatchDeleteFederatedBundle(ctx context.Context, req *bun
 func (s *bundleService) put(ctx context.Context, w *types.Bundle, in, out *types.BundleMask, allow func(exists bool) error) (*types.Bundle, error) {
 	td, set, err := bundleFromWire(w, in)
 	if err != nil {
-		if errors.Is(err, errNoWIT) {
-			return nil, errNoWIT
-		}
 		return nil, invalidArgument("%s", err)
 	}
 	if td == s.td {
@@ -270,7 +277,7 @@ func (s *bundleService) put(ctx context.Context, w *types.Bundle, in, out *types
 		}
 		set(b)
 		if own := view.Bundle(s.td); own != nil {
-			if err := disjoint(own, b.X509Authorities, b.JWTAuthorities); err != nil {
+			if err := disjoint(own, b); err != nil {
 				return err
 			}
 		}
@@ -302,32 +309,34 @@ func (s *bundleService) answer(b *bundle.Bundle, mask *types.BundleMask) (*types
 	return w, status(err)
 }
 
-// disjoint fails if a key of a bundle is also among the authorities given,
-// which are another trust domain's: whoever holds a key could sign for both.
-// SPIFFE Trust Domain and Bundle §2, §6.2.
-func disjoint(b *bundle.Bundle, x509s []bundle.X509Authority, jwts []bundle.JWTAuthority) error {
-	keys := make(map[string]bool, len(b.X509Authorities)+len(b.JWTAuthorities))
+// disjoint fails if a key of a bundle is also among the authorities of another
+// trust domain: whoever holds a key could sign for both. SPIFFE Trust Domain
+// and Bundle §2, §6.2.
+func disjoint(b, other *bundle.Bundle) error {
+	keys := make(map[string]bool, len(b.X509Authorities)+len(b.JWTAuthorities)+len(b.WITAuthorities))
 	for _, a := range b.X509Authorities {
 		keys[string(a.Certificate.RawSubjectPublicKeyInfo)] = true
 	}
-	for _, a := range b.JWTAuthorities {
+	for _, a := range slices.Concat(b.JWTAuthorities, b.WITAuthorities) {
 		der, err := x509.MarshalPKIXPublicKey(a.PublicKey)
 		if err != nil {
-			return fmt.Errorf("encode JWT authority %q of %s: %w", a.KeyID, b.TrustDomain.Name(), err)
+			return fmt.Errorf("encode authority %q of %s: %w", a.KeyID, b.TrustDomain.Name(), err)
 		}
 		keys[string(der)] = true
 	}
 	shared := func(what string) error {
 		return invalidArgument("%s has a key of trust domain %q; a key may not serve two trust domains", what, b.TrustDomain.Name())
 	}
-	for i, a := range x509s {
+	for i, a := range other.X509Authorities {
 		if keys[string(a.Certificate.RawSubjectPublicKeyInfo)] {
 			return shared(fmt.Sprintf("X.509 authority %d", i))
 		}
 	}
-	for _, a := range jwts {
-		if der, err := x509.MarshalPKIXPublicKey(a.PublicKey); err == nil && keys[string(der)] {
-			return shared(fmt.Sprintf("JWT authority %q", a.KeyID))
+	for kind, as := range map[string][]bundle.JWTAuthority{"JWT": other.JWTAuthorities, "WIT": other.WITAuthorities} {
+		for _, a := range as {
+			if der, err := x509.MarshalPKIXPublicKey(a.PublicKey); err == nil && keys[string(der)] {
+				return shared(fmt.Sprintf("%s authority %q", kind, a.KeyID))
+			}
 		}
 	}
 	return nil
@@ -339,7 +348,7 @@ func checkBundleSize(b *bundle.Bundle) error {
 	for _, a := range b.X509Authorities {
 		size += len(a.Certificate.Raw)
 	}
-	for _, n := range []int{len(b.X509Authorities), len(b.JWTAuthorities)} {
+	for _, n := range []int{len(b.X509Authorities), len(b.JWTAuthorities), len(b.WITAuthorities)} {
 		if n > maxAuthorities {
 			return callErrorf(codes.ResourceExhausted, "bundle would have %d authorities of one kind; the most is %d", n, maxAuthorities)
 		}

@@ -28,12 +28,13 @@ import (
 
 // below is a server below another one: its authorities.
 type below struct {
-	x509 *authority.X509
-	jwt  *authority.JWT
+	x509     *authority.X509
+	jwt, wit *authority.JWT
 }
 
 func (b *below) X509() (*authority.X509, error) { return b.x509, nil }
 func (b *below) JWT() (*authority.JWT, error)   { return b.jwt, nil }
+func (b *below) WIT() (*authority.JWT, error)   { return b.wit, nil }
 
 func parseAll(t testing.TB, ders [][]byte) (certs []*x509.Certificate) {
 	t.Helper()

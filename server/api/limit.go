@@ -34,7 +34,7 @@ func (a *API) SetLimits(l Limits) {
 	a.limits.Store(&l)
 	// Two seconds' worth at once, and a whole batch in any case.
 	a.attests.set(l.AttestPerSecond, 2*l.AttestPerSecond)
-	a.signs.set(l.SignPerSecond, max(2*l.SignPerSecond, maxCSRs))
+	a.signs.set(l.SignPerSecond, max(2*l.SignPerSecond, maxSignatures))
 }
 
 // maxAnonymous is how many connections may be without a valid X509-SVID: the

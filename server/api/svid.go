@@ -22,13 +22,14 @@ type svidService struct {
 	*API
 }
 
-// maxCSRs bounds the signatures that one call asks for. It is SPIRE's figure.
-const maxCSRs = 500
+// maxSignatures bounds the signatures that one call asks for. It is SPIRE's figure.
+const maxSignatures = 500
 
-var (
-	errNoEntry = callErrorf(codes.NotFound, "entry not found or not authorized")
-	errNoWITs  = callErrorf(codes.Unimplemented, "this server issues no WIT-SVIDs")
-)
+var errNoEntry = callErrorf(codes.NotFound, "entry not found or not authorized")
+
+// errNoWIT answers every call about WIT if the configuration does not switch it
+// on.
+var errNoWIT = callErrorf(codes.Unimplemented, "WIT-SVIDs are not switched on at this server: set wit in experimental")
 
 // MintX509SVID issues an X509-SVID for what an operator's CSR says.
 func (s *svidService) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVIDRequest) (*svidv1.MintX509SVIDResponse, error) {
@@ -52,52 +53,39 @@ func (s *svidService) MintJWTSVID(ctx context.Context, req *svidv1.MintJWTSVIDRe
 	return &svidv1.MintJWTSVIDResponse{Svid: jwtSVIDToWire(svid)}, nil
 }
 
+// MintWITSVID issues a WIT-SVID with an ID and a public key that an operator
+// names.
+func (s *svidService) MintWITSVID(ctx context.Context, req *svidv1.MintWITSVIDRequest) (*svidv1.MintWITSVIDResponse, error) {
+	if !s.wit {
+		return nil, errNoWIT
+	}
+	id, err := idFromWire(req.Id)
+	if err != nil {
+		return nil, invalidArgument("invalid SPIFFE ID: %v", err)
+	}
+	svid, err := s.issuer.MintWIT(ctx, id, issue.WITKey{PKIX: req.PublicKey, Algorithm: req.SigningAlgorithm}, time.Duration(req.Ttl)*time.Second)
+	if err != nil {
+		return nil, status(err)
+	}
+	return &svidv1.MintWITSVIDResponse{Svid: witSVIDToWire(svid)}, nil
+}
+
 // BatchNewX509SVID issues the X509-SVIDs of entries that the calling agent is
-// authorized for, on all cores.
+// authorized for.
 func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNewX509SVIDRequest) (*svidv1.BatchNewX509SVIDResponse, error) {
-	n := len(req.Params)
-	switch {
-	case n == 0:
-		return nil, invalidArgument("missing parameters")
-	case n > maxCSRs:
-		return nil, invalidArgument("%d CSRs in one call; the most is %d: send several", n, maxCSRs)
-	}
-	if err := s.limitSigning(ctx, n); err != nil {
-		return nil, err
-	}
-	view, now, node := s.registry.View(), s.now(), callerFrom(ctx).Node
-	results := make([]*svidv1.BatchNewX509SVIDResponse_Result, n)
-	sign := func(i int) {
-		svid, err := s.signEntry(ctx, view, node, now, req.Params[i])
+	results := make([]*svidv1.BatchNewX509SVIDResponse_Result, len(req.Params))
+	err := s.signBatch(ctx, len(results), func(i int, of authorized) {
+		svid, err := s.newX509SVID(ctx, of, req.Params[i])
 		results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemStatus(s.log, err), Svid: svid}
-	}
-	if workers := min(n, runtime.GOMAXPROCS(0)); workers == 1 {
-		for i := range n {
-			sign(i)
-		}
-	} else {
-		var next atomic.Int64
-		var wait sync.WaitGroup
-		for range workers {
-			wait.Go(func() {
-				for i := int(next.Add(1)) - 1; i < n; i = int(next.Add(1)) - 1 {
-					sign(i)
-				}
-			})
-		}
-		wait.Wait()
-	}
-	// An agent that was banned meanwhile gets none of them.
-	if v := s.registry.View(); v != view {
-		if err := admitted(v, node.ID); err != nil {
-			return nil, err
-		}
+	})
+	if err != nil {
+		return nil, err
 	}
 	return &svidv1.BatchNewX509SVIDResponse{Results: results}, nil
 }
 
-func (s *svidService) signEntry(ctx context.Context, view *registry.View, node *registry.Node, now time.Time, p *svidv1.NewX509SVIDParams) (*types.X509SVID, error) {
-	e, err := authorizedEntry(view, node, p.GetEntryId(), now)
+func (s *svidService) newX509SVID(ctx context.Context, of authorized, p *svidv1.NewX509SVIDParams) (*types.X509SVID, error) {
+	e, err := of.entry(p.GetEntryId())
 	if err != nil {
 		return nil, err
 	}
@@ -108,14 +96,86 @@ func (s *svidService) signEntry(ctx context.Context, view *registry.View, node *
 	return x509SVIDToWire(svid), nil
 }
 
-// authorizedEntry returns an entry that a node asks for by its ID. One that
-// does not exist and one of another node are the same to it.
-func authorizedEntry(view *registry.View, node *registry.Node, id string, now time.Time) (*entry.Entry, error) {
+// BatchNewWITSVID issues the WIT-SVIDs of entries that the calling agent is
+// authorized for.
+func (s *svidService) BatchNewWITSVID(ctx context.Context, req *svidv1.BatchNewWITSVIDRequest) (*svidv1.BatchNewWITSVIDResponse, error) {
+	if !s.wit {
+		return nil, errNoWIT
+	}
+	results := make([]*svidv1.BatchNewWITSVIDResponse_Result, len(req.Params))
+	err := s.signBatch(ctx, len(results), func(i int, of authorized) {
+		svid, err := s.newWITSVID(ctx, of, req.Params[i])
+		results[i] = &svidv1.BatchNewWITSVIDResponse_Result{Status: itemStatus(s.log, err), Svid: svid}
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &svidv1.BatchNewWITSVIDResponse{Results: results}, nil
+}
+
+func (s *svidService) newWITSVID(ctx context.Context, of authorized, p *svidv1.NewWITSVIDParams) (*types.WITSVID, error) {
+	e, err := of.entry(p.GetEntryId())
+	if err != nil {
+		return nil, err
+	}
+	svid, err := s.issuer.WorkloadWIT(ctx, e, issue.WITKey{PKIX: p.PublicKey, Algorithm: p.SigningAlgorithm})
+	if err != nil {
+		return nil, err
+	}
+	return witSVIDToWire(svid), nil
+}
+
+// signBatch calls sign for each of n signatures that the calling agent asks
+// for, on all cores.
+func (s *svidService) signBatch(ctx context.Context, n int, sign func(i int, of authorized)) error {
+	switch {
+	case n == 0:
+		return invalidArgument("missing parameters")
+	case n > maxSignatures:
+		return invalidArgument("%d SVIDs in one call; the most is %d: send several", n, maxSignatures)
+	}
+	if err := s.limitSigning(ctx, n); err != nil {
+		return err
+	}
+	of := authorized{s.registry.View(), callerFrom(ctx).Node, s.now()}
+	if workers := min(n, runtime.GOMAXPROCS(0)); workers == 1 {
+		for i := range n {
+			sign(i, of)
+		}
+	} else {
+		var next atomic.Int64
+		var wait sync.WaitGroup
+		for range workers {
+			wait.Go(func() {
+				for i := int(next.Add(1)) - 1; i < n; i = int(next.Add(1)) - 1 {
+					sign(i, of)
+				}
+			})
+		}
+		wait.Wait()
+	}
+	// An agent that was banned meanwhile gets none of them.
+	if v := s.registry.View(); v != of.view {
+		return admitted(v, of.node.ID)
+	}
+	return nil
+}
+
+// authorized is what a node is authorized for at one moment.
+type authorized struct {
+	view *registry.View
+	node *registry.Node
+	now  time.Time
+}
+
+// entry returns an entry that the node asks for by its ID. One that does not
+// exist and one of another node are the same to it.
+func (of authorized) entry(id string) (*entry.Entry, error) {
 	if id == "" {
 		return nil, invalidArgument("missing entry ID")
 	}
-	e := view.Entry(id)
-	if e == nil || !view.IsAuthorized(node.ID, e, now) {
+	e := of.view.Entry(id)
+	if e == nil || !of.view.IsAuthorized(of.node.ID, e, of.now) {
 		return nil, errNoEntry
 	}
 	return e, nil
@@ -127,7 +187,7 @@ func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 	if err := s.limitSigning(ctx, 1); err != nil {
 		return nil, err
 	}
-	e, err := authorizedEntry(s.registry.View(), callerFrom(ctx).Node, req.EntryId, s.now())
+	e, err := authorized{s.registry.View(), callerFrom(ctx).Node, s.now()}.entry(req.EntryId)
 	if err != nil {
 		return nil, err
 	}
@@ -158,22 +218,19 @@ func (s *svidService) NewDownstreamX509CA(ctx context.Context, req *svidv1.NewDo
 	return resp, nil
 }
 
-// MintWITSVID is for a kind of SVID that this server does not issue.
-func (s *svidService) MintWITSVID(context.Context, *svidv1.MintWITSVIDRequest) (*svidv1.MintWITSVIDResponse, error) {
-	return nil, errNoWITs
-}
-
-// BatchNewWITSVID is for a kind of SVID that this server does not issue.
-func (s *svidService) BatchNewWITSVID(context.Context, *svidv1.BatchNewWITSVIDRequest) (*svidv1.BatchNewWITSVIDResponse, error) {
-	return nil, errNoWITs
-}
-
 func x509SVIDToWire(svid *issue.X509SVID) *types.X509SVID {
 	return &types.X509SVID{CertChain: svid.Chain, Id: idToWire(svid.ID), ExpiresAt: svid.ExpiresAt.Unix(), Hint: svid.Hint}
 }
 
 func jwtSVIDToWire(svid *issue.JWTSVID) *types.JWTSVID {
 	return &types.JWTSVID{
+		Token: svid.Token, Id: idToWire(svid.ID), Hint: svid.Hint,
+		IssuedAt: svid.IssuedAt.Unix(), ExpiresAt: svid.ExpiresAt.Unix(),
+	}
+}
+
+func witSVIDToWire(svid *issue.JWTSVID) *types.WITSVID {
+	return &types.WITSVID{
 		Token: svid.Token, Id: idToWire(svid.ID), Hint: svid.Hint,
 		IssuedAt: svid.IssuedAt.Unix(), ExpiresAt: svid.ExpiresAt.Unix(),
 	}

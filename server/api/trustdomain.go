@@ -1,11 +1,11 @@
 package api
 
 import (
-	"cmp"
 	"context"
-	"crypto/x509"
+	"crypto"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -177,14 +177,19 @@ func (s *trustDomainService) RefreshBundle(ctx context.Context, req *trustdomain
 	return &emptypb.Empty{}, nil
 }
 
+// authoritiesOnly is a mask of all that a bundle holds.
+var authoritiesOnly = &types.BundleMask{X509Authorities: true, JwtAuthorities: true, WitAuthorities: true}
+
 // sameContent reports whether a bundle has the authorities that one of the
 // wire has.
 func sameContent(b *bundle.Bundle, w *types.Bundle) bool {
-	was, err := bundleToWire(b, &types.BundleMask{X509Authorities: true, JwtAuthorities: true})
+	was, err := bundleToWire(b, authoritiesOnly)
 	if err != nil {
 		return false
 	}
-	return proto.Equal(was, &types.Bundle{TrustDomain: w.TrustDomain, X509Authorities: w.X509Authorities, JwtAuthorities: w.JwtAuthorities})
+	return proto.Equal(was, &types.Bundle{
+		TrustDomain: w.TrustDomain, X509Authorities: w.X509Authorities, JwtAuthorities: w.JwtAuthorities, WitAuthorities: w.WitAuthorities,
+	})
 }
 
 // fetchedToWire turns a fetched bundle into the wire's form, so that it is held
@@ -194,14 +199,13 @@ func fetchedToWire(b *spiffebundle.Bundle) (*types.Bundle, error) {
 	for _, cert := range b.X509Authorities() {
 		w.X509Authorities = append(w.X509Authorities, &types.X509Certificate{Asn1: cert.Raw})
 	}
-	for kid, key := range b.JWTAuthorities() {
-		der, err := x509.MarshalPKIXPublicKey(key)
-		if err != nil {
-			return nil, invalidArgument("JWT authority %q of the fetched bundle: %s", kid, err)
-		}
-		w.JwtAuthorities = append(w.JwtAuthorities, &types.JWTKey{KeyId: kid, PublicKey: der})
+	var err error
+	if w.JwtAuthorities, err = jwtAuthoritiesToWire(byKeyID(b.JWTAuthorities())); err != nil {
+		return nil, invalidArgument("the fetched bundle: %s", err)
 	}
-	slices.SortFunc(w.JwtAuthorities, func(a, b *types.JWTKey) int { return cmp.Compare(a.KeyId, b.KeyId) })
+	if w.WitAuthorities, err = witAuthoritiesToWire(byKeyID(b.WITAuthorities())); err != nil {
+		return nil, invalidArgument("the fetched bundle: %s", err)
+	}
 	if n, ok := b.SequenceNumber(); ok {
 		w.SequenceNumber = n
 	}
@@ -209,6 +213,14 @@ func fetchedToWire(b *spiffebundle.Bundle) (*types.Bundle, error) {
 		w.RefreshHint = int64(hint.Seconds())
 	}
 	return w, nil
+}
+
+func byKeyID(keys map[string]crypto.PublicKey) []bundle.JWTAuthority {
+	as := make([]bundle.JWTAuthority, 0, len(keys))
+	for _, kid := range slices.Sorted(maps.Keys(keys)) {
+		as = append(as, bundle.JWTAuthority{KeyID: kid, PublicKey: keys[kid]})
+	}
+	return as
 }
 
 // x509Bundles are the bundles of a view, for verification of X509-SVIDs.
@@ -263,8 +275,6 @@ func (s *trustDomainService) putFederation(ctx context.Context, w *types.Federat
 	if in.TrustDomainBundle && w.TrustDomainBundle != nil {
 		of, _, err := bundleFromWire(w.TrustDomainBundle, nil)
 		switch {
-		case errors.Is(err, errNoWIT):
-			return nil, errNoWIT
 		case err != nil:
 			return nil, invalidArgument("%s", err)
 		case of != td:
@@ -289,7 +299,7 @@ func (a *API) takeBundle(w *types.Bundle) func(*registry.View, *bundle.Bundle) e
 		}
 		set(b)
 		if own := view.Bundle(a.td); own != nil {
-			if err := disjoint(own, b.X509Authorities, b.JWTAuthorities); err != nil {
+			if err := disjoint(own, b); err != nil {
 				return err
 			}
 		}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -263,6 +264,12 @@ func bundleToWire(b *bundle.Bundle, mask *types.BundleMask) (*types.Bundle, erro
 			return nil, err
 		}
 	}
+	if mask.WitAuthorities {
+		var err error
+		if w.WitAuthorities, err = witAuthoritiesToWire(b.WITAuthorities); err != nil {
+			return nil, err
+		}
+	}
 	if mask.RefreshHint {
 		w.RefreshHint = int64(b.RefreshHint / time.Second)
 	}
@@ -277,9 +284,21 @@ func jwtAuthoritiesToWire(as []bundle.JWTAuthority) ([]*types.JWTKey, error) {
 	for i, a := range as {
 		der, err := x509.MarshalPKIXPublicKey(a.PublicKey)
 		if err != nil {
-			return nil, fmt.Errorf("encode JWT authority %q: %w", a.KeyID, err)
+			return nil, fmt.Errorf("encode authority %q: %w", a.KeyID, err)
 		}
 		ws[i] = &types.JWTKey{PublicKey: der, KeyId: a.KeyID, ExpiresAt: timeToWire(a.ExpiresAt), Tainted: a.Tainted}
+	}
+	return ws, nil
+}
+
+func witAuthoritiesToWire(as []bundle.JWTAuthority) ([]*types.WITKey, error) {
+	keys, err := jwtAuthoritiesToWire(as)
+	if err != nil {
+		return nil, err
+	}
+	ws := make([]*types.WITKey, len(keys))
+	for i, k := range keys {
+		ws[i] = &types.WITKey{PublicKey: k.PublicKey, KeyId: k.KeyId, ExpiresAt: k.ExpiresAt, Tainted: k.Tainted}
 	}
 	return ws, nil
 }
@@ -307,19 +326,9 @@ func bundleFromWire(w *types.Bundle, mask *types.BundleMask) (td spiffeid.TrustD
 	if mask == nil {
 		mask = wholeBundle
 	}
-	var from bundle.Bundle
-	if mask.X509Authorities {
-		if from.X509Authorities, err = x509AuthoritiesFromWire(w.X509Authorities); err != nil {
-			return td, nil, err
-		}
-	}
-	if mask.JwtAuthorities {
-		if from.JWTAuthorities, err = jwtAuthoritiesFromWire(w.JwtAuthorities); err != nil {
-			return td, nil, err
-		}
-	}
-	if mask.WitAuthorities && len(w.WitAuthorities) > 0 {
-		return td, nil, errNoWIT
+	from, err := authoritiesFromWire(w, mask)
+	if err != nil {
+		return td, nil, err
 	}
 	if mask.RefreshHint {
 		if w.RefreshHint < 0 || w.RefreshHint > math.MaxInt32 {
@@ -334,6 +343,9 @@ func bundleFromWire(w *types.Bundle, mask *types.BundleMask) (td spiffeid.TrustD
 		if mask.JwtAuthorities {
 			b.JWTAuthorities = from.JWTAuthorities
 		}
+		if mask.WitAuthorities {
+			b.WITAuthorities = from.WITAuthorities
+		}
 		if mask.RefreshHint {
 			b.RefreshHint = from.RefreshHint
 		}
@@ -341,6 +353,28 @@ func bundleFromWire(w *types.Bundle, mask *types.BundleMask) (td spiffeid.TrustD
 			b.SequenceNumber = w.SequenceNumber
 		}
 	}, nil
+}
+
+// authoritiesFromWire reads the authorities of a bundle that the mask names.
+func authoritiesFromWire(w *types.Bundle, mask *types.BundleMask) (*bundle.Bundle, error) {
+	b := &bundle.Bundle{}
+	var err error
+	if mask.X509Authorities {
+		if b.X509Authorities, err = x509AuthoritiesFromWire(w.X509Authorities); err != nil {
+			return nil, err
+		}
+	}
+	if mask.JwtAuthorities {
+		if b.JWTAuthorities, err = jwtAuthoritiesFromWire("JWT", w.JwtAuthorities); err != nil {
+			return nil, err
+		}
+	}
+	if mask.WitAuthorities {
+		if b.WITAuthorities, err = jwtAuthoritiesFromWire("WIT", w.WitAuthorities); err != nil {
+			return nil, err
+		}
+	}
+	return b, nil
 }
 
 func trustDomainFromWire(name string) (spiffeid.TrustDomain, error) {
@@ -379,42 +413,53 @@ func x509AuthoritiesFromWire(ws []*types.X509Certificate) ([]bundle.X509Authorit
 	return as, nil
 }
 
-func jwtAuthoritiesFromWire(ws []*types.JWTKey) ([]bundle.JWTAuthority, error) {
+// jwtKey is a key of the wire's that signs JWTs: a [types.JWTKey] or a
+// [types.WITKey].
+type jwtKey interface {
+	comparable
+	GetPublicKey() []byte
+	GetKeyId() string
+	GetExpiresAt() int64
+	GetTainted() bool
+}
+
+func jwtAuthoritiesFromWire[K jwtKey](kind string, ws []K) ([]bundle.JWTAuthority, error) {
 	if len(ws) > maxAuthorities {
-		return nil, fmt.Errorf("bundle has %d JWT authorities; the most is %d", len(ws), maxAuthorities)
+		return nil, fmt.Errorf("bundle has %d %s authorities; the most is %d", len(ws), kind, maxAuthorities)
 	}
 	as := make([]bundle.JWTAuthority, 0, len(ws))
 	size := 0
 	for i, w := range ws {
 		if size += len(w.GetPublicKey()); size > maxBundleBytes {
-			return nil, fmt.Errorf("JWT authorities are over %d bytes together", maxBundleBytes)
+			return nil, fmt.Errorf("%s authorities are over %d bytes together", kind, maxBundleBytes)
 		}
-		a, err := jwtAuthorityFromWire(w)
+		a, err := jwtAuthorityFromWire(kind, w)
 		if err != nil {
-			return nil, indexed("JWT authority", i, err)
+			return nil, indexed(kind+" authority", i, err)
 		}
 		if as, _, err = withJWTAuthority(as, a); err != nil {
-			return nil, indexed("JWT authority", i, err)
+			return nil, indexed(kind+" authority", i, err)
 		}
 	}
 	return as, nil
 }
 
-func jwtAuthorityFromWire(w *types.JWTKey) (bundle.JWTAuthority, error) {
+func jwtAuthorityFromWire[K jwtKey](kind string, w K) (bundle.JWTAuthority, error) {
 	a := bundle.JWTAuthority{KeyID: w.GetKeyId(), Tainted: w.GetTainted()}
+	var none K
 	switch n := len(a.KeyID); {
-	case w == nil:
-		return a, errors.New("missing JWT authority")
+	case w == none:
+		return a, fmt.Errorf("missing %s authority", kind)
 	case n == 0:
 		return a, errors.New("missing key ID")
 	case n > maxKeyID:
 		return a, fmt.Errorf("key ID is %d bytes long; the most is %d", n, maxKeyID)
 	}
-	key, err := x509.ParsePKIXPublicKey(w.PublicKey)
+	key, err := x509.ParsePKIXPublicKey(w.GetPublicKey())
 	if err != nil {
 		return a, fmt.Errorf("key %q is no PKIX public key: %w", a.KeyID, err)
 	}
-	switch k := key.(type) { // JWT-SVID §2.1: RSA or ECDSA
+	switch k := key.(type) { // JWT-SVID §2.1, WIT-SVID §2.3: RSA or ECDSA
 	case *ecdsa.PublicKey:
 		if k.Curve.Params().BitSize < 256 {
 			return a, fmt.Errorf("key %q is on curve %s; P-256 is the least", a.KeyID, k.Curve.Params().Name)
@@ -424,10 +469,10 @@ func jwtAuthorityFromWire(w *types.JWTKey) (bundle.JWTAuthority, error) {
 			return a, fmt.Errorf("key %q is an RSA key of %d bits; it must have %d to %d", a.KeyID, n, minRSABits, maxRSABits)
 		}
 	default:
-		return a, fmt.Errorf("key %q is of type %T; JWT-SVIDs are signed with RSA or ECDSA", a.KeyID, key)
+		return a, fmt.Errorf("key %q is of type %T; JWTs are signed with RSA or ECDSA", a.KeyID, key)
 	}
 	a.PublicKey = key
-	if a.ExpiresAt, err = timeFromWire("expires_at", w.ExpiresAt); err != nil {
+	if a.ExpiresAt, err = timeFromWire("expires_at", w.GetExpiresAt()); err != nil {
 		return a, fmt.Errorf("key %q: %w", a.KeyID, err)
 	}
 	return a, nil
@@ -446,6 +491,26 @@ func withJWTAuthority(as []bundle.JWTAuthority, a bundle.JWTAuthority) (_ []bund
 		return as, false, nil
 	}
 	return append(as, a), true, nil
+}
+
+// withJWTAuthorities adds authorities of one kind to those of a bundle, of which
+// the expired ones go if any is new. In one bundle a key ID names one key,
+// whatever that signs (WIT-SVID §6.1): one that is among those of the other
+// kind is refused.
+func withJWTAuthorities(as, more, other []bundle.JWTAuthority, expired func(bundle.JWTAuthority) bool) ([]bundle.JWTAuthority, error) {
+	for _, a := range more {
+		if slices.ContainsFunc(other, func(o bundle.JWTAuthority) bool { return o.KeyID == a.KeyID }) {
+			return nil, fmt.Errorf("key ID %q names a key that signs other SVIDs already", a.KeyID)
+		}
+		with, added, err := withJWTAuthority(as, a)
+		if err != nil {
+			return nil, err
+		}
+		if added {
+			as = slices.DeleteFunc(with, expired)
+		}
+	}
+	return as, nil
 }
 
 // sameKey reports whether two public keys are the same.

@@ -1,5 +1,6 @@
 // Package authority keeps the signing keys of a server: its X.509 authorities,
-// which sign X509-SVIDs, and its JWT authorities, which sign JWT-SVIDs.
+// which sign X509-SVIDs, its JWT authorities, which sign JWT-SVIDs, and, if it
+// is told to, its WIT authorities, which sign WIT-SVIDs.
 //
 // Of each kind a server has one active authority, which signs; at times one
 // that is prepared to follow it, which is in the bundle already so that every
@@ -11,9 +12,9 @@
 // changed together with the bundle.
 //
 // [Open] finds the authorities of an earlier run again, or makes the first;
-// [Authorities.Run] keeps them current. [Authorities.X509] and
-// [Authorities.JWT] say what to sign with; they are cheap enough to call for
-// each signature.
+// [Authorities.Run] keeps them current. [Authorities.X509],
+// [Authorities.JWT] and [Authorities.WIT] say what to sign with; they are cheap
+// enough to call for each signature.
 package authority
 
 import (
@@ -65,7 +66,7 @@ func (x *X509) Validity() (notBefore, notAfter time.Time) {
 	return notBefore, notAfter
 }
 
-// JWT is a JWT authority that signs. It is immutable; as long as the same
+// JWT is an authority that signs JWTs: JWT-SVIDs or WIT-SVIDs. It is immutable; as long as the same
 // authority is active, the same pointer is handed out.
 type JWT struct {
 	ID        string // the kid
@@ -98,6 +99,10 @@ type Options struct {
 	X509KeyType  KeyType       // of authorities made from now on
 	JWTKeyType   KeyType
 
+	WIT         bool          // have WIT authorities too; else those of an earlier run go
+	WITLifetime time.Duration // 0: DefaultLifetime
+	WITKeyType  KeyType
+
 	Now func() time.Time // nil: time.Now
 	Log *slog.Logger     // nil: none
 }
@@ -108,6 +113,7 @@ type Authorities struct {
 	keys     apiv1.KeyManager
 	td       spiffeid.TrustDomain
 	server   string
+	kinds    []registry.AuthorityKind // that it has
 	plans    map[registry.AuthorityKind]plan
 	certify  certify
 	now      func() time.Time
@@ -115,6 +121,7 @@ type Authorities struct {
 
 	x509 atomic.Pointer[X509] // active; nil before the first
 	jwt  atomic.Pointer[JWT]
+	wit  atomic.Pointer[JWT]
 
 	wake chan struct{} // a signature found no authority to sign with
 
@@ -130,9 +137,6 @@ type plan struct {
 	keyType  KeyType
 }
 
-// kinds of authority that a server keeps.
-var kinds = []registry.AuthorityKind{registry.X509, registry.JWT}
-
 // Open finds the authorities of this server again whose keys the key manager
 // still has, and makes and activates one of each kind where there is none that
 // can sign. The registry must be running. Authorities whose keys are gone stay
@@ -141,7 +145,7 @@ func Open(ctx context.Context, o Options) (*Authorities, error) {
 	if o.Server == "" || strings.Contains(o.Server, "/") {
 		return nil, fmt.Errorf("open authorities: %q is not the name of a server; it is not empty and has no slash", o.Server)
 	}
-	for _, t := range []KeyType{o.X509KeyType, o.JWTKeyType} {
+	for _, t := range []KeyType{o.X509KeyType, o.JWTKeyType, o.WITKeyType} {
 		if t < 0 || int(t) >= len(keyTypes) {
 			return nil, fmt.Errorf("open authorities: there is no key type %d", int(t))
 		}
@@ -151,6 +155,7 @@ func Open(ctx context.Context, o Options) (*Authorities, error) {
 		keys:     o.Keys,
 		td:       o.TrustDomain,
 		server:   o.Server,
+		kinds:    []registry.AuthorityKind{registry.X509, registry.JWT},
 		plans: map[registry.AuthorityKind]plan{
 			registry.X509: {cmp.Or(o.X509Lifetime, DefaultLifetime), o.X509KeyType},
 			registry.JWT:  {cmp.Or(o.JWTLifetime, DefaultLifetime), o.JWTKeyType},
@@ -169,9 +174,18 @@ func Open(ctx context.Context, o Options) (*Authorities, error) {
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}
+	if o.WIT {
+		a.kinds = append(a.kinds, registry.WIT)
+		a.plans[registry.WIT] = plan{cmp.Or(o.WITLifetime, DefaultLifetime), o.WITKeyType}
+	}
 	for kind, p := range a.plans {
 		if p.lifetime < MinLifetime || p.lifetime > MaxLifetime {
 			return nil, fmt.Errorf("open authorities: the lifetime of %s authorities is %s; it is at least %s and at most %s", kind, p.lifetime, MinLifetime, MaxLifetime)
+		}
+	}
+	if !o.WIT {
+		if err := a.abandon(ctx, registry.WIT); err != nil {
+			return nil, fmt.Errorf("open authorities: %w", err)
 		}
 	}
 	if _, err := a.Rotate(ctx); err != nil {
@@ -193,13 +207,21 @@ func (a *Authorities) X509() (*X509, error) {
 }
 
 // JWT returns the active JWT authority, or [ErrUnavailable].
-func (a *Authorities) JWT() (*JWT, error) {
-	if j := a.jwt.Load(); j != nil && a.now().Before(j.ExpiresAt) {
+func (a *Authorities) JWT() (*JWT, error) { return a.token(&a.jwt) }
+
+// WIT returns the active WIT authority, or [ErrUnavailable].
+func (a *Authorities) WIT() (*JWT, error) { return a.token(&a.wit) }
+
+func (a *Authorities) token(active *atomic.Pointer[JWT]) (*JWT, error) {
+	if j := active.Load(); j != nil && a.now().Before(j.ExpiresAt) {
 		return j, nil
 	}
 	a.nudge()
 	return nil, ErrUnavailable
 }
+
+// Kinds returns the kinds of authority that this server has. Do not change it.
+func (a *Authorities) Kinds() []registry.AuthorityKind { return a.kinds }
 
 // nudge makes Run look at once.
 func (a *Authorities) nudge() {

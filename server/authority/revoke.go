@@ -41,9 +41,11 @@ func (a *Authorities) Taint(ctx context.Context, kind registry.AuthorityKind, id
 				own.X509Authorities[i].Tainted = true
 			}
 		}
-		for i := range own.JWTAuthorities {
-			if hasJWTKey(r, own.JWTAuthorities[i]) {
-				own.JWTAuthorities[i].Tainted = true
+		for _, keys := range [][]bundle.JWTAuthority{own.JWTAuthorities, own.WITAuthorities} {
+			for i := range keys {
+				if hasTokenKey(r, keys[i]) {
+					keys[i].Tainted = true
+				}
 			}
 		}
 		c := *r
@@ -95,7 +97,9 @@ func (a *Authorities) Revoke(ctx context.Context, kind registry.AuthorityKind, i
 			return registry.AuthorityChange{}, err
 		}
 		own.X509Authorities = slices.DeleteFunc(own.X509Authorities, func(x bundle.X509Authority) bool { return hasX509Key(r, x) })
-		own.JWTAuthorities = slices.DeleteFunc(own.JWTAuthorities, func(k bundle.JWTAuthority) bool { return hasJWTKey(r, k) })
+		for _, keys := range []*[]bundle.JWTAuthority{&own.JWTAuthorities, &own.WITAuthorities} {
+			*keys = slices.DeleteFunc(*keys, func(k bundle.JWTAuthority) bool { return hasTokenKey(r, k) })
+		}
 		revoked = r
 		return registry.AuthorityChange{Delete: []*registry.Authority{r}}, nil
 	})
@@ -149,7 +153,7 @@ func (a *Authorities) revocable(kind registry.AuthorityKind, id string, all []*r
 	return r, err
 }
 
-// hasX509Key and hasJWTKey report whether an authority in a bundle has the key
+// hasX509Key and hasTokenKey report whether an authority in a bundle has the key
 // of a record: under whichever certificate or name it is there, it is as much
 // in doubt.
 func hasX509Key(r *registry.Authority, x bundle.X509Authority) bool {
@@ -157,8 +161,44 @@ func hasX509Key(r *registry.Authority, x bundle.X509Authority) bool {
 		bytes.Equal(x.Certificate.RawSubjectPublicKeyInfo, r.Chain[0].RawSubjectPublicKeyInfo)
 }
 
-func hasJWTKey(r *registry.Authority, k bundle.JWTAuthority) bool {
-	return r.Kind == registry.JWT && (k.KeyID == r.ID || sameKey(k.PublicKey, r.PublicKey))
+func hasTokenKey(r *registry.Authority, k bundle.JWTAuthority) bool {
+	return r.Kind != registry.X509 && (k.KeyID == r.ID || sameKey(k.PublicKey, r.PublicKey))
+}
+
+// abandon takes away the authorities of a kind that this server had in an
+// earlier run and is not to have any more, and what others have published of
+// that kind. Those of other servers stay.
+func (a *Authorities) abandon(ctx context.Context, kind registry.AuthorityKind) error {
+	view := a.registry.View()
+	if view.Bundle(a.td) == nil {
+		return nil // a first start
+	}
+	// First the keys, of which nobody would know after a crash between the two.
+	for _, r := range view.Authorities() {
+		if r.Kind == kind && r.Server == a.server {
+			a.deleteKey(r.KeyName)
+			a.log.Info("authority abandoned: there are to be none of its kind", "kind", kind, "id", r.ID)
+		}
+	}
+	_, err := a.registry.ChangeAuthorities(ctx, func(own *bundle.Bundle, all []*registry.Authority) (change registry.AuthorityChange, err error) {
+		others := make(map[string]bool)
+		for _, r := range all {
+			switch {
+			case r.Kind != kind:
+			case r.Server == a.server:
+				change.Delete = append(change.Delete, r)
+			default:
+				others[r.ID] = true
+			}
+		}
+		keys := tokenKeys(own, kind)
+		*keys = slices.DeleteFunc(*keys, func(k bundle.JWTAuthority) bool { return !others[k.KeyID] })
+		return change, nil
+	})
+	if err != nil {
+		return fmt.Errorf("abandon the %s authorities: %w", kind, err)
+	}
+	return nil
 }
 
 // sweep deletes the keys of authorities that another server has revoked.

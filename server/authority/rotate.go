@@ -87,7 +87,7 @@ func (a *Authorities) Rotate(ctx context.Context) (next time.Time, err error) {
 	if err := a.adopt(ctx); err != nil {
 		return time.Time{}, err
 	}
-	for _, kind := range kinds {
+	for _, kind := range a.kinds {
 		at, err := a.advance(ctx, kind)
 		if err != nil {
 			return time.Time{}, err
@@ -146,7 +146,7 @@ func (a *Authorities) adopt(ctx context.Context) error {
 			return fmt.Errorf("retire authorities without a key: %w", err)
 		}
 	}
-	for _, kind := range kinds {
+	for _, kind := range a.kinds {
 		if active, _, _ := a.State(kind); active != nil {
 			if err := a.use(active); err != nil {
 				return err
@@ -212,8 +212,8 @@ func published(r *registry.Authority, own *bundle.Bundle) bool {
 	if own == nil {
 		return false
 	}
-	if r.Kind == registry.JWT {
-		return slices.ContainsFunc(own.JWTAuthorities, func(k bundle.JWTAuthority) bool {
+	if r.Kind != registry.X509 {
+		return slices.ContainsFunc(*tokenKeys(own, r.Kind), func(k bundle.JWTAuthority) bool {
 			return k.KeyID == r.ID && sameKey(k.PublicKey, r.PublicKey)
 		})
 	}
@@ -349,8 +349,12 @@ func (a *Authorities) publish(ctx context.Context, kind registry.AuthorityKind, 
 				own.X509Authorities = append(own.X509Authorities, bundle.X509Authority{Certificate: root})
 			}
 		}
-		if kind == registry.JWT {
-			own.JWTAuthorities = append(own.JWTAuthorities, bundle.JWTAuthority{KeyID: r.ID, PublicKey: r.PublicKey, ExpiresAt: r.ExpiresAt})
+		if kind != registry.X509 {
+			if own.HasKeyID(r.ID) {
+				return registry.AuthorityChange{}, fmt.Errorf("another key in the bundle has its key ID, %s", r.ID)
+			}
+			keys := tokenKeys(own, kind)
+			*keys = append(*keys, bundle.JWTAuthority{KeyID: r.ID, PublicKey: r.PublicKey, ExpiresAt: r.ExpiresAt})
 		}
 		if !published(r, own) {
 			return registry.AuthorityChange{}, errors.New("what it would sign does not verify against the bundle")
@@ -370,13 +374,22 @@ func (a *Authorities) publish(ctx context.Context, kind registry.AuthorityKind, 
 // withdraw takes an authority out of a bundle. The root of an authority that
 // is not its own root stays.
 func withdraw(own *bundle.Bundle, r *registry.Authority) {
-	if r.Kind == registry.JWT {
-		own.JWTAuthorities = slices.DeleteFunc(own.JWTAuthorities, func(k bundle.JWTAuthority) bool { return k.KeyID == r.ID })
+	if r.Kind != registry.X509 {
+		keys := tokenKeys(own, r.Kind)
+		*keys = slices.DeleteFunc(*keys, func(k bundle.JWTAuthority) bool { return k.KeyID == r.ID })
 		return
 	}
 	own.X509Authorities = slices.DeleteFunc(own.X509Authorities, func(x bundle.X509Authority) bool {
 		return len(r.Chain) > 0 && x.Certificate.Equal(r.Chain[0])
 	})
+}
+
+// tokenKeys returns the keys of a bundle that sign JWTs of a kind.
+func tokenKeys(b *bundle.Bundle, kind registry.AuthorityKind) *[]bundle.JWTAuthority {
+	if kind == registry.WIT {
+		return &b.WITAuthorities
+	}
+	return &b.JWTAuthorities
 }
 
 // find returns an authority as a view has it.
@@ -447,15 +460,19 @@ func (a *Authorities) use(r *registry.Authority) error {
 	if signer == nil {
 		return fmt.Errorf("the key of %s authority %s was not opened", r.Kind, r.ID)
 	}
-	if r.Kind == registry.JWT {
-		if now := a.jwt.Load(); now != nil && now.ID == r.ID {
+	if r.Kind != registry.X509 {
+		active := &a.jwt
+		if r.Kind == registry.WIT {
+			active = &a.wit
+		}
+		if now := active.Load(); now != nil && now.ID == r.ID {
 			return nil
 		}
 		algorithm, err := jwtAlgorithm(r.PublicKey)
 		if err != nil {
-			return fmt.Errorf("jwt authority %s: %w", r.ID, err)
+			return fmt.Errorf("%s authority %s: %w", r.Kind, r.ID, err)
 		}
-		a.jwt.Store(&JWT{ID: r.ID, Signer: signer, Algorithm: algorithm, ExpiresAt: r.ExpiresAt, Remote: !isLocal(signer)})
+		active.Store(&JWT{ID: r.ID, Signer: signer, Algorithm: algorithm, ExpiresAt: r.ExpiresAt, Remote: !isLocal(signer)})
 		return nil
 	}
 	if now := a.x509.Load(); now != nil && now.ID == r.ID {
@@ -505,13 +522,13 @@ func (a *Authorities) prune(ctx context.Context) error {
 // may go. An active one stays until another has taken its place.
 func (a *Authorities) expired(own *bundle.Bundle, all []*registry.Authority, now time.Time) (gone []*registry.Authority, trimmed bool) {
 	end := now.Add(-pruneAfter)
-	before := len(own.X509Authorities) + len(own.JWTAuthorities)
+	before := authoritiesIn(own)
 	own.X509Authorities = slices.DeleteFunc(own.X509Authorities, func(x bundle.X509Authority) bool {
 		return x.Certificate.NotAfter.Before(end)
 	})
-	own.JWTAuthorities = slices.DeleteFunc(own.JWTAuthorities, func(k bundle.JWTAuthority) bool {
-		return !k.ExpiresAt.IsZero() && k.ExpiresAt.Before(end)
-	})
+	ended := func(k bundle.JWTAuthority) bool { return !k.ExpiresAt.IsZero() && k.ExpiresAt.Before(end) }
+	own.JWTAuthorities = slices.DeleteFunc(own.JWTAuthorities, ended)
+	own.WITAuthorities = slices.DeleteFunc(own.WITAuthorities, ended)
 	for _, r := range all {
 		end := end
 		if r.Server != a.server {
@@ -523,7 +540,11 @@ func (a *Authorities) expired(own *bundle.Bundle, all []*registry.Authority, now
 			gone = append(gone, r)
 		}
 	}
-	return gone, before != len(own.X509Authorities)+len(own.JWTAuthorities)
+	return gone, before != authoritiesIn(own)
+}
+
+func authoritiesIn(b *bundle.Bundle) int {
+	return len(b.X509Authorities) + len(b.JWTAuthorities) + len(b.WITAuthorities)
 }
 
 // deleteKey deletes a key that no authority needs any more. If that fails, the

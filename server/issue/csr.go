@@ -41,23 +41,8 @@ func ParseCSR(der []byte) (*x509.CertificateRequest, error) {
 	}
 	// Before the signature: the cost of verifying that is bounded only for
 	// keys of a supported size.
-	switch key := csr.PublicKey.(type) {
-	case *ecdsa.PublicKey:
-		switch key.Curve {
-		case elliptic.P256(), elliptic.P384(), elliptic.P521():
-		default:
-			return nil, invalid("the CSR's key is on the curve %s, which is not supported; %s", key.Curve.Params().Name, supportedKeys)
-		}
-	case ed25519.PublicKey:
-	case *rsa.PublicKey:
-		if bits := key.N.BitLen(); bits < minRSA || bits > maxRSA {
-			return nil, invalid("the CSR's RSA key has %d bits; %s", bits, supportedKeys)
-		}
-		if key.E < minExponent || key.E&1 == 0 {
-			return nil, invalid("the CSR's RSA key has the public exponent %d; use %d", key.E, minExponent)
-		}
-	default:
-		return nil, invalid("the CSR's key (%s) is not supported; %s", csr.PublicKeyAlgorithm, supportedKeys)
+	if err := checkKey("the CSR's", csr.PublicKey); err != nil {
+		return nil, err
 	}
 	switch csr.SignatureAlgorithm {
 	case x509.SHA1WithRSA, x509.ECDSAWithSHA1: // which Go takes in a CSR
@@ -67,6 +52,30 @@ func ParseCSR(der []byte) (*x509.CertificateRequest, error) {
 		return nil, invalid("invalid CSR signature: %v", err)
 	}
 	return csr, nil
+}
+
+// checkKey checks that a public key, of which whose says where it comes from,
+// is one that we vouch for.
+func checkKey(whose string, public any) error {
+	switch key := public.(type) {
+	case *ecdsa.PublicKey:
+		switch key.Curve {
+		case elliptic.P256(), elliptic.P384(), elliptic.P521():
+		default:
+			return invalid("%s key is on the curve %s, which is not supported; %s", whose, key.Curve.Params().Name, supportedKeys)
+		}
+	case ed25519.PublicKey:
+	case *rsa.PublicKey:
+		if bits := key.N.BitLen(); bits < minRSA || bits > maxRSA {
+			return invalid("%s RSA key has %d bits; %s", whose, bits, supportedKeys)
+		}
+		if key.E < minExponent || key.E&1 == 0 {
+			return invalid("%s RSA key has the public exponent %d; use %d", whose, key.E, minExponent)
+		}
+	default:
+		return invalid("%s key (%T) is not supported; %s", whose, public, supportedKeys)
+	}
+	return nil
 }
 
 // subjectKey is a public key to certify.

@@ -1,7 +1,7 @@
 // Package issue is the one way in which a server issues a credential.
 //
-// Every one (workloads' X.509 and JWT-SVIDs, nodes' SVIDs, minted ones, CA
-// certificates for downstream servers, the server's own) goes the same way
+// Every one (workloads' X509-, JWT- and WIT-SVIDs, nodes' SVIDs, minted ones,
+// CA certificates for downstream servers, the server's own) goes the same way
 // through an [Issuer]: the caller has decided that the one who asks is
 // authorized; the credential is built from the registration entry and the
 // configuration, signed with the active authority, and recorded. From a
@@ -33,15 +33,17 @@ import (
 // Lifetimes of SVIDs, unless configured otherwise.
 const (
 	DefaultX509TTL  = time.Hour
+	DefaultWITTTL   = time.Hour       // it is of no use without its key
 	DefaultJWTTTL   = 5 * time.Minute // a bearer token: JWT-SVID §7.1
 	DefaultAgentTTL = time.Hour
 )
 
-// Authorities are the keys that sign. Both calls are made for each credential;
-// they return the same pointer as long as the same authority is active.
+// Authorities are the keys that sign. One call is made for each credential; it
+// returns the same pointer as long as the same authority is active.
 type Authorities interface {
 	X509() (*authority.X509, error)
 	JWT() (*authority.JWT, error)
+	WIT() (*authority.JWT, error)
 }
 
 // Options are what an [Issuer] is made of.
@@ -54,6 +56,7 @@ type Options struct {
 
 	X509TTL   time.Duration // of workloads' X509-SVIDs; 0: DefaultX509TTL
 	JWTTTL    time.Duration // of JWT-SVIDs; 0: DefaultJWTTTL
+	WITTTL    time.Duration // of WIT-SVIDs; 0: DefaultWITTTL
 	AgentTTL  time.Duration // of nodes' X509-SVIDs; 0: DefaultAgentTTL
 	JWTIssuer string        // claim iss of JWT-SVIDs; empty: none
 }
@@ -67,12 +70,13 @@ type Issuer struct {
 	metrics     *metrics.Metrics
 	x509TTL     time.Duration
 	jwtTTL      time.Duration
+	witTTL      time.Duration
 	agentTTL    time.Duration
 	jwtIssuer   string
 
 	// What stays the same as long as an authority does.
-	x509 atomic.Pointer[x509Signer]
-	jwt  atomic.Pointer[jwtSigner]
+	x509     atomic.Pointer[x509Signer]
+	jwt, wit jwtProfile
 
 	signed sync.Map // *tally, by authority ID: one for each that has signed
 
@@ -90,8 +94,11 @@ func New(o Options) *Issuer {
 		metrics:     o.Metrics,
 		x509TTL:     cmp.Or(o.X509TTL, DefaultX509TTL),
 		jwtTTL:      cmp.Or(o.JWTTTL, DefaultJWTTTL),
+		witTTL:      cmp.Or(o.WITTTL, DefaultWITTTL),
 		agentTTL:    cmp.Or(o.AgentTTL, DefaultAgentTTL),
 		jwtIssuer:   o.JWTIssuer,
+		jwt:         jwtProfile{kind: "jwt", typ: "JWT", authority: o.Authorities.JWT},
+		wit:         jwtProfile{kind: "wit", typ: "wit+jwt", authority: o.Authorities.WIT},
 	}
 	if i.now == nil {
 		i.now = time.Now
@@ -130,7 +137,7 @@ type X509SVID struct {
 	Hint         string // of the entry
 }
 
-// JWTSVID is an issued JWT-SVID.
+// JWTSVID is an issued JWT: a JWT-SVID or a WIT-SVID.
 type JWTSVID struct {
 	ID        spiffeid.ID
 	Token     string

@@ -53,6 +53,7 @@ type keys struct {
 	mu   sync.Mutex
 	x509 *authority.X509
 	jwt  *authority.JWT
+	wit  *authority.JWT
 }
 
 func (k *keys) X509() (*authority.X509, error) {
@@ -71,6 +72,15 @@ func (k *keys) JWT() (*authority.JWT, error) {
 		return nil, authority.ErrUnavailable
 	}
 	return k.jwt, nil
+}
+
+func (k *keys) WIT() (*authority.JWT, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.wit == nil {
+		return nil, authority.ErrUnavailable
+	}
+	return k.wit, nil
 }
 
 func (k *keys) set(x *authority.X509) {
@@ -93,6 +103,7 @@ func newHouse(tb testing.TB, change ...func(*issue.Options)) *house {
 	h := &house{clock: &clock{t: start}, keys: &keys{}}
 	h.keys.x509 = newX509Authority(tb, newKey(tb, elliptic.P256()), nil)
 	h.keys.jwt = newJWTAuthority(newKey(tb, elliptic.P256()), jose.ES256)
+	h.keys.wit = newJWTAuthority(newKey(tb, elliptic.P256()), jose.ES256)
 	o := issue.Options{TrustDomain: td, Authorities: h.keys, Now: h.clock.now}
 	for _, c := range change {
 		c(&o)

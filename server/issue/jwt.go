@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strconv"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -32,18 +33,27 @@ const (
 	maxAudienceBytes = 16 << 10 // of all
 )
 
-// token is what a JWT-SVID is built from.
+// token is what a JWT-SVID or a WIT-SVID is built from.
 type token struct {
 	reason string // for the record
 	entry  string // for the record; its ID, if there is one
 
 	id       spiffeid.ID
-	audience []string
+	audience []string // of a JWT-SVID
+	key      []byte   // of a WIT-SVID: the public key that it is bound to, a JWK
 	ttl      time.Duration
 	jti      bool
 }
 
-// jwtSigner is a JWT authority and what everything it signs has in common.
+// jwtProfile is what JWT-SVIDs, or WIT-SVIDs, have in common.
+type jwtProfile struct {
+	kind      string // for the record
+	typ       string // of the header
+	authority func() (*authority.JWT, error)
+	current   atomic.Pointer[jwtSigner]
+}
+
+// jwtSigner is an authority and what everything it signs has in common.
 type jwtSigner struct {
 	*authority.JWT
 	header string // encoded, with the dot that follows
@@ -52,25 +62,25 @@ type jwtSigner struct {
 	signed *tally
 }
 
-// jwtSigner returns the active JWT authority.
-func (i *Issuer) jwtSigner() (*jwtSigner, error) {
-	a, err := i.authorities.JWT()
+// jwtSigner returns the active authority of a profile.
+func (i *Issuer) jwtSigner(p *jwtProfile) (*jwtSigner, error) {
+	a, err := p.authority()
 	if err != nil {
 		return nil, err
 	}
-	if s := i.jwt.Load(); s != nil && s.JWT == a {
+	if s := p.current.Load(); s != nil && s.JWT == a {
 		return s, nil
 	}
-	s, err := newJWTSigner(a)
+	s, err := newJWTSigner(a, p.typ)
 	if err != nil {
-		return nil, fmt.Errorf("JWT authority %s: %w", a.ID, err)
+		return nil, fmt.Errorf("%s authority %s: %w", p.kind, a.ID, err)
 	}
 	s.signed = i.tallyOf(a.ID)
-	i.jwt.Store(s)
+	p.current.Store(s)
 	return s, nil
 }
 
-func newJWTSigner(a *authority.JWT) (*jwtSigner, error) {
+func newJWTSigner(a *authority.JWT, typ string) (*jwtSigner, error) {
 	s := &jwtSigner{JWT: a}
 	switch a.Algorithm { // RFC 7518 §3.1
 	case jose.ES256:
@@ -82,12 +92,12 @@ func newJWTSigner(a *authority.JWT) (*jwtSigner, error) {
 	default:
 		return nil, fmt.Errorf("signing with %s is not supported", a.Algorithm)
 	}
-	// JWT-SVID §2: alg, kid and typ, and no other.
+	// JWT-SVID §2, WIT-SVID §2: alg, kid and typ, and no other.
 	header, err := json.Marshal(struct {
 		Algorithm string `json:"alg"`
 		KeyID     string `json:"kid"`
 		Type      string `json:"typ"`
-	}{string(a.Algorithm), a.ID, "JWT"})
+	}{string(a.Algorithm), a.ID, typ})
 	if err != nil {
 		return nil, err
 	}
@@ -97,13 +107,18 @@ func newJWTSigner(a *authority.JWT) (*jwtSigner, error) {
 
 // signJWT builds a JWT-SVID, signs and records it.
 func (i *Issuer) signJWT(ctx context.Context, t token) (*JWTSVID, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
 	if err := validateAudience(t.audience); err != nil {
 		return nil, err
 	}
-	s, err := i.jwtSigner()
+	return i.signToken(ctx, &i.jwt, t)
+}
+
+// signToken builds the token of a profile, signs and records it.
+func (i *Issuer) signToken(ctx context.Context, p *jwtProfile, t token) (*JWTSVID, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	s, err := i.jwtSigner(p)
 	if err != nil {
 		return nil, err
 	}
@@ -127,23 +142,25 @@ func (i *Issuer) signJWT(ctx context.Context, t token) (*JWTSVID, error) {
 		return nil, fmt.Errorf("sign the token of %s: %w", t.id, err)
 	}
 	s.signed.add(expires)
-	i.metrics.Issued.WithLabelValues("jwt", t.reason).Inc()
+	i.metrics.Issued.WithLabelValues(p.kind, t.reason).Inc()
 	if i.log.Enabled(ctx, slog.LevelInfo) {
-		i.log.LogAttrs(ctx, slog.LevelInfo, "issued", recordJWT(&t, s, jti, expires)...)
+		i.log.LogAttrs(ctx, slog.LevelInfo, "issued", recordJWT(p.kind, &t, s, jti, expires)...)
 	}
 	return &JWTSVID{ID: t.id, Token: signed, IssuedAt: issued, ExpiresAt: expires}, nil
 }
 
 // recordJWT returns what the record says of a token: never the token.
-func recordJWT(t *token, s *jwtSigner, jti string, expires time.Time) []slog.Attr {
+func recordJWT(kind string, t *token, s *jwtSigner, jti string, expires time.Time) []slog.Attr {
 	attrs := append(make([]slog.Attr, 0, 8),
-		slog.String("kind", "jwt"),
+		slog.String("kind", kind),
 		slog.String("for", t.reason),
 		slog.String("id", t.id.String()),
-		slog.Any("audience", t.audience),
 		slog.String("kid", s.ID),
 		slog.Time("expires", expires),
 	)
+	if len(t.audience) > 0 {
+		attrs = append(attrs, slog.Any("audience", t.audience))
+	}
 	if jti != "" {
 		attrs = append(attrs, slog.String("jti", jti))
 	}
@@ -184,20 +201,31 @@ func (i *Issuer) claims(t *token, jti string, issued, expires time.Time) []byte 
 	b := make([]byte, 0, 512)
 	b = append(b, `{"sub":`...)
 	b = appendString(b, t.id.String())
-	b = append(b, `,"aud":[`...)
 	for n, a := range t.audience {
-		if n > 0 {
+		if n == 0 {
+			b = append(b, `,"aud":[`...)
+		} else {
 			b = append(b, ',')
 		}
 		b = appendString(b, a)
 	}
-	b = append(b, `],"exp":`...)
+	if len(t.audience) > 0 {
+		b = append(b, ']')
+	}
+	b = append(b, `,"exp":`...)
 	b = strconv.AppendInt(b, expires.Unix(), 10)
 	b = append(b, `,"iat":`...)
 	b = strconv.AppendInt(b, issued.Unix(), 10)
 	if jti != "" {
 		b = append(b, `,"jti":`...)
 		b = appendString(b, jti)
+	}
+	if t.key != nil {
+		b = append(b, `,"nbf":`...)
+		b = strconv.AppendInt(b, issued.Add(-backdate).Unix(), 10)
+		b = append(b, `,"cnf":{"jwk":`...)
+		b = append(b, t.key...)
+		return append(b, "}}"...) // no iss: WIT-SVID §3.7
 	}
 	if i.jwtIssuer != "" {
 		b = append(b, `,"iss":`...)

@@ -44,7 +44,7 @@ func New(r prometheus.Registerer) *Metrics {
 		}),
 		Issued: make.NewCounterVec(prometheus.CounterOpts{
 			Name: "hallmark_server_issued_total",
-			Help: "Credentials issued, by kind (x509, jwt) and reason (workload, node, mint, downstream, server).",
+			Help: "Credentials issued, by kind (x509, jwt, wit) and reason (workload, node, mint, downstream, server).",
 		}, []string{"kind", "reason"}),
 		Agents: make.NewGauge(prometheus.GaugeOpts{
 			Name: "hallmark_server_agents_connected",

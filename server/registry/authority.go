@@ -21,6 +21,7 @@ type AuthorityKind int
 const (
 	X509 AuthorityKind = AuthorityKind(hallmarkv1.Authority_KIND_X509)
 	JWT  AuthorityKind = AuthorityKind(hallmarkv1.Authority_KIND_JWT)
+	WIT  AuthorityKind = AuthorityKind(hallmarkv1.Authority_KIND_WIT)
 )
 
 func (k AuthorityKind) String() string {
@@ -29,6 +30,8 @@ func (k AuthorityKind) String() string {
 		return "x509"
 	case JWT:
 		return "jwt"
+	case WIT:
+		return "wit"
 	}
 	return fmt.Sprintf("AuthorityKind(%d)", int(k))
 }
@@ -58,7 +61,7 @@ func (s AuthorityState) String() string {
 // Authority is the public half of a signing key of this trust domain. Do not
 // change one that a [View] returned.
 type Authority struct {
-	ID          string // X.509: subject key id in hex; JWT: the kid
+	ID          string // X.509: subject key id in hex; JWT and WIT: the kid
 	Kind        AuthorityKind
 	State       AuthorityState
 	Server      string              // the server that holds the key

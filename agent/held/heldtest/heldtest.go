@@ -40,6 +40,7 @@ var Node = spiffeid.RequireFromPath(TrustDomain, "/spire/agent/test")
 const (
 	X509TTL = time.Hour
 	JWTTTL  = 5 * time.Minute
+	WITTTL  = time.Hour
 )
 
 // Server is a server in memory. It implements [held.Signer].
@@ -54,6 +55,8 @@ type Server struct {
 	seq      uint64
 	x509     []*authority // the last one signs
 	jwt      []*authority
+	wit      []*authority
+	noWIT    error
 	down     error
 	broken   map[string]error
 	hold     chan struct{}
@@ -61,12 +64,13 @@ type Server struct {
 	reached  bool          // it is closed
 	x509s    [][]string
 	jwts     []string
+	wits     [][]string
 }
 
 type authority struct {
 	key     *ecdsa.PrivateKey
 	cert    *x509.Certificate // of X.509 authorities
-	id      string            // of JWT authorities
+	id      string            // of JWT and WIT authorities
 	tainted bool
 }
 
@@ -98,6 +102,7 @@ func (s *Server) Rotate() {
 	a.cert = s.certify(template, template, a.key.Public(), a.key)
 	s.x509 = append(s.x509, a)
 	s.jwt = append(s.jwt, &authority{key: s.key(), id: fmt.Sprintf("key-%d", n)})
+	s.wit = append(s.wit, &authority{key: s.key(), id: fmt.Sprintf("wit-%d", n)})
 }
 
 // Taint marks the first authority of each kind.
@@ -105,7 +110,7 @@ func (s *Server) Taint() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.seq++
-	s.x509[0].tainted, s.jwt[0].tainted = true, true
+	s.x509[0].tainted, s.jwt[0].tainted, s.wit[0].tainted = true, true, true
 }
 
 // Revoke takes the first authority of each kind away.
@@ -113,7 +118,7 @@ func (s *Server) Revoke() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.seq++
-	s.x509, s.jwt = s.x509[1:], s.jwt[1:]
+	s.x509, s.jwt, s.wit = s.x509[1:], s.jwt[1:], s.wit[1:]
 }
 
 // Bundle returns the bundle of the trust domain.
@@ -126,6 +131,9 @@ func (s *Server) Bundle() *bundle.Bundle {
 	}
 	for _, a := range s.jwt {
 		b.JWTAuthorities = append(b.JWTAuthorities, bundle.JWTAuthority{KeyID: a.id, PublicKey: a.key.Public(), Tainted: a.tainted})
+	}
+	for _, a := range s.wit {
+		b.WITAuthorities = append(b.WITAuthorities, bundle.JWTAuthority{KeyID: a.id, PublicKey: a.key.Public(), Tainted: a.tainted})
 	}
 	return b
 }
@@ -209,6 +217,13 @@ func (s *Server) Down(err error) {
 	s.down = err
 }
 
+// RefuseWIT makes every call to sign WIT-SVIDs fail, until it is given nil.
+func (s *Server) RefuseWIT(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.noWIT = err
+}
+
 // Break makes signing for one entry fail, until it is given nil.
 func (s *Server) Break(id string, err error) {
 	s.mu.Lock()
@@ -249,6 +264,13 @@ func (s *Server) JWTCalls() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.jwts)
+}
+
+// WITCalls returns the entries of each call to sign WIT-SVIDs so far.
+func (s *Server) WITCalls() [][]string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.wits)
 }
 
 func (s *Server) wait(ctx context.Context) error {
@@ -350,7 +372,50 @@ func (s *Server) SignJWT(ctx context.Context, entryID string, audience []string)
 		claims["jti"] = fmt.Sprint(len(s.jwts))
 	}
 	a := s.jwt[len(s.jwt)-1]
-	return held.JWTResult{Token: s.token(a.key, a.id, claims), IssuedAt: now, ExpiresAt: now.Add(ttl)}, nil
+	return held.JWTResult{Token: s.token(a, "JWT", claims), IssuedAt: now, ExpiresAt: now.Add(ttl)}, nil
+}
+
+// SignWIT signs as a server does.
+func (s *Server) SignWIT(ctx context.Context, requests []held.WITRequest) ([]held.WITResult, error) {
+	var ids []string
+	for _, r := range requests {
+		ids = append(ids, r.EntryID)
+	}
+	s.mu.Lock()
+	s.wits = append(s.wits, ids)
+	refused := s.noWIT
+	s.mu.Unlock()
+	if err := s.wait(ctx); err != nil {
+		return nil, err
+	}
+	if refused != nil {
+		return nil, refused
+	}
+	results := make([]held.WITResult, len(requests))
+	for i, r := range requests {
+		results[i] = s.signWIT(r)
+	}
+	return results, nil
+}
+
+func (s *Server) signWIT(r held.WITRequest) held.WITResult {
+	key, err := x509.ParsePKIXPublicKey(r.PublicKey)
+	if err != nil {
+		return held.WITResult{Err: err}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e := s.entries[r.EntryID]
+	if err := s.broken[r.EntryID]; err != nil {
+		return held.WITResult{Err: err}
+	}
+	if e == nil {
+		return held.WITResult{Err: errors.New("entry not found or not authorized")}
+	}
+	return held.WITResult{Token: s.token(s.wit[len(s.wit)-1], "wit+jwt", map[string]any{
+		"sub": e.SPIFFEID.String(), "exp": s.now().Add(WITTTL).Unix(),
+		"cnf": map[string]any{"jwk": jose.JSONWebKey{Key: key, Algorithm: r.Algorithm}},
+	})}
 }
 
 // Token signs claims besides those that name the identity and its end.
@@ -360,13 +425,13 @@ func (s *Server) Token(id string, claims map[string]any) string {
 	all := map[string]any{"sub": TrustDomain.IDString() + "/" + id, "exp": s.now().Add(JWTTTL).Unix()}
 	maps.Copy(all, claims)
 	a := s.jwt[len(s.jwt)-1]
-	return s.token(a.key, a.id, all)
+	return s.token(a, "JWT", all)
 }
 
-func (s *Server) token(key crypto.Signer, id string, claims map[string]any) string {
+func (s *Server) token(a *authority, typ jose.ContentType, claims map[string]any) string {
 	signer, err := jose.NewSigner(
-		jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key, KeyID: id}},
-		(&jose.SignerOptions{}).WithType("JWT"))
+		jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: a.id}},
+		(&jose.SignerOptions{}).WithType(typ))
 	s.must(err)
 	payload, err := json.Marshal(claims)
 	s.must(err)

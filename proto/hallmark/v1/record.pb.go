@@ -31,6 +31,7 @@ const (
 	Authority_KIND_UNSPECIFIED Authority_Kind = 0
 	Authority_KIND_X509        Authority_Kind = 1
 	Authority_KIND_JWT         Authority_Kind = 2
+	Authority_KIND_WIT         Authority_Kind = 3
 )
 
 // Enum value maps for Authority_Kind.
@@ -39,11 +40,13 @@ var (
 		0: "KIND_UNSPECIFIED",
 		1: "KIND_X509",
 		2: "KIND_JWT",
+		3: "KIND_WIT",
 	}
 	Authority_Kind_value = map[string]int32{
 		"KIND_UNSPECIFIED": 0,
 		"KIND_X509":        1,
 		"KIND_JWT":         2,
+		"KIND_WIT":         3,
 	}
 )
 
@@ -555,6 +558,7 @@ type Bundle struct {
 	JwtAuthorities  []*JWTAuthority        `protobuf:"bytes,3,rep,name=jwt_authorities,json=jwtAuthorities,proto3" json:"jwt_authorities,omitempty"`
 	SequenceNumber  uint64                 `protobuf:"varint,4,opt,name=sequence_number,json=sequenceNumber,proto3" json:"sequence_number,omitempty"` // rises by one at each change
 	RefreshHint     int64                  `protobuf:"varint,5,opt,name=refresh_hint,json=refreshHint,proto3" json:"refresh_hint,omitempty"`          // seconds; 0 means unset
+	WitAuthorities  []*JWTAuthority        `protobuf:"bytes,6,rep,name=wit_authorities,json=witAuthorities,proto3" json:"wit_authorities,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -624,6 +628,13 @@ func (x *Bundle) GetRefreshHint() int64 {
 	return 0
 }
 
+func (x *Bundle) GetWitAuthorities() []*JWTAuthority {
+	if x != nil {
+		return x.WitAuthorities
+	}
+	return nil
+}
+
 // X509Authority is one root of a bundle.
 type X509Authority struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -677,7 +688,7 @@ func (x *X509Authority) GetTainted() bool {
 	return false
 }
 
-// JWTAuthority is one JWT key of a bundle.
+// JWTAuthority is one key of a bundle that signs JWTs: JWT-SVIDs or WIT-SVIDs.
 type JWTAuthority struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	KeyId         string                 `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
@@ -750,7 +761,7 @@ func (x *JWTAuthority) GetTainted() bool {
 // the key manager, under key_name.
 type Authority struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // X.509: subject key id in hex; JWT: the kid
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // X.509: subject key id in hex; JWT and WIT: the kid
 	Kind          Authority_Kind         `protobuf:"varint,2,opt,name=kind,proto3,enum=hallmark.v1.Authority_Kind" json:"kind,omitempty"`
 	State         Authority_State        `protobuf:"varint,3,opt,name=state,proto3,enum=hallmark.v1.Authority_State" json:"state,omitempty"`
 	Server        string                 `protobuf:"bytes,4,opt,name=server,proto3" json:"server,omitempty"`                               // the server that holds the key
@@ -987,13 +998,14 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"\tJoinToken\x12\x1d\n" +
 	"\n" +
 	"expires_at\x18\x01 \x01(\x03R\texpiresAt\x12\x19\n" +
-	"\bagent_id\x18\x02 \x01(\tR\aagentId\"\x82\x02\n" +
+	"\bagent_id\x18\x02 \x01(\tR\aagentId\"\xc6\x02\n" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12E\n" +
 	"\x10x509_authorities\x18\x02 \x03(\v2\x1a.hallmark.v1.X509AuthorityR\x0fx509Authorities\x12B\n" +
 	"\x0fjwt_authorities\x18\x03 \x03(\v2\x19.hallmark.v1.JWTAuthorityR\x0ejwtAuthorities\x12'\n" +
 	"\x0fsequence_number\x18\x04 \x01(\x04R\x0esequenceNumber\x12!\n" +
-	"\frefresh_hint\x18\x05 \x01(\x03R\vrefreshHint\"=\n" +
+	"\frefresh_hint\x18\x05 \x01(\x03R\vrefreshHint\x12B\n" +
+	"\x0fwit_authorities\x18\x06 \x03(\v2\x19.hallmark.v1.JWTAuthorityR\x0ewitAuthorities\"=\n" +
 	"\rX509Authority\x12\x12\n" +
 	"\x04asn1\x18\x01 \x01(\fR\x04asn1\x12\x18\n" +
 	"\atainted\x18\x02 \x01(\bR\atainted\"}\n" +
@@ -1003,7 +1015,7 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"public_key\x18\x02 \x01(\fR\tpublicKey\x12\x1d\n" +
 	"\n" +
 	"expires_at\x18\x03 \x01(\x03R\texpiresAt\x12\x18\n" +
-	"\atainted\x18\x04 \x01(\bR\atainted\"\xf3\x03\n" +
+	"\atainted\x18\x04 \x01(\bR\atainted\"\x81\x04\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1b.hallmark.v1.Authority.KindR\x04kind\x122\n" +
@@ -1019,11 +1031,12 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"\n" +
 	"expires_at\x18\n" +
 	" \x01(\x03R\texpiresAt\x12\x18\n" +
-	"\atainted\x18\v \x01(\bR\atainted\"9\n" +
+	"\atainted\x18\v \x01(\bR\atainted\"G\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tKIND_X509\x10\x01\x12\f\n" +
-	"\bKIND_JWT\x10\x02\"S\n" +
+	"\bKIND_JWT\x10\x02\x12\f\n" +
+	"\bKIND_WIT\x10\x03\"S\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_PREPARED\x10\x01\x12\x10\n" +
@@ -1067,13 +1080,14 @@ var file_hallmark_v1_record_proto_depIdxs = []int32{
 	2, // 1: hallmark.v1.Node.selectors:type_name -> hallmark.v1.Selector
 	7, // 2: hallmark.v1.Bundle.x509_authorities:type_name -> hallmark.v1.X509Authority
 	8, // 3: hallmark.v1.Bundle.jwt_authorities:type_name -> hallmark.v1.JWTAuthority
-	0, // 4: hallmark.v1.Authority.kind:type_name -> hallmark.v1.Authority.Kind
-	1, // 5: hallmark.v1.Authority.state:type_name -> hallmark.v1.Authority.State
-	6, // [6:6] is the sub-list for method output_type
-	6, // [6:6] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	8, // 4: hallmark.v1.Bundle.wit_authorities:type_name -> hallmark.v1.JWTAuthority
+	0, // 5: hallmark.v1.Authority.kind:type_name -> hallmark.v1.Authority.Kind
+	1, // 6: hallmark.v1.Authority.state:type_name -> hallmark.v1.Authority.State
+	7, // [7:7] is the sub-list for method output_type
+	7, // [7:7] is the sub-list for method input_type
+	7, // [7:7] is the sub-list for extension type_name
+	7, // [7:7] is the sub-list for extension extendee
+	0, // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_hallmark_v1_record_proto_init() }
