@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 
 	"github.com/hallmark-id/hallmark/pkg/config"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
@@ -33,7 +32,7 @@ func (a *app) authorityCommand() *cobra.Command {
 // authorityItem is an authority as commands print it.
 type authorityItem struct {
 	ID          string     `json:"id"`
-	Kind        string     `json:"kind"`  // x509 or jwt
+	Kind        string     `json:"kind"`  // x509, jwt or wit
 	State       string     `json:"state"` // prepared, active or old
 	Server      string     `json:"server"`
 	CreatedAt   *time.Time `json:"created_at"`
@@ -155,63 +154,6 @@ func (c *admin) listAuthorities(ctx context.Context) ([]authorityItem, error) {
 	return authoritiesOf(resp), nil
 }
 
-// authorityCalls are the calls of SPIRE's LocalAuthority contract for one kind.
-type authorityCalls struct {
-	prepared                func(context.Context) (*localauthorityv1.AuthorityState, error) // nil: none is
-	prepare                 func(context.Context) (*localauthorityv1.AuthorityState, error)
-	activate, taint, revoke func(ctx context.Context, id string) (*localauthorityv1.AuthorityState, error)
-}
-
-func (c *admin) authorities(kind hallmarkv1.Authority_Kind) authorityCalls {
-	s := localauthorityv1.NewLocalAuthorityClient(c)
-	if kind == hallmarkv1.Authority_KIND_JWT {
-		return authorityCalls{
-			prepared: func(ctx context.Context) (*localauthorityv1.AuthorityState, error) {
-				r, err := s.GetJWTAuthorityState(ctx, &localauthorityv1.GetJWTAuthorityStateRequest{})
-				return r.GetPrepared(), err
-			},
-			prepare: func(ctx context.Context) (*localauthorityv1.AuthorityState, error) {
-				r, err := s.PrepareJWTAuthority(ctx, &localauthorityv1.PrepareJWTAuthorityRequest{})
-				return r.GetPreparedAuthority(), err
-			},
-			activate: func(ctx context.Context, id string) (*localauthorityv1.AuthorityState, error) {
-				r, err := s.ActivateJWTAuthority(ctx, &localauthorityv1.ActivateJWTAuthorityRequest{AuthorityId: id})
-				return r.GetActivatedAuthority(), err
-			},
-			taint: func(ctx context.Context, id string) (*localauthorityv1.AuthorityState, error) {
-				r, err := s.TaintJWTAuthority(ctx, &localauthorityv1.TaintJWTAuthorityRequest{AuthorityId: id})
-				return r.GetTaintedAuthority(), err
-			},
-			revoke: func(ctx context.Context, id string) (*localauthorityv1.AuthorityState, error) {
-				r, err := s.RevokeJWTAuthority(ctx, &localauthorityv1.RevokeJWTAuthorityRequest{AuthorityId: id})
-				return r.GetRevokedAuthority(), err
-			},
-		}
-	}
-	return authorityCalls{
-		prepared: func(ctx context.Context) (*localauthorityv1.AuthorityState, error) {
-			r, err := s.GetX509AuthorityState(ctx, &localauthorityv1.GetX509AuthorityStateRequest{})
-			return r.GetPrepared(), err
-		},
-		prepare: func(ctx context.Context) (*localauthorityv1.AuthorityState, error) {
-			r, err := s.PrepareX509Authority(ctx, &localauthorityv1.PrepareX509AuthorityRequest{})
-			return r.GetPreparedAuthority(), err
-		},
-		activate: func(ctx context.Context, id string) (*localauthorityv1.AuthorityState, error) {
-			r, err := s.ActivateX509Authority(ctx, &localauthorityv1.ActivateX509AuthorityRequest{AuthorityId: id})
-			return r.GetActivatedAuthority(), err
-		},
-		taint: func(ctx context.Context, id string) (*localauthorityv1.AuthorityState, error) {
-			r, err := s.TaintX509Authority(ctx, &localauthorityv1.TaintX509AuthorityRequest{AuthorityId: id})
-			return r.GetTaintedAuthority(), err
-		},
-		revoke: func(ctx context.Context, id string) (*localauthorityv1.AuthorityState, error) {
-			r, err := s.RevokeX509Authority(ctx, &localauthorityv1.RevokeX509AuthorityRequest{AuthorityId: id})
-			return r.GetRevokedAuthority(), err
-		},
-	}
-}
-
 // authorityChange is the outcome of a command that changes an authority.
 type authorityChange struct {
 	ID        string     `json:"id"`
@@ -221,7 +163,7 @@ type authorityChange struct {
 }
 
 // printChange prints what has become of an authority, and a sentence of it.
-func (a *app) printChange(kind, state string, x *localauthorityv1.AuthorityState, sentence string) error {
+func (a *app) printChange(kind, state string, x *authorityState, sentence string) error {
 	item := authorityChange{x.GetAuthorityId(), kind, state, timestamp(x.GetExpiresAt())}
 	return a.print(item, func(w io.Writer) {
 		fmt.Fprintf(w, "%s %s\n", a.style.bold(printable(item.ID)), sentence)
@@ -230,13 +172,13 @@ func (a *app) printChange(kind, state string, x *localauthorityv1.AuthorityState
 
 func (a *app) authorityPrepare() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "prepare x509|jwt",
+		Use:   "prepare x509|jwt|wit",
 		Short: "make and publish the next key",
 		Long: "Prepare makes a new authority on this server and publishes it in the bundle. It signs\n" +
 			"nothing until it is activated; one that is prepared already is replaced.",
 		Example:   "  hallmark authority prepare x509\n  hallmark authority prepare jwt -o json",
-		Args:      arguments(1, 1, "x509 or jwt"),
-		ValidArgs: []string{"x509", "jwt"},
+		Args:      arguments(1, 1, "x509, jwt or wit"),
+		ValidArgs: authorityKinds,
 	}
 	socket := socketFlag(cmd, serverSocket)
 	a.outputFlag(cmd)
@@ -258,13 +200,13 @@ func (a *app) authorityPrepare() *cobra.Command {
 
 func (a *app) authorityActivate() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "activate x509|jwt [ID]",
+		Use:   "activate x509|jwt|wit [ID]",
 		Short: "let the prepared key sign",
 		Long: "Activate lets the prepared authority of this server sign from now on; the active one\n" +
 			"becomes old. It does not wait for anyone to know the new one: \"rotate\" does. It says so\n" +
 			"and asks, where somebody can be asked.",
 		Example:           "  hallmark authority activate x509\n  hallmark authority activate jwt 4hXr",
-		Args:              arguments(1, 2, "x509 or jwt, and an ID"),
+		Args:              arguments(1, 2, "x509, jwt or wit, and an ID"),
 		ValidArgsFunction: a.completeAuthorities("prepared"),
 	}
 	socket := socketFlag(cmd, serverSocket)
@@ -318,7 +260,7 @@ func (a *app) authorityTaint() *cobra.Command {
 			"signed. All of that still verifies, so nothing breaks; \"revoke\" ends that.",
 		done: "is tainted: agents replace what it signed.",
 		warn: a.taintWarning,
-		call: func(c authorityCalls) func(context.Context, string) (*localauthorityv1.AuthorityState, error) {
+		call: func(c authorityCalls) func(context.Context, string) (*authorityState, error) {
 			return c.taint
 		},
 	})
@@ -333,7 +275,7 @@ func (a *app) authorityRevoke() *cobra.Command {
 			"milliseconds; other trust domains when they next ask. It cannot be undone.",
 		done: "is revoked: what it signed verifies no more.",
 		warn: a.revokeWarning,
-		call: func(c authorityCalls) func(context.Context, string) (*localauthorityv1.AuthorityState, error) {
+		call: func(c authorityCalls) func(context.Context, string) (*authorityState, error) {
 			return c.revoke
 		},
 	})
@@ -344,17 +286,17 @@ type ending struct {
 	use, short, long, done string
 	from, state            string // what it is before and after
 	warn                   func(authorityItem) []string
-	call                   func(authorityCalls) func(context.Context, string) (*localauthorityv1.AuthorityState, error)
+	call                   func(authorityCalls) func(context.Context, string) (*authorityState, error)
 }
 
 func (a *app) authorityEnd(e ending) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   e.use + " x509|jwt ID",
+		Use:   e.use + " x509|jwt|wit ID",
 		Short: e.short,
 		Long: e.long + "\n\nIt says first whom this concerns, as far as the server knows, and asks. Where nobody can\n" +
 			"be asked, it needs --yes.",
 		Example:           fmt.Sprintf("  hallmark authority %s x509 5b1a9c0e8d7f6a5b4c3d2e1f0a9b8c7d6e5f4a3b\n  hallmark authority %s --yes jwt 4hXrYcUq -o json", e.use, e.use),
-		Args:              arguments(2, 2, "x509 or jwt, and the ID that \"hallmark authority list\" shows"),
+		Args:              arguments(2, 2, "x509, jwt or wit, and the ID that \"hallmark authority list\" shows"),
 		ValidArgsFunction: a.completeAuthorities(e.from),
 	}
 	socket := socketFlag(cmd, serverSocket)
@@ -439,6 +381,8 @@ func (a *app) taintWarning(x authorityItem) []string {
 			out = append(out, "  "+users+", and replaces it at once.")
 		}
 		out = append(out, "  Agents replace at once the SVIDs of their workloads that it signed.")
+	} else if x.Kind == "wit" {
+		out = append(out, "  Agents replace at once the WIT-SVIDs of their workloads that it signed.")
 	} else {
 		out = append(out, "  Agents drop at once the tokens that it signed from their caches.")
 	}
@@ -497,14 +441,14 @@ type rotationItem struct {
 func (a *app) authorityRotate() *cobra.Command {
 	wait := duration{config.Duration(defaultRotateWait)}
 	cmd := &cobra.Command{
-		Use:   "rotate x509|jwt",
+		Use:   "rotate x509|jwt|wit",
 		Short: "sign with a new key from now on",
 		Long: "Rotate prepares a new authority, publishes it, waits until every connected agent has\n" +
 			"it, and lets it sign. What the old one signed stays valid. If an agent does not\n" +
 			"acknowledge in time, the new authority stays prepared and nothing else changes.",
 		Example:   "  hallmark authority rotate x509\n  hallmark authority rotate jwt --wait 2m",
-		Args:      arguments(1, 1, "x509 or jwt"),
-		ValidArgs: []string{"x509", "jwt"},
+		Args:      arguments(1, 1, "x509, jwt or wit"),
+		ValidArgs: authorityKinds,
 	}
 	cmd.Flags().Var(&wait, "wait", "how `long` to wait for connected agents")
 	socket := socketFlag(cmd, serverSocket)
@@ -537,14 +481,20 @@ func (a *app) authorityRotate() *cobra.Command {
 	return cmd
 }
 
+// authorityKinds are those that commands take. WIT is experimental: a server
+// that does not have it says so.
+var authorityKinds = []string{"x509", "jwt", "wit"}
+
 func authorityKind(name string) (hallmarkv1.Authority_Kind, error) {
 	switch name {
 	case "x509":
 		return hallmarkv1.Authority_KIND_X509, nil
 	case "jwt":
 		return hallmarkv1.Authority_KIND_JWT, nil
+	case "wit":
+		return hallmarkv1.Authority_KIND_WIT, nil
 	}
-	return 0, usageError(fmt.Errorf("%q is no kind of authority; it is x509 or jwt", name))
+	return 0, usageError(fmt.Errorf("%q is no kind of authority; it is x509, jwt or wit", name))
 }
 
 // completeAuthorities completes a kind of authority, then the IDs of those in a
@@ -553,7 +503,7 @@ func (a *app) completeAuthorities(state string) completer {
 	return func(cmd *cobra.Command, args []string, typed string) ([]string, cobra.ShellCompDirective) {
 		switch len(args) {
 		case 0:
-			return []string{"x509", "jwt"}, cobra.ShellCompDirectiveNoFileComp
+			return authorityKinds, cobra.ShellCompDirectiveNoFileComp
 		case 1:
 		default:
 			return nil, cobra.ShellCompDirectiveNoFileComp

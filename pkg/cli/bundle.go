@@ -13,6 +13,8 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -39,6 +41,7 @@ type bundleItem struct {
 	TrustDomain     string          `json:"trust_domain"`
 	X509Authorities []x509Authority `json:"x509_authorities"`
 	JWTAuthorities  []jwtAuthority  `json:"jwt_authorities"`
+	WITAuthorities  []jwtAuthority  `json:"wit_authorities,omitempty"` // experimental
 	SequenceNumber  uint64          `json:"sequence_number,omitempty"`
 	RefreshHint     string          `json:"refresh_hint,omitempty"`
 }
@@ -54,6 +57,7 @@ type x509Authority struct {
 	Certificate  string     `json:"certificate"` // PEM
 }
 
+// jwtAuthority is a key that signs JWT-SVIDs, or WIT-SVIDs.
 type jwtAuthority struct {
 	KeyID     string     `json:"key_id"`
 	KeyType   string     `json:"key_type"`
@@ -75,6 +79,15 @@ func jwtAuthorityOf(kid string, key crypto.PublicKey) jwtAuthority {
 	out := jwtAuthority{KeyID: kid, KeyType: keyType(key)}
 	if der, err := x509.MarshalPKIXPublicKey(key); err == nil {
 		out.PublicKey = string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))
+	}
+	return out
+}
+
+// jwtAuthoritiesOf returns keys by their IDs.
+func jwtAuthoritiesOf(keys map[string]crypto.PublicKey) []jwtAuthority {
+	out := make([]jwtAuthority, 0, len(keys))
+	for _, kid := range slices.Sorted(maps.Keys(keys)) {
+		out = append(out, jwtAuthorityOf(kid, keys[kid]))
 	}
 	return out
 }
@@ -115,6 +128,18 @@ func bundleOf(b *types.Bundle) (*bundleItem, *spiffebundle.Bundle, error) {
 		out.JWTAuthorities = append(out.JWTAuthorities, item)
 		if err := whole.AddJWTAuthority(j.KeyId, key); err != nil {
 			return nil, nil, fmt.Errorf("the bundle's JWT authority: %w", err)
+		}
+	}
+	for _, w := range b.WitAuthorities {
+		key, err := x509.ParsePKIXPublicKey(w.PublicKey)
+		if err != nil {
+			return nil, nil, fmt.Errorf("the bundle's WIT authority %q: %w", w.KeyId, err)
+		}
+		item := jwtAuthorityOf(w.KeyId, key)
+		item.ExpiresAt, item.Tainted = timestamp(w.ExpiresAt), w.Tainted
+		out.WITAuthorities = append(out.WITAuthorities, item)
+		if err := whole.AddWITAuthority(w.KeyId, key); err != nil {
+			return nil, nil, fmt.Errorf("the bundle's WIT authority: %w", err)
 		}
 	}
 	return out, whole, nil
@@ -183,6 +208,9 @@ func (a *app) showBundle(w io.Writer, b *bundleItem) {
 	}
 	for _, j := range b.JWTAuthorities {
 		t.add(text("JWT"), text(j.KeyID), text(j.KeyType), text(a.momentOf(j.ExpiresAt)), mark(j.Tainted))
+	}
+	for _, w := range b.WITAuthorities {
+		t.add(text("WIT"), text(w.KeyID), text(w.KeyType), text(a.momentOf(w.ExpiresAt)), mark(w.Tainted))
 	}
 	io.WriteString(w, t.String())
 }

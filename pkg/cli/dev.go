@@ -60,6 +60,7 @@ func (a *app) devCommand() *cobra.Command {
 	flags.BoolVar(&o.ephemeral, "ephemeral", false, "use a temporary directory, and remove it at the end")
 	flags.StringVar(&o.trustDomain, "trust-domain", devTrustDomain, "`name` of the trust domain")
 	flags.StringVar(&o.listen, "listen", devListen, "`HOST:PORT` of the server; port 0 is any free one")
+	flags.BoolVar(&o.wit, "wit", false, "issue WIT-SVIDs too, which are experimental")
 	exclusive(cmd, "dir", "ephemeral")
 	_ = cmd.MarkFlagDirname("dir") // fails only for a flag that does not exist
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {

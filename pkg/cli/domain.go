@@ -37,6 +37,7 @@ type domainOptions struct {
 	trustDomain, listen           string
 	trustDomainGiven, listenGiven bool   // by the user, not by default
 	serverYAML                    string // more of the server's configuration
+	wit                           bool   // WIT-SVIDs, this time
 }
 
 // domain is a whole trust domain in this process: a server and an agent, with
@@ -199,9 +200,13 @@ func (d *domain) configure(o *domainOptions) error {
 	if d.agent, err = fileOr(agentFile, agent); err != nil {
 		return err
 	}
+	if o.wit {
+		on := config.Setting{Path: "experimental.wit", Value: "true", From: "--wit"}
+		d.server.Set, d.agent.Set = append(d.server.Set, on), append(d.agent.Set, on)
+	}
 	// The agent will be given the address that the server has then.
 	checked := d.agent
-	checked.Set = []config.Setting{{Path: "server", Value: devListen, From: "hallmark dev"}}
+	checked.Set = append(slices.Clone(checked.Set), config.Setting{Path: "server", Value: devListen, From: "hallmark dev"})
 	if err := errors.Join(d.app.programs.CheckServer(d.server), d.app.programs.CheckAgent(checked)); err != nil {
 		return err
 	}

@@ -354,6 +354,13 @@ func readBundle(name string, data []byte) (*types.Bundle, error) {
 			}
 			out.JwtAuthorities = append(out.JwtAuthorities, &types.JWTKey{KeyId: kid, PublicKey: der})
 		}
+		for kid, key := range b.WITAuthorities() {
+			der, err := x509.MarshalPKIXPublicKey(key)
+			if err != nil {
+				return nil, fmt.Errorf("the bundle of %s: WIT authority %q: %w", name, kid, err)
+			}
+			out.WitAuthorities = append(out.WitAuthorities, &types.WITKey{KeyId: kid, PublicKey: der})
+		}
 		out.SequenceNumber, _ = b.SequenceNumber()
 		hint, _ := b.RefreshHint()
 		out.RefreshHint = int64(hint.Seconds())

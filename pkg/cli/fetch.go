@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/exp/bundle/witbundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
@@ -26,7 +27,7 @@ func (a *app) fetchCommand() *cobra.Command {
 		"Fetch asks the Workload API as any process would: the agent looks at who is asking\n"+
 			"and answers with the identities that are registered for that process.",
 		"  hallmark fetch x509\n  hallmark fetch jwt --audience api.internal\n  hallmark fetch x509 --write /run/identity --watch",
-		a.fetchX509(), a.fetchJWT(), a.fetchBundle())
+		a.fetchX509(), a.fetchJWT(), a.fetchWIT(), a.fetchBundle())
 }
 
 // fetching is what the fetch commands have in common.
@@ -57,6 +58,7 @@ func (a *app) withdraw(dir string, err error, remove func(dir string) error) {
 
 func removeX509(dir string) error    { return removeFrom(dir, 0, x509Files) }
 func removeJWT(dir string) error     { return removeFrom(dir, 0, jwtFiles) }
+func removeWIT(dir string) error     { return removeFrom(dir, 0, witFiles) }
 func removeBundles(dir string) error { return writeBundles(dir, nil) }
 
 // workloadError puts the Workload API's refusals into words.
@@ -333,9 +335,9 @@ func (a *app) fetchBundle() *cobra.Command {
 		Use:   "bundle",
 		Short: "fetch the bundles that verify others",
 		Long: "Fetch prints the bundles of this process's trust domain and of those it federates\n" +
-			"with. With --write it also writes each as DOMAIN.pem (X.509) and DOMAIN.jwks.json\n" +
-			"(JWT), and removes those of domains that are gone; with --watch it keeps them current\n" +
-			"until it is interrupted.",
+			"with. With --write it also writes each as DOMAIN.pem (X.509), DOMAIN.jwks.json (JWT)\n" +
+			"and, where the agent offers it, DOMAIN.wit.jwks.json (WIT), and removes those of\n" +
+			"domains that are gone; with --watch it keeps them current until it is interrupted.",
 		Example: "  hallmark fetch bundle\n  hallmark fetch bundle --write /run/bundles --watch",
 		Args:    noArguments,
 	}
@@ -362,23 +364,42 @@ func (a *app) fetchBundle() *cobra.Command {
 			a.withdraw(f.dir, err, removeBundles)
 			return workloadError("fetch JWT bundles", err)
 		}
-		return a.deliverBundles(x, j, f.dir, true, false)
+		w, err := client.FetchWITBundles(ctx)
+		if err != nil && status.Code(err) != codes.Unimplemented {
+			a.withdraw(f.dir, err, removeBundles)
+			return workloadError("fetch WIT bundles", err)
+		}
+		return a.deliverBundles(bundleSets{x, j, w}, f.dir, true, false)
 	}
 	return cmd
 }
 
-// bundleUpdates passes the updates of two watches on to one goroutine.
+// bundleSets are the bundles of each kind.
+type bundleSets struct {
+	x509 *x509bundle.Set
+	jwt  *jwtbundle.Set
+	wit  *witbundle.Set // nil: not offered
+}
+
+// bundleUpdates passes the updates of three watches on to one goroutine.
 type bundleUpdates struct {
 	x509   chan *x509bundle.Set
 	jwt    chan *jwtbundle.Set
+	wit    chan *witbundle.Set
 	failed chan error
 	ctx    context.Context
 }
 
 func (u *bundleUpdates) OnX509BundlesUpdate(s *x509bundle.Set) { pass(u.ctx, u.x509, s) }
 func (u *bundleUpdates) OnJWTBundlesUpdate(s *jwtbundle.Set)   { pass(u.ctx, u.jwt, s) }
+func (u *bundleUpdates) OnWITBundlesUpdate(s *witbundle.Set)   { pass(u.ctx, u.wit, s) }
 func (u *bundleUpdates) OnX509BundlesWatchError(err error)     { failed(u, u.x509, err) }
 func (u *bundleUpdates) OnJWTBundlesWatchError(err error)      { failed(u, u.jwt, err) }
+func (u *bundleUpdates) OnWITBundlesWatchError(err error) {
+	if status.Code(err) != codes.Unimplemented { // else there are none, and that ends the watch
+		failed(u, u.wit, err)
+	}
+}
 
 // failed passes on that a watch failed, and that there is nothing any more if
 // it was denied.
@@ -398,45 +419,50 @@ func pass[T any](ctx context.Context, to chan T, v T) {
 
 func (a *app) watchBundles(ctx context.Context, client *workloadapi.Client, dir string) error {
 	watching, stop := context.WithCancel(ctx)
-	u := &bundleUpdates{make(chan *x509bundle.Set), make(chan *jwtbundle.Set), make(chan error), watching}
-	ended := make(chan error, 2)
+	u := &bundleUpdates{make(chan *x509bundle.Set), make(chan *jwtbundle.Set), make(chan *witbundle.Set), make(chan error), watching}
+	ended := make(chan error, 3)
 	go func() { ended <- client.WatchX509Bundles(watching, u) }()
 	go func() { ended <- client.WatchJWTBundles(watching, u) }()
-	running := 2
+	go func() { ended <- client.WatchWITBundles(watching, u) }()
+	running := 3
 	defer func() {
 		stop()
 		for ; running > 0; running-- {
 			<-ended
 		}
 	}()
-	var x *x509bundle.Set
-	var j *jwtbundle.Set
+	var got bundleSets
+	offered := true // the WIT bundles
 	said := ""
 	for first := true; ; {
 		select {
-		case x = <-u.x509:
-		case j = <-u.jwt:
+		case got.x509 = <-u.x509:
+		case got.jwt = <-u.jwt:
+		case got.wit = <-u.wit:
 		case err := <-u.failed:
 			a.withdraw(dir, err, removeBundles)
 			said = a.watchTrouble(ctx, "fetch bundles", err, said)
 			continue
 		case err := <-ended:
 			running--
-			return watchEnd(ctx, "fetch bundles", err)
+			if status.Code(err) != codes.Unimplemented || !offered {
+				return watchEnd(ctx, "fetch bundles", err)
+			}
+			offered = false
 		case <-ctx.Done():
 			return nil
 		}
-		if x == nil || j == nil {
+		if got.x509 == nil || got.jwt == nil || got.wit == nil && offered {
 			continue
 		}
-		if err := a.deliverBundles(x, j, dir, first, true); err != nil {
+		if err := a.deliverBundles(got, dir, first, true); err != nil {
 			return err
 		}
 		first, said = false, ""
 	}
 }
 
-func (a *app) deliverBundles(x *x509bundle.Set, j *jwtbundle.Set, dir string, first, several bool) error {
+func (a *app) deliverBundles(got bundleSets, dir string, first, several bool) error {
 	items := map[string]*bundleItem{}
 	item := func(td spiffeid.TrustDomain) *bundleItem {
 		if items[td.Name()] == nil {
@@ -445,24 +471,32 @@ func (a *app) deliverBundles(x *x509bundle.Set, j *jwtbundle.Set, dir string, fi
 		return items[td.Name()]
 	}
 	files := map[string][]byte{}
-	for _, b := range x.Bundles() {
+	for _, b := range got.x509.Bundles() {
 		to := item(b.TrustDomain())
 		for _, cert := range b.X509Authorities() {
 			to.X509Authorities = append(to.X509Authorities, x509AuthorityOf(cert))
 		}
 		files[to.TrustDomain+".pem"] = certificatesPEM(b.X509Authorities()...)
 	}
-	for _, b := range j.Bundles() {
+	for _, b := range got.jwt.Bundles() {
 		to := item(b.TrustDomain())
-		for kid, key := range b.JWTAuthorities() {
-			to.JWTAuthorities = append(to.JWTAuthorities, jwtAuthorityOf(kid, key))
-		}
-		slices.SortFunc(to.JWTAuthorities, func(x, y jwtAuthority) int { return cmp.Compare(x.KeyID, y.KeyID) })
+		to.JWTAuthorities = jwtAuthoritiesOf(b.JWTAuthorities())
 		doc, err := b.Marshal()
 		if err != nil {
 			return fmt.Errorf("encode the JWT bundle of %s: %w", to.TrustDomain, err)
 		}
 		files[to.TrustDomain+".jwks.json"] = doc
+	}
+	if got.wit != nil {
+		for _, b := range got.wit.Bundles() {
+			to := item(b.TrustDomain())
+			to.WITAuthorities = jwtAuthoritiesOf(b.WITAuthorities())
+			doc, err := b.Marshal()
+			if err != nil {
+				return fmt.Errorf("encode the WIT bundle of %s: %w", to.TrustDomain, err)
+			}
+			files[to.TrustDomain+".wit.jwks.json"] = doc
+		}
 	}
 	if dir != "" {
 		if err := writeBundles(dir, files); err != nil {

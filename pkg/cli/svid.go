@@ -29,7 +29,7 @@ func (a *app) svidCommand() *cobra.Command {
 		noun("mint", "mint an SVID",
 			"Mint issues an SVID without an agent; it ends up where you put it, so prefer an agent.",
 			"  hallmark svid mint x509 --spiffe-id /legacy --write DIR\n  hallmark svid mint jwt --spiffe-id /ci --audience registry.internal",
-			a.svidMintX509(), a.svidMintJWT()))
+			a.svidMintX509(), a.svidMintJWT(), a.svidMintWIT()))
 }
 
 func (a *app) svidMintX509() *cobra.Command {

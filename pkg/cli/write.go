@@ -15,11 +15,12 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
 
-// The files of one identity, by its place in the answer. The certificate comes
-// last: who waits for it finds the others there.
+// The files of one identity, by its place in the answer. The SVID comes last:
+// who waits for it finds the others there.
 var (
 	x509Files = []string{"bundle.%d.pem", "svid.%d.key", "svid.%d.pem"}
 	jwtFiles  = []string{"svid.%d.jwt"}
+	witFiles  = []string{"svid.%d.jwk", "svid.%d.wit"}
 )
 
 // writeX509 writes each SVID as svid.N.pem, svid.N.key and bundle.N.pem, each
@@ -58,6 +59,23 @@ func writeJWT(dir string, items []jwtItem) error {
 		}
 	}
 	return removeFrom(dir, len(items), jwtFiles)
+}
+
+// writeWIT writes each WIT-SVID as svid.N.wit and its private key as svid.N.jwk,
+// each file atomically, and removes those of SVIDs that are no longer there.
+func writeWIT(dir string, items []*witItem) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("write SVIDs: %w", err)
+	}
+	for i, item := range items {
+		if err := writeFile(filepath.Join(dir, fmt.Sprintf(witFiles[0], i)), item.key, 0o600); err != nil {
+			return err
+		}
+		if err := writeFile(filepath.Join(dir, fmt.Sprintf(witFiles[1], i)), []byte(item.Token), 0o644); err != nil {
+			return err
+		}
+	}
+	return removeFrom(dir, len(items), witFiles)
 }
 
 // removeFrom removes the files of the SVID in a place and of those after it.

@@ -112,9 +112,11 @@ func (s *bundleService) extend(ctx context.Context, more *bundle.Bundle) (*bundl
 		}
 	}
 	expired := func(a bundle.JWTAuthority) bool { return !a.ExpiresAt.IsZero() && !now.Before(a.ExpiresAt) }
-	for _, a := range slices.Concat(more.JWTAuthorities, more.WITAuthorities) {
-		if expired(a) {
-			return nil, invalidArgument("authority %q expired at %s", a.KeyID, a.ExpiresAt.UTC().Format(time.RFC3339))
+	for kind, as := range map[string][]bundle.JWTAuthority{"JWT": more.JWTAuthorities, "WIT": more.WITAuthorities} {
+		for _, a := range as {
+			if expired(a) {
+				return nil, invalidArgument("%s authority %q expired at %s", kind, a.KeyID, a.ExpiresAt.UTC().Format(time.RFC3339))
+			}
 		}
 	}
 	view := s.registry.View()
