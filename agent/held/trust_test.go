@@ -34,6 +34,12 @@ func (s *slow) SignX509(ctx context.Context, requests []held.X509Request) ([]hel
 	return results, err
 }
 
+func (s *slow) SignWIT(ctx context.Context, requests []held.WITRequest) ([]held.WITResult, error) {
+	results, err := s.Server.SignWIT(ctx, requests)
+	s.arrive()
+	return results, err
+}
+
 func (s *slow) SignJWT(ctx context.Context, entryID string, audience []string) (held.JWTResult, error) {
 	result, err := s.Server.SignJWT(ctx, entryID, audience)
 	s.arrive()

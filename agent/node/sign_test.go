@@ -1,6 +1,7 @@
 package node_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -98,6 +99,36 @@ func TestAnX509SVIDThatIsNotWhatWasAskedForIsNotUsed(t *testing.T) {
 	}
 }
 
+func TestWITSVIDsAreSignedInTheOrderOfTheRequests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := joining(t)
+		w.Entries["a"] = spiffeid.RequireFromPath(nodetest.TrustDomain, "/a")
+		w.Entries["b"] = spiffeid.RequireFromPath(nodetest.TrustDomain, "/b")
+		r := w.run(t)
+		r.connected(t)
+
+		results, err := r.SignWIT(t.Context(), []held.WITRequest{
+			{EntryID: "b", PublicKey: []byte("key 1"), Algorithm: "ES256"}, {EntryID: "gone"}, {EntryID: "a", PublicKey: []byte("key 2"), Algorithm: "PS512"},
+			{EntryID: "b", PublicKey: bytes.Repeat([]byte("x"), 64<<10)},
+		})
+		if err != nil || len(results) != 4 {
+			t.Fatalf("%d results, %v", len(results), err)
+		}
+		for i, want := range map[int]string{0: "token of spiffe://example.org/b for key 1, ES256", 2: "token of spiffe://example.org/a for key 2, PS512"} {
+			if results[i].Token != want || results[i].Err != nil {
+				t.Errorf("result %d is %v, want %q", i, results[i], want)
+			}
+		}
+		if status.Code(results[1].Err) != codes.NotFound || results[1].Token != "" {
+			t.Errorf("unknown entry: %v", results[1])
+		}
+		wantError(t, results[3].Err, "the most is 65536")
+		if none, err := r.SignWIT(t.Context(), nil); none != nil || err != nil {
+			t.Errorf("for nothing came %v, %v", none, err)
+		}
+	})
+}
+
 func TestABatchThatIsTooLargeIsNotSent(t *testing.T) {
 	w := joining(t)
 	n, err := node.Open(w.options)
@@ -106,6 +137,8 @@ func TestABatchThatIsTooLargeIsNotSent(t *testing.T) {
 	}
 	defer n.Close()
 	_, err = n.SignX509(t.Context(), make([]held.X509Request, held.MaxBatch+1))
+	wantError(t, err, "the most is 500")
+	_, err = n.SignWIT(t.Context(), make([]held.WITRequest, held.MaxBatch+1))
 	wantError(t, err, "the most is 500")
 }
 

@@ -38,11 +38,12 @@ func newCA(t testing.TB, serial int64) (*x509.Certificate, *ecdsa.PrivateKey) {
 
 func newBundle(t testing.TB) *bundle.Bundle {
 	ca1, key := newCA(t, 1)
-	ca2, _ := newCA(t, 2)
+	ca2, witKey := newCA(t, 2)
 	return &bundle.Bundle{
 		TrustDomain:     spiffeid.RequireTrustDomainFromString("example.org"),
 		X509Authorities: []bundle.X509Authority{{Certificate: ca1}, {Certificate: ca2, Tainted: true}},
 		JWTAuthorities:  []bundle.JWTAuthority{{KeyID: "k1", PublicKey: key.Public(), ExpiresAt: time.Unix(99, 0), Tainted: true}},
+		WITAuthorities:  []bundle.JWTAuthority{{KeyID: "w1", PublicKey: witKey.Public(), ExpiresAt: time.Unix(98, 0), Tainted: true}},
 		SequenceNumber:  7,
 		RefreshHint:     5 * time.Minute,
 	}
@@ -64,6 +65,9 @@ func TestRecordsKeepEveryField(t *testing.T) {
 	if len(got.X509Authorities) != 2 || got.X509Authorities[0].Tainted || !got.X509Authorities[1].Tainted ||
 		!got.HasX509(b.X509Authorities[0].Certificate) || !got.HasX509(b.X509Authorities[1].Certificate) {
 		t.Errorf("X.509 authorities differ: %+v", got.X509Authorities)
+	}
+	if w := got.WITAuthorities[0]; w.KeyID != "w1" || !w.Tainted || !w.ExpiresAt.Equal(time.Unix(98, 0)) || !b.WITAuthorities[0].PublicKey.(*ecdsa.PublicKey).Equal(w.PublicKey) {
+		t.Errorf("WIT authority differs: %+v", w)
 	}
 	a := got.JWTAuthorities[0]
 	if a.KeyID != "k1" || !a.Tainted || !a.ExpiresAt.Equal(time.Unix(99, 0)) || !b.JWTAuthorities[0].PublicKey.(*ecdsa.PublicKey).Equal(a.PublicKey) {
@@ -108,13 +112,33 @@ func TestWorkloadAPI_A33_A34_JWKSIsPlainAndHoldsJWTKeysOnly(t *testing.T) {
 	}
 }
 
+func TestWorkloadAPI_W44_WITKeysAreASetOfTheirOwn(t *testing.T) {
+	b := newBundle(t)
+	var set jose.JSONWebKeySet
+	if err := json.Unmarshal(b.WITJWKS(), &set); err != nil {
+		t.Fatal(err)
+	}
+	if len(set.Keys) != 1 || set.Keys[0].KeyID != "w1" || !set.Keys[0].IsPublic() {
+		t.Errorf("got %s", b.WITJWKS())
+	}
+	if b.WITKey("w1") == nil || b.WITKey("k1") != nil || b.JWTKey("w1") != nil {
+		t.Error("keys are not found by their ID and kind")
+	}
+	if !b.HasKeyID("k1") || !b.HasKeyID("w1") || b.HasKeyID("x") {
+		t.Error("key IDs are those of both kinds")
+	}
+	if got := string((&bundle.Bundle{}).WITJWKS()); got != `{"keys":[]}` {
+		t.Errorf("an empty bundle is %s", got)
+	}
+}
+
 func TestAChangedCloneLeavesTheOriginal(t *testing.T) {
 	b := newBundle(t)
 	before := bytes.Clone(b.DER())
 	c := b.Clone()
 	c.X509Authorities = append(c.X509Authorities[:0], c.X509Authorities[1])
-	c.JWTAuthorities[0].KeyID = "other"
-	if !bytes.Equal(b.DER(), before) || b.JWTAuthorities[0].KeyID != "k1" || b.X509Authorities[0].Tainted {
+	c.JWTAuthorities[0].KeyID, c.WITAuthorities[0].KeyID = "other", "other"
+	if !bytes.Equal(b.DER(), before) || b.WITAuthorities[0].KeyID != "w1" || b.JWTAuthorities[0].KeyID != "k1" || b.X509Authorities[0].Tainted {
 		t.Error("the original changed")
 	}
 	if bytes.Equal(c.DER(), before) {

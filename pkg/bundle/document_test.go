@@ -1,6 +1,7 @@
 package bundle_test
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -18,6 +19,59 @@ import (
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 )
+
+func TestUsable_T26_W33_KeepsWITKeysThatCanBeOne(t *testing.T) {
+	td := spiffeid.RequireTrustDomainFromString("example.org")
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	source := spiffebundle.New(td)
+	if err := source.AddWITAuthority("w", key.Public()); err != nil {
+		t.Fatal(err)
+	}
+	if err := source.AddJWTAuthority("j", key.Public()); err != nil {
+		t.Fatal(err)
+	}
+	document, err := source.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var doc struct{ Keys []json.RawMessage }
+	if err := json.Unmarshal(document, &doc); err != nil || len(doc.Keys) != 2 {
+		t.Fatalf("%s, %v", document, err)
+	}
+	for name, bad := range map[string]string{
+		"no kid":    `{"kty":"EC","use":"wit-svid","crv":"P-256","x":"AA","y":"AA"}`,
+		"empty kid": `{"kty":"EC","use":"wit-svid","kid":"","crv":"P-256","x":"AA","y":"AA"}`,
+		"EdDSA":     `{"kty":"OKP","use":"wit-svid","kid":"ed","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}`,
+	} {
+		got, err := spiffebundle.Parse(td, bundle.Usable(fmt.Appendf(nil, `{"keys":[%s,%s,%s]}`, doc.Keys[0], bad, doc.Keys[1])))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if wit := got.WITAuthorities(); len(wit) != 1 || !key.PublicKey.Equal(wit["w"]) || len(got.JWTAuthorities()) != 1 {
+			t.Errorf("%s: WIT authorities are %v", name, wit)
+		}
+	}
+}
+
+// What is left of a document is itself a document that nothing is taken from.
+func FuzzUsable(f *testing.F) {
+	for _, s := range []string{
+		"", "[]", `{"keys":null}`, `{"keys":[]}`, `{"keys":[{"kty":"EC","use":"wit-svid","kid":"w"}],"spiffe_sequence":1}`,
+		`{"keys":[{"kty":"OKP","use":"jwt-svid"},{"kty":"RSA","use":"x509-svid","x5c":["AA==","AA=="]},{"use":5}]}`,
+	} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, document []byte) {
+		once := bundle.Usable(document)
+		if twice := bundle.Usable(once); !bytes.Equal(once, twice) {
+			t.Errorf("%q became %q, and that %q", document, once, twice)
+		}
+	})
+}
 
 func TestUsable_X39_X40_T03_T06_T10_T11_T26_IgnoresWhatTheStandardsSay(t *testing.T) {
 	td := spiffeid.RequireTrustDomainFromString("example.org")

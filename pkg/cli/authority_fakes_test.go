@@ -21,6 +21,7 @@ type fakeKey struct {
 const (
 	fakeX509 = hallmarkv1.Authority_KIND_X509
 	fakeJWT  = hallmarkv1.Authority_KIND_JWT
+	fakeWIT  = hallmarkv1.Authority_KIND_WIT
 )
 
 func newFakeKeys() []fakeKey {
@@ -36,6 +37,8 @@ func newFakeKeys() []fakeKey {
 		key("dd44", fakeX509, hallmarkv1.Authority_STATE_OLD, &hallmarkv1.AuthorityUse{Signed: 7, LastExpiresAt: time.Now().Add(-time.Minute).Unix()}),
 		key(kid, fakeJWT, hallmarkv1.Authority_STATE_ACTIVE, &hallmarkv1.AuthorityUse{Signed: 3, LastExpiresAt: soon}),
 		key("jwt-key-0", fakeJWT, hallmarkv1.Authority_STATE_OLD, &hallmarkv1.AuthorityUse{Signed: 1, LastExpiresAt: soon}),
+		key("wit-key-0", fakeWIT, hallmarkv1.Authority_STATE_OLD, &hallmarkv1.AuthorityUse{Signed: 2, LastExpiresAt: soon}),
+		key("wit-key-2", fakeWIT, hallmarkv1.Authority_STATE_PREPARED, &hallmarkv1.AuthorityUse{}),
 	}
 }
 
@@ -121,4 +124,27 @@ func (s fakeAuthorities) RevokeX509Authority(_ context.Context, r *localauthorit
 func (s fakeAuthorities) RevokeJWTAuthority(_ context.Context, r *localauthorityv1.RevokeJWTAuthorityRequest) (*localauthorityv1.RevokeJWTAuthorityResponse, error) {
 	a, err := s.change(fakeJWT, r.AuthorityId, func(a *hallmarkv1.Authority) { a.Id = "gone" })
 	return &localauthorityv1.RevokeJWTAuthorityResponse{RevokedAuthority: a}, err
+}
+
+func (s fakeAuthorities) GetWITAuthorityState(context.Context, *localauthorityv1.GetWITAuthorityStateRequest) (*localauthorityv1.GetWITAuthorityStateResponse, error) {
+	return &localauthorityv1.GetWITAuthorityStateResponse{Prepared: &localauthorityv1.AuthorityState{AuthorityId: "wit-key-2"}}, nil
+}
+
+func (s fakeAuthorities) PrepareWITAuthority(context.Context, *localauthorityv1.PrepareWITAuthorityRequest) (*localauthorityv1.PrepareWITAuthorityResponse, error) {
+	return &localauthorityv1.PrepareWITAuthorityResponse{PreparedAuthority: &localauthorityv1.AuthorityState{AuthorityId: "wit-key-3", ExpiresAt: 4e9}}, nil
+}
+
+func (s fakeAuthorities) ActivateWITAuthority(_ context.Context, r *localauthorityv1.ActivateWITAuthorityRequest) (*localauthorityv1.ActivateWITAuthorityResponse, error) {
+	a, err := s.change(fakeWIT, r.AuthorityId, func(a *hallmarkv1.Authority) { a.State = hallmarkv1.Authority_STATE_ACTIVE })
+	return &localauthorityv1.ActivateWITAuthorityResponse{ActivatedAuthority: a}, err
+}
+
+func (s fakeAuthorities) TaintWITAuthority(_ context.Context, r *localauthorityv1.TaintWITAuthorityRequest) (*localauthorityv1.TaintWITAuthorityResponse, error) {
+	a, err := s.change(fakeWIT, r.AuthorityId, taint)
+	return &localauthorityv1.TaintWITAuthorityResponse{TaintedAuthority: a}, err
+}
+
+func (s fakeAuthorities) RevokeWITAuthority(_ context.Context, r *localauthorityv1.RevokeWITAuthorityRequest) (*localauthorityv1.RevokeWITAuthorityResponse, error) {
+	a, err := s.change(fakeWIT, r.AuthorityId, func(a *hallmarkv1.Authority) { a.Id = "gone" })
+	return &localauthorityv1.RevokeWITAuthorityResponse{RevokedAuthority: a}, err
 }

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -75,10 +76,13 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"server": func(ts *testscript.TestScript, _ bool, args []string) {
 				path := filepath.Join(ts.Getenv("DEV"), "admin.sock")
+				s := newFakeServer()
+				if s.wit = slices.Equal(args, []string{"wit"}); s.wit {
+					args = nil
+				}
 				if len(args) == 1 {
 					path = args[0]
 				}
-				s := newFakeServer()
 				s.agents = []*types.Agent{
 					{Id: &types.SPIFFEID{TrustDomain: "example.org", Path: "/spire/agent/join_token/one"}, AttestationType: "join_token",
 						X509SvidSerialNumber: "17", X509SvidExpiresAt: time.Now().Add(time.Hour + 10*time.Second).Unix(), AgentVersion: "1.2.3"},
@@ -91,7 +95,7 @@ func TestScripts(t *testing.T) {
 				}
 			},
 			"agent": func(ts *testscript.TestScript, _ bool, args []string) {
-				f := &fakeAgent{ca: newAuthority(), refuse: len(args) == 1, renew: make(chan struct{})}
+				f := &fakeAgent{ca: newAuthority(), refuse: len(args) == 1 && args[0] != "wit", wit: slices.Equal(args, []string{"wit"}), renew: make(chan struct{})}
 				ts.Value(renewals{}).(*fakeAgents).last = f
 				workload, admin := filepath.Join(ts.Getenv("DEV"), "workload.sock"), filepath.Join(ts.Getenv("DEV"), "agent.sock")
 				background(ts, func(ctx context.Context, ready func()) error { return f.serve(ctx, workload, admin, ready) })

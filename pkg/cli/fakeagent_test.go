@@ -29,6 +29,7 @@ type fakeAgent struct {
 	hallmarkv1.UnimplementedAgentAdminServiceServer
 	ca     *authority
 	refuse bool // nothing matches
+	wit    bool // WIT-SVIDs are switched on
 	id     string
 	renew  chan struct{} // for each, streams get new SVIDs of the first identity alone; nil: never
 }
@@ -120,6 +121,51 @@ func (f *fakeAgent) FetchJWTSVID(_ context.Context, r *workloadv1.JWTSVIDRequest
 	}
 	id := f.ids()[0]
 	return &workloadv1.JWTSVIDResponse{Svids: []*workloadv1.JWTSVID{{SpiffeId: id.String(), Svid: f.ca.token(id, r.Audience, 5*time.Minute+500*time.Millisecond)}}}, nil
+}
+
+func (f *fakeAgent) FetchWITSVID(r *workloadv1.WITSVIDRequest, stream grpc.ServerStreamingServer[workloadv1.WITSVIDResponse]) error {
+	if !f.wit {
+		return status.Error(codes.Unimplemented, "not switched on")
+	}
+	for ids := f.ids(); ; ids = ids[:1] {
+		resp := &workloadv1.WITSVIDResponse{}
+		for i, id := range ids {
+			if r.SpiffeId != "" && r.SpiffeId != id.String() {
+				continue
+			}
+			key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+			must(err)
+			private, err := json.Marshal(jose.JSONWebKey{Key: key, Algorithm: "ES256"})
+			must(err)
+			svid := &workloadv1.WITSVID{SpiffeId: id.String(), WitSvid: f.ca.wit(id, key.Public(), time.Hour+10*time.Second), WitSvidKey: string(private)}
+			if i == 1 {
+				svid.Hint = "database"
+			}
+			resp.Svids = append(resp.Svids, svid)
+		}
+		if len(resp.Svids) == 0 {
+			return denied
+		}
+		if err := stream.Send(resp); err != nil {
+			return err
+		}
+		select {
+		case <-stream.Context().Done():
+			return nil
+		case <-f.renew:
+		}
+	}
+}
+
+func (f *fakeAgent) FetchWITBundles(_ *workloadv1.WITBundlesRequest, stream grpc.ServerStreamingServer[workloadv1.WITBundlesResponse]) error {
+	if !f.wit {
+		return status.Error(codes.Unimplemented, "not switched on")
+	}
+	doc, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: f.ca.key.Public(), KeyID: witKid}}})
+	must(err)
+	must(stream.Send(&workloadv1.WITBundlesResponse{Bundles: map[string]string{"spiffe://example.org": string(doc)}}))
+	<-stream.Context().Done()
+	return nil
 }
 
 func (f *fakeAgent) ValidateJWTSVID(_ context.Context, r *workloadv1.ValidateJWTSVIDRequest) (*workloadv1.ValidateJWTSVIDResponse, error) {

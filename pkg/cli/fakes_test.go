@@ -111,6 +111,21 @@ func (a *authority) token(id spiffeid.ID, audience []string, ttl time.Duration) 
 	return token
 }
 
+const witKid = "wit-key-1"
+
+// wit is a WIT-SVID for a public key.
+func (a *authority) wit(id spiffeid.ID, public crypto.PublicKey, ttl time.Duration) string {
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: witKid}},
+		(&jose.SignerOptions{}).WithType("wit+jwt"))
+	must(err)
+	token, err := jwt.Signed(signer).Claims(map[string]any{
+		"sub": id.String(), "exp": time.Now().Add(ttl).Unix(),
+		"cnf": map[string]any{"jwk": jose.JSONWebKey{Key: public, Algorithm: "ES256"}},
+	}).Serialize()
+	must(err)
+	return token
+}
+
 // fakeServer answers the calls of the server's admin socket from memory.
 type fakeServer struct {
 	entryv1.UnimplementedEntryServer
@@ -121,6 +136,7 @@ type fakeServer struct {
 
 	ca        *authority
 	advertise string
+	wit       bool // WIT-SVIDs are switched on
 
 	mu      sync.Mutex
 	entries []*types.Entry
@@ -371,11 +387,15 @@ func (s *fakeServer) CreateJoinToken(_ context.Context, r *agentv1.CreateJoinTok
 func (s *fakeServer) bundle() *types.Bundle {
 	der, err := x509.MarshalPKIXPublicKey(s.ca.key.Public())
 	must(err)
-	return &types.Bundle{
+	b := &types.Bundle{
 		TrustDomain: "example.org", SequenceNumber: 7, RefreshHint: 300,
 		X509Authorities: []*types.X509Certificate{{Asn1: s.ca.cert.Raw}},
 		JwtAuthorities:  []*types.JWTKey{{KeyId: kid, PublicKey: der, ExpiresAt: time.Now().Add(24*time.Hour + 10*time.Second).Unix()}},
 	}
+	if s.wit {
+		b.WitAuthorities = []*types.WITKey{{KeyId: witKid, PublicKey: der, Tainted: true, ExpiresAt: time.Now().Add(24*time.Hour + 10*time.Second).Unix()}}
+	}
+	return b
 }
 
 func (s *fakeServer) GetBundle(context.Context, *bundlev1.GetBundleRequest) (*types.Bundle, error) {
@@ -405,6 +425,19 @@ func cmpOr(a, b time.Duration) time.Duration {
 func (s *fakeServer) MintJWTSVID(_ context.Context, r *svidv1.MintJWTSVIDRequest) (*svidv1.MintJWTSVIDResponse, error) {
 	id := spiffeid.RequireFromSegments(spiffeid.RequireTrustDomainFromString(r.Id.TrustDomain), strings.Split(strings.Trim(r.Id.Path, "/"), "/")...)
 	return &svidv1.MintJWTSVIDResponse{Svid: &types.JWTSVID{Token: s.ca.token(id, r.Audience, 5*time.Minute+500*time.Millisecond)}}, nil
+}
+
+func (s *fakeServer) MintWITSVID(_ context.Context, r *svidv1.MintWITSVIDRequest) (*svidv1.MintWITSVIDResponse, error) {
+	if !s.wit {
+		return nil, status.Error(codes.Unimplemented, "WIT-SVIDs are not switched on at this server: set wit in experimental")
+	}
+	id := spiffeid.RequireFromPath(spiffeid.RequireTrustDomainFromString(r.Id.TrustDomain), r.Id.Path)
+	key, err := x509.ParsePKIXPublicKey(r.PublicKey)
+	if err != nil || r.SigningAlgorithm != "ES256" {
+		return nil, status.Error(codes.InvalidArgument, "malformed public key")
+	}
+	ttl := cmpOr(time.Duration(r.Ttl)*time.Second, time.Hour) + 10*time.Second
+	return &svidv1.MintWITSVIDResponse{Svid: &types.WITSVID{Token: s.ca.wit(id, key, ttl)}}, nil
 }
 
 func (s *fakeServer) GetServer(context.Context, *hallmarkv1.GetServerRequest) (*hallmarkv1.GetServerResponse, error) {

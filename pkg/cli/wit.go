@@ -21,6 +21,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // witItem is a WIT-SVID as commands print it.
@@ -164,7 +166,9 @@ func (w *witWatcher) OnWITSVIDsUpdate(svids []*witsvid.SVID) {
 
 func (w *witWatcher) OnWITSVIDsWatchError(err error) {
 	w.app.withdraw(w.dir, err, removeWIT)
-	w.said = w.app.watchTrouble(w.ctx, fetchingWIT, err, w.said)
+	if status.Code(err) != codes.Unimplemented { // else the watch ends, and says so
+		w.said = w.app.watchTrouble(w.ctx, fetchingWIT, err, w.said)
+	}
 }
 
 // deliver prints and writes what one answer of the Workload API holds.

@@ -83,7 +83,11 @@ func parseMatrix() map[string][]string {
 }
 
 func TestEveryMethodAdmitsExactlyItsCallers(t *testing.T) {
-	w := newWorld(t)
+	t.Run("without WIT", func(t *testing.T) { everyMethodAdmitsExactlyItsCallers(t, newWorld(t)) })
+	t.Run("with WIT", func(t *testing.T) { everyMethodAdmitsExactlyItsCallers(t, newWITWorld(t)) })
+}
+
+func everyMethodAdmitsExactlyItsCallers(t *testing.T, w *world) {
 	agent := w.newAgent()
 	callers := map[string]*grpc.ClientConn{
 		"local":      w.admin(),

@@ -248,6 +248,88 @@ func TestDownstreamServersPublishTheirJWTAuthorities(t *testing.T) {
 	wantCode(t, "WIT", err, codes.Unimplemented, "WIT")
 }
 
+func wireWITKey(k *types.JWTKey) *types.WITKey {
+	return &types.WITKey{PublicKey: k.PublicKey, KeyId: k.KeyId, ExpiresAt: k.ExpiresAt, Tainted: k.Tainted}
+}
+
+func TestWITSVID_W33_DownstreamServersPublishTheirWITAuthorities(t *testing.T) {
+	w, _ := newBundleRecords(t)
+	w.service.wit = true
+	publish := func(k *types.JWTKey) ([]*types.WITKey, error) {
+		resp, err := w.bundles.PublishWITAuthority(t.Context(), &bundlev1.PublishWITAuthorityRequest{WitAuthority: wireWITKey(k)})
+		return resp.GetWitAuthorities(), err
+	}
+	a := newKey(t, "a")
+	a.ExpiresAt = w.now.Add(2 * time.Hour).Unix()
+	for range 2 {
+		if got, err := publish(a); err != nil || len(got) != 1 || !proto.Equal(got[0], wireWITKey(a)) {
+			t.Errorf("got %v, %v", got, err)
+		}
+	}
+	got, err := w.bundles.GetBundle(t.Context(), &bundlev1.GetBundleRequest{OutputMask: &types.BundleMask{WitAuthorities: true}})
+	if err != nil || !proto.Equal(got, &types.Bundle{TrustDomain: "example.org", WitAuthorities: []*types.WITKey{wireWITKey(a)}}) {
+		t.Errorf("the bundle is %v, %v", got, err)
+	}
+	appended, err := w.bundles.AppendBundle(t.Context(), &bundlev1.AppendBundleRequest{WitAuthorities: []*types.WITKey{wireWITKey(newKey(t, "b"))}})
+	if err != nil || len(appended.WitAuthorities) != 2 || len(appended.JwtAuthorities) != 1 {
+		t.Errorf("the bundle became %v, %v", appended, err)
+	}
+	// A key ID names one key, of whichever kind.
+	_, err = publish(newKey(t, "own"))
+	wantCode(t, "the ID of a JWT authority", err, codes.InvalidArgument, `key ID "own" names a key that signs other SVIDs already`)
+	_, err = w.bundles.PublishJWTAuthority(t.Context(), &bundlev1.PublishJWTAuthorityRequest{JwtAuthority: newKey(t, "a")})
+	wantCode(t, "the ID of a WIT authority", err, codes.InvalidArgument, `key ID "a" names a key that signs other SVIDs already`)
+	both := newKey(t, "both")
+	_, err = w.bundles.AppendBundle(t.Context(), &bundlev1.AppendBundleRequest{JwtAuthorities: []*types.JWTKey{both}, WitAuthorities: []*types.WITKey{wireWITKey(both)}})
+	wantCode(t, "one ID for two", err, codes.InvalidArgument, `key ID "both" names a key that signs other SVIDs already`)
+	_, err = publish(newKey(t, "a"))
+	wantCode(t, "the ID of another WIT authority", err, codes.InvalidArgument, `key ID "a" names another key already`)
+	_, err = w.bundles.PublishWITAuthority(t.Context(), &bundlev1.PublishWITAuthorityRequest{})
+	wantCode(t, "none", err, codes.InvalidArgument, "missing WIT authority")
+	past := newKey(t, "past")
+	past.ExpiresAt = w.now.Add(-time.Second).Unix()
+	_, err = publish(past)
+	wantCode(t, "an expired one", err, codes.InvalidArgument, `WIT authority "past" expired at`)
+
+	w.now = w.now.Add(3 * time.Hour) // "a" has expired meanwhile and makes room
+	if got, err := publish(newKey(t, "c")); err != nil || len(got) != 2 || got[0].KeyId != "b" || got[1].KeyId != "c" {
+		t.Errorf("got %v, %v", got, err)
+	}
+}
+
+// A foreign trust domain's WIT authorities are kept, whether this server has
+// any or not.
+func TestBundle_T01_T26_AForeignBundleHasWITAuthorities(t *testing.T) {
+	w, own := newBundleRecords(t)
+	key := newKey(t, "w")
+	key.ExpiresAt = w.now.Add(time.Hour).Unix()
+	foreign := &types.Bundle{TrustDomain: "other.org", WitAuthorities: []*types.WITKey{wireWITKey(key)}, SequenceNumber: 7}
+	set := func(b *types.Bundle) *types.Status {
+		t.Helper()
+		resp, err := w.bundles.BatchSetFederatedBundle(t.Context(), &bundlev1.BatchSetFederatedBundleRequest{Bundle: []*types.Bundle{b}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.Results[0].Status
+	}
+	wantStatus(t, "set", set(foreign), codes.OK, "")
+	got, err := w.bundles.GetFederatedBundle(t.Context(), &bundlev1.GetFederatedBundleRequest{TrustDomain: "other.org"})
+	if err != nil || !proto.Equal(got, foreign) {
+		t.Errorf("got %v, %v; want %v", got, err, foreign)
+	}
+	wantStatus(t, "a key of ours", set(&types.Bundle{TrustDomain: "other.org", WitAuthorities: []*types.WITKey{wireWITKey(own.JwtAuthorities[0])}}),
+		codes.InvalidArgument, `WIT authority "own" has a key of trust domain "example.org"`)
+	w.service.wit = true
+	_, err = w.bundles.PublishWITAuthority(t.Context(), &bundlev1.PublishWITAuthorityRequest{WitAuthority: wireWITKey(key)})
+	wantCode(t, "a key of theirs", err, codes.InvalidArgument, `WIT authority "w" has a key of trust domain "other.org"`)
+	update, err := w.bundles.BatchUpdateFederatedBundle(t.Context(), &bundlev1.BatchUpdateFederatedBundleRequest{
+		Bundle: []*types.Bundle{{TrustDomain: "other.org"}}, InputMask: &types.BundleMask{WitAuthorities: true},
+	})
+	if err != nil || len(update.Results[0].Bundle.WitAuthorities) != 0 {
+		t.Errorf("emptied, it is %v, %v", update, err)
+	}
+}
+
 func TestABundleDoesNotGrowWithoutBound(t *testing.T) {
 	w, _ := newBundleRecords(t)
 	key := ecKey(t, elliptic.P256())
@@ -399,7 +481,7 @@ func TestFederatedBundles_T01_T02_MalformedOnesAndThoseWithKeysOfOursAreRefused(
 	if err != nil {
 		t.Fatal(err)
 	}
-	wantStatus(t, "WIT", set.Results[0].Status, codes.Unimplemented, "WIT")
+	wantStatus(t, "WIT", set.Results[0].Status, codes.InvalidArgument, "WIT authority 0: missing key ID")
 	for _, name := range []string{"example.org", "spiffe://example.org", "", "No"} {
 		_, err := w.bundles.GetFederatedBundle(t.Context(), &bundlev1.GetFederatedBundleRequest{TrustDomain: name})
 		wantCode(t, "get "+name, err, codes.InvalidArgument, "trust domain")

@@ -59,9 +59,9 @@ func writePEM(t testing.TB, name string, certs ...*x509.Certificate) (path strin
 
 func TestAServerBelowIssuesWhatVerifiesAgainstTheBundleAbove(t *testing.T) {
 	harness.NeedCommand(t, "openssl")
-	w := newWorld(t)
+	w := newWITWorld(t)
 	conn := w.connect(w.workload(w.newAgent(), "/below", func(e *types.Entry) { e.Downstream = true }))
-	caKey, jwtKey := newKey(t), newKey(t)
+	caKey, jwtKey, witKey := newKey(t), newKey(t), newKey(t)
 	ca, err := svidv1.NewSVIDClient(conn).NewDownstreamX509CA(t.Context(), &svidv1.NewDownstreamX509CARequest{Csr: newCSR(t, caKey), PreferredTtl: 7200})
 	must(t, err)
 	chain, roots := parseAll(t, ca.CaCertChain), parseAll(t, ca.X509Authorities)
@@ -75,10 +75,19 @@ func TestAServerBelowIssuesWhatVerifiesAgainstTheBundleAbove(t *testing.T) {
 		t.Errorf("the answer has %d JWT authorities, want that of the server above, too", n)
 	}
 
+	witPublished, err := bundlev1.NewBundleClient(conn).PublishWITAuthority(t.Context(), &bundlev1.PublishWITAuthorityRequest{
+		WitAuthority: &types.WITKey{KeyId: "below, WIT", PublicKey: pkixOf(t, witKey), ExpiresAt: time.Now().Add(time.Hour).Unix()},
+	})
+	must(t, err)
+	if n := len(witPublished.WitAuthorities); n != 2 {
+		t.Errorf("the answer has %d WIT authorities, want that of the server above, too", n)
+	}
+
 	// What the server below issues.
 	issuer := issue.New(issue.Options{TrustDomain: td, Authorities: &below{
 		x509: &authority.X509{ID: "below", Certificate: chain[0], Chain: chain, Signer: caKey},
 		jwt:  &authority.JWT{ID: "below", Signer: jwtKey, Algorithm: "ES256", ExpiresAt: time.Now().Add(time.Hour)},
+		wit:  &authority.JWT{ID: "below, WIT", Signer: witKey, Algorithm: "ES256", ExpiresAt: time.Now().Add(time.Hour)},
 	}})
 	e := &entry.Entry{ID: "e", SPIFFEID: id("/web")}
 	leaf, err := issuer.WorkloadX509(t.Context(), e, newCSR(t, newKey(t)))
@@ -86,7 +95,12 @@ func TestAServerBelowIssuesWhatVerifiesAgainstTheBundleAbove(t *testing.T) {
 	token, err := issuer.WorkloadJWT(t.Context(), e, []string{"audience"})
 	must(t, err)
 
+	workloadKey := newKey(t)
+	wit, err := issuer.WorkloadWIT(t.Context(), e, issue.WITKey{PKIX: pkixOf(t, workloadKey), Algorithm: "ES256"})
+	must(t, err)
+
 	// Whoever has the bundle above verifies it.
+	w.verifyWIT(&types.WITSVID{Token: wit.Token, Id: wireID(wit.ID), ExpiresAt: wit.ExpiresAt.Unix()}, workloadKey)
 	own := w.registry.View().Bundle(td)
 	x509s := x509bundle.New(td)
 	for _, a := range own.X509Authorities {

@@ -71,6 +71,17 @@ type world struct {
 // newWorld starts a server. The functions may change what its API is made of.
 func newWorld(t testing.TB, change ...func(*api.Options)) *world {
 	t.Helper()
+	return startWorld(t, false, change...)
+}
+
+// newWITWorld starts a server that issues WIT-SVIDs.
+func newWITWorld(t testing.TB) *world {
+	t.Helper()
+	return startWorld(t, true)
+}
+
+func startWorld(t testing.TB, wit bool, change ...func(*api.Options)) *world {
+	t.Helper()
 	w := &world{t: t, log: &logBuffer{}}
 	log := slog.New(slog.NewTextHandler(w.log, nil))
 	now := w.now
@@ -82,7 +93,7 @@ func newWorld(t testing.TB, change ...func(*api.Options)) *world {
 	var running sync.WaitGroup
 	running.Go(func() { _ = w.registry.Run(ctx) })
 	keys := authority.NewMemoryKeys()
-	authorities, err := authority.Open(t.Context(), authority.Options{Registry: w.registry, Keys: keys, TrustDomain: td, Server: "test", Now: now})
+	authorities, err := authority.Open(t.Context(), authority.Options{Registry: w.registry, Keys: keys, TrustDomain: td, Server: "test", WIT: wit, Now: now})
 	must(t, err)
 	w.own = authorities
 	w.feed = feed.New(feed.Options{Registry: w.registry, X509TTL: time.Hour, JWTTTL: 5 * time.Minute, Now: now})

@@ -25,7 +25,7 @@ var td = spiffeid.RequireTrustDomainFromString("example.org")
 // start is when the tests' clocks begin.
 var start = time.Date(2026, 3, 1, 12, 0, 0, 123456789, time.UTC)
 
-var bothKinds = []registry.AuthorityKind{registry.X509, registry.JWT}
+var everyKind = []registry.AuthorityKind{registry.X509, registry.JWT, registry.WIT}
 
 // world is a registry in memory, a key manager and a clock: what outlives a
 // server.
@@ -83,7 +83,7 @@ func (w *world) add(d time.Duration) {
 func (w *world) tryOpen(change ...func(*authority.Options)) (*authority.Authorities, error) {
 	o := authority.Options{
 		Registry: w.registry, Keys: w.keys, TrustDomain: td, Server: "server-1",
-		Now: w.time, Log: slog.New(w.log),
+		WIT: true, Now: w.time, Log: slog.New(w.log),
 	}
 	for _, c := range change {
 		c(&o)
@@ -116,6 +116,9 @@ func (w *world) published(r *registry.Authority) bool {
 	if r.Kind == registry.X509 {
 		return w.bundle().HasX509(r.Chain[0])
 	}
+	if r.Kind == registry.WIT {
+		return w.bundle().WITKey(r.ID) != nil
+	}
 	return w.bundle().JWTKey(r.ID) != nil
 }
 
@@ -134,7 +137,11 @@ func (w *world) signing(a *authority.Authorities, kind registry.AuthorityKind) s
 		}
 		return x.ID
 	}
-	j, err := a.JWT()
+	sign := a.JWT
+	if kind == registry.WIT {
+		sign = a.WIT
+	}
+	j, err := sign()
 	if err != nil {
 		w.tb.Fatal(err)
 	}
@@ -142,10 +149,13 @@ func (w *world) signing(a *authority.Authorities, kind registry.AuthorityKind) s
 }
 
 func signError(a *authority.Authorities, kind registry.AuthorityKind) (err error) {
-	if kind == registry.X509 {
+	switch kind {
+	case registry.X509:
 		_, err = a.X509()
-	} else {
+	case registry.JWT:
 		_, err = a.JWT()
+	case registry.WIT:
+		_, err = a.WIT()
 	}
 	return err
 }
@@ -210,7 +220,7 @@ func (e *events) await(tb testing.TB, n int, message string) {
 func TestAFirstStartMakesAndActivatesAnAuthorityOfEachKind(t *testing.T) {
 	w := newWorld(t)
 	a := w.open()
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		active, prepared, old := a.State(kind)
 		if active == nil || prepared != nil || len(old) != 0 {
 			t.Fatalf("%s: active %v, prepared %v, %d old; want one that is active", kind, active, prepared, len(old))
@@ -248,7 +258,7 @@ func TestASecondStartWithItsKeysContinues_JW06(t *testing.T) {
 	closed(t, w.keys)
 	w.keys = diskKeys(t, dir)
 	b := w.open()
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		active, prepared, _ := a.State(kind)
 		if got := w.signing(b, kind); got != active.ID {
 			t.Errorf("%s: %s signs after a restart, %s before", kind, got, active.ID)
@@ -259,7 +269,7 @@ func TestASecondStartWithItsKeysContinues_JW06(t *testing.T) {
 	}
 	w.add(8 * time.Hour)
 	w.rotate(b) // the prepared ones sign: their keys were found again
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		w.signing(b, kind)
 	}
 }
@@ -282,13 +292,13 @@ func TestAuthoritiesWhoseKeysAreLostStayInTheBundleAndOthersTakeTheirPlace(t *te
 			w := newWorld(t)
 			a := w.open()
 			lost := make(map[registry.AuthorityKind]*registry.Authority)
-			for _, kind := range bothKinds {
+			for _, kind := range everyKind {
 				lost[kind], _, _ = a.State(kind)
 				lose(w, lost[kind])
 			}
 			w.add(time.Hour)
 			b := w.open()
-			for _, kind := range bothKinds {
+			for _, kind := range everyKind {
 				active, _, old := b.State(kind)
 				if active == nil || active.ID == lost[kind].ID {
 					t.Fatalf("%s: no other authority is active", kind)
@@ -333,12 +343,12 @@ func TestServersThatShareARegistryHaveTheirOwnAuthorities(t *testing.T) {
 	w := newWorld(t)
 	first := w.open()
 	second := w.open(func(o *authority.Options) { o.Server, o.Keys = "server-2", authority.NewMemoryKeys() })
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		if w.signing(first, kind) == w.signing(second, kind) {
 			t.Errorf("%s: both servers sign with one authority", kind)
 		}
 	}
-	if b := w.bundle(); len(b.X509Authorities) != 2 || len(b.JWTAuthorities) != 2 {
+	if b := w.bundle(); len(b.X509Authorities) != 2 || len(b.JWTAuthorities) != 2 || len(b.WITAuthorities) != 2 {
 		t.Fatalf("the bundle is %s; want the authorities of both servers", b)
 	}
 	// The second never comes back. The first keeps its own, and a day after
@@ -360,6 +370,8 @@ func TestImpossibleOptionsAreRefused(t *testing.T) {
 		"no name":        func(o *authority.Options) { o.Server = "" },
 		"short X.509":    func(o *authority.Options) { o.X509Lifetime = time.Second },
 		"long X.509":     func(o *authority.Options) { o.X509Lifetime = authority.MaxLifetime + 1 },
+		"short WIT":      func(o *authority.Options) { o.WITLifetime = time.Second },
+		"unknown WIT":    func(o *authority.Options) { o.WITKeyType = -1 },
 		"negative JWT":   func(o *authority.Options) { o.JWTLifetime = -time.Hour },
 		"unknown key":    func(o *authority.Options) { o.X509KeyType = 99 },
 		"name of a path": func(o *authority.Options) { o.Server = "a/b" },
@@ -380,7 +392,7 @@ func TestConcurrentRotationsAgree(t *testing.T) {
 			if _, err := a.Rotate(context.Background()); err != nil {
 				t.Error(err)
 			}
-			for _, kind := range bothKinds {
+			for _, kind := range everyKind {
 				if err := signError(a, kind); err != nil {
 					t.Error(err)
 				}
@@ -388,7 +400,7 @@ func TestConcurrentRotationsAgree(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if n := len(w.registry.View().Authorities()); n != 2 { // those that expired an hour ago are gone
+	if n := len(w.registry.View().Authorities()); n != len(everyKind) { // those that expired an hour ago are gone
 		t.Errorf("%d authorities; want one of each kind", n)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"math/big"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -49,7 +50,7 @@ func tainted(b *bundle.Bundle) (ids []string) {
 			ids = append(ids, string(x.Certificate.SubjectKeyId))
 		}
 	}
-	for _, k := range b.JWTAuthorities {
+	for _, k := range slices.Concat(b.JWTAuthorities, b.WITAuthorities) {
 		if k.Tainted {
 			ids = append(ids, k.KeyID)
 		}
@@ -65,7 +66,7 @@ func expectKind(t *testing.T, err error, kind registry.ErrorKind, text string) {
 }
 
 func TestTaintMarksRecordAndBundleAndNothingElse(t *testing.T) {
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		w := newWorld(t)
 		a := w.open()
 		old := w.retire(a, kind)
@@ -114,7 +115,7 @@ func TestTaintMarksRecordAndBundleAndNothingElse(t *testing.T) {
 }
 
 func TestRevokeTakesAnAuthorityOutOfEverything_T25(t *testing.T) {
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		w := newWorld(t)
 		a := w.open()
 		old := w.retire(a, kind)
@@ -148,7 +149,7 @@ func TestRevokeTakesAnAuthorityOutOfEverything_T25(t *testing.T) {
 
 func TestOnlyAnOldAuthorityIsTaintedAndOnlyATaintedOneRevoked(t *testing.T) {
 	ctx := context.Background()
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		w := newWorld(t)
 		a := w.open()
 		active := w.signing(a, kind)
@@ -169,9 +170,9 @@ func TestOnlyAnOldAuthorityIsTaintedAndOnlyATaintedOneRevoked(t *testing.T) {
 		old := w.retire(a, kind)
 		_, err := a.Revoke(ctx, kind, old.ID)
 		expectKind(t, err, registry.FailedPrecondition, "it is not tainted; taint it first")
-		other := bothKinds[0]
+		other := everyKind[0]
 		if other == kind {
-			other = bothKinds[1]
+			other = everyKind[1]
 		}
 		_, err = a.Taint(ctx, other, old.ID) // an ID of the other kind
 		expectKind(t, err, registry.Invalid, "unexpected authority ID")
@@ -190,7 +191,7 @@ func TestBeforeThereIsAnAuthorityNoneCanBeTainted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		if _, err := a.Taint(context.Background(), kind, "0123"); !errors.Is(err, authority.ErrUnavailable) {
 			t.Errorf("%s: taint: %v", kind, err)
 		}
@@ -271,7 +272,7 @@ func TestAnotherServersAuthorityIsTaintedAndRevokedOnceItSignsNoMore(t *testing.
 		_, err := keys.GetPublicKey(&apiv1.GetPublicKeyRequest{Name: name})
 		return err == nil
 	}
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		_, err := here.Taint(ctx, kind, w.signing(there, kind))
 		expectKind(t, err, registry.FailedPrecondition, `it is active on server "server-2"; activate another one there first`)
 		old := w.retire(there, kind)

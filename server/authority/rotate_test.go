@@ -17,9 +17,9 @@ import (
 func TestRotationGoesThroughItsStatesOnSchedule(t *testing.T) {
 	w := newWorld(t)
 	a := w.open()
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		first, _, _ := a.State(kind)
-		if kind == registry.JWT { // the X.509 case has moved the clock
+		if kind != registry.X509 { // the case before has moved the clock
 			w = newWorld(t)
 			a = w.open()
 			first, _, _ = a.State(kind)
@@ -76,7 +76,7 @@ func TestRotationGoesThroughItsStatesOnSchedule(t *testing.T) {
 func TestLongLivedAuthoritiesArePreparedThirtyAndActivatedSevenDaysBeforeTheirEnd(t *testing.T) {
 	w := newWorld(t)
 	const year, day = 365 * 24 * time.Hour, 24 * time.Hour
-	a := w.open(func(o *authority.Options) { o.X509Lifetime, o.JWTLifetime = year, year })
+	a := w.open(func(o *authority.Options) { o.X509Lifetime, o.JWTLifetime, o.WITLifetime = year, year, year })
 	first, _, _ := a.State(registry.X509)
 	next := w.rotate(a)
 	if want := first.ExpiresAt.Add(-30 * day); !next.Equal(want) {
@@ -92,7 +92,7 @@ func TestLongLivedAuthoritiesArePreparedThirtyAndActivatedSevenDaysBeforeTheirEn
 func TestAnAuthorityThatIsPreparedLateSpreadsBeforeItSigns(t *testing.T) {
 	w := newWorld(t)
 	a := w.open()
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		first, _, _ := a.State(kind)
 		w.add(first.ExpiresAt.Add(-time.Hour).Sub(w.time())) // the time to activate is long past
 		w.rotate(a)
@@ -121,13 +121,13 @@ func TestAClockThatJumpsOverEverythingIsRecoveredFrom(t *testing.T) {
 			w.add(before)
 			w.rotate(a)
 			w.add(72 * time.Hour)
-			for _, kind := range bothKinds {
+			for _, kind := range everyKind {
 				if err := signError(a, kind); !errors.Is(err, authority.ErrUnavailable) {
 					t.Fatalf("%s: got error %v from an expired authority", kind, err)
 				}
 			}
 			w.rotate(a)
-			for _, kind := range bothKinds {
+			for _, kind := range everyKind {
 				active, prepared, old := a.State(kind)
 				if active == nil || !active.CreatedAt.Equal(w.time().Truncate(time.Second)) || prepared != nil || len(old) != 0 {
 					t.Fatalf("%s: active %v, prepared %v, %d old; want a new one alone", kind, active, prepared, len(old))
@@ -136,7 +136,7 @@ func TestAClockThatJumpsOverEverythingIsRecoveredFrom(t *testing.T) {
 					t.Errorf("%s: the new one does not sign or is not in the bundle", kind)
 				}
 			}
-			if b := w.bundle(); len(b.X509Authorities) != 1 || len(b.JWTAuthorities) != 1 {
+			if b := w.bundle(); len(b.X509Authorities) != 1 || len(b.JWTAuthorities) != 1 || len(b.WITAuthorities) != 1 {
 				t.Errorf("the bundle is %s; want what is active alone", b)
 			}
 		})
@@ -149,13 +149,13 @@ func TestAPreparedAuthorityTakesOverWhenTheActiveOneHasExpired(t *testing.T) {
 	w.add(13 * time.Hour)
 	w.rotate(a)
 	prepared := make(map[registry.AuthorityKind]string)
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		_, p, _ := a.State(kind)
 		prepared[kind] = p.ID
 	}
 	w.add(12 * time.Hour) // the first has expired, the prepared one lives
 	w.rotate(a)
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		if got := w.signing(a, kind); got != prepared[kind] {
 			t.Errorf("%s: %s signs, want %s, which was prepared", kind, got, prepared[kind])
 		}
@@ -168,7 +168,7 @@ func TestAClockThatJumpsBackIsRecoveredFrom(t *testing.T) {
 	a := w.open()
 	w.add(-365 * 24 * time.Hour)
 	wrong := make(map[registry.AuthorityKind]string)
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		active, _, _ := a.State(kind)
 		wrong[kind] = active.ID
 	}
@@ -176,7 +176,7 @@ func TestAClockThatJumpsBackIsRecoveredFrom(t *testing.T) {
 		t.Fatalf("got error %v from a certificate that is not valid yet", err)
 	}
 	w.rotate(a)
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		active, _, _ := a.State(kind)
 		if active.ID == wrong[kind] || !active.CreatedAt.Equal(start.Truncate(time.Second)) {
 			t.Errorf("%s: the authority from the future is still active", kind)
@@ -190,7 +190,7 @@ func TestAClockThatJumpsBackIsRecoveredFrom(t *testing.T) {
 func TestRunRecoversAtOnceWhenASignatureFindsNoAuthority(t *testing.T) {
 	w := newWorld(t)
 	a := w.open()
-	w.log.await(t, 2, "authority activated")
+	w.log.await(t, len(everyKind), "authority activated")
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- a.Run(ctx) }()
@@ -198,8 +198,8 @@ func TestRunRecoversAtOnceWhenASignatureFindsNoAuthority(t *testing.T) {
 	if err := signError(a, registry.X509); err != nil && !errors.Is(err, authority.ErrUnavailable) {
 		t.Fatal(err)
 	}
-	w.log.await(t, 2, "authority activated")
-	for _, kind := range bothKinds {
+	w.log.await(t, len(everyKind), "authority activated")
+	for _, kind := range everyKind {
 		w.signing(a, kind)
 	}
 	cancel()
@@ -224,15 +224,15 @@ func TestAFailingStoreLeavesTheAuthoritiesAsTheyWereAndNoKeysBehind(t *testing.T
 	if _, prepared, _ := a.State(registry.X509); prepared != nil || w.signing(a, registry.X509) != before {
 		t.Error("something has changed although the store failed")
 	}
-	if made := counting.made.Load(); made != 3 {
-		t.Errorf("%d keys were made; want 2 for the active ones and 1 that waits for the next try", made)
+	if made := counting.made.Load(); made != 4 {
+		t.Errorf("%d keys were made; want 3 for the active ones and 1 that waits for the next try", made)
 	}
 	w.store.fail.Store(false)
 	w.rotate(a)
-	if made := counting.made.Load(); made != 4 {
-		t.Errorf("%d keys were made; want 4, of which one waited", made)
+	if made := counting.made.Load(); made != 6 {
+		t.Errorf("%d keys were made; want 6, of which one waited", made)
 	}
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		if _, prepared, _ := a.State(kind); prepared == nil {
 			t.Errorf("%s: none is prepared after the store has recovered", kind)
 		}
@@ -253,7 +253,7 @@ func TestAWriteThatHappenedAlthoughItFailedIsNotLost(t *testing.T) {
 	}
 	w.add(8 * time.Hour)
 	w.rotate(a)
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		active, _, old := a.State(kind)
 		if len(old) != 1 || w.signing(a, kind) != active.ID || !w.hasKey(active) {
 			t.Errorf("%s: rotation did not go on after a write that failed to be confirmed", kind)
@@ -274,7 +274,7 @@ func (k *countingKeys) CreateKey(req *apiv1.CreateKeyRequest) (*apiv1.CreateKeyR
 func TestPreparingReplacesWhatIsPrepared(t *testing.T) {
 	w := newWorld(t)
 	a := w.open()
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		first, err := a.Prepare(context.Background(), kind)
 		if err != nil {
 			t.Fatal(err)
@@ -305,7 +305,7 @@ func TestActivationOnDemand(t *testing.T) {
 			t.Errorf("got error %v, want one of kind %d", err, want)
 		}
 	}
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		former := w.signing(a, kind)
 		_, err := a.Activate(ctx, kind, "")
 		wantKind(err, registry.Invalid)
@@ -352,8 +352,8 @@ func TestOldAuthoritiesAreBoundedInNumber(t *testing.T) {
 	}
 	w.add(30 * time.Hour)
 	w.rotate(a) // more than one transaction takes
-	if n := len(w.registry.View().Authorities()); n != 2 {
-		t.Errorf("%d authorities are left after all old ones have expired; want 2", n)
+	if n := len(w.registry.View().Authorities()); n != len(everyKind) {
+		t.Errorf("%d authorities are left after all old ones have expired; want one of each kind", n)
 	}
 	if _, err := a.Prepare(ctx, registry.JWT); err != nil {
 		t.Error(err)
@@ -364,13 +364,13 @@ func TestAnAuthorityThatIsNotInTheBundleNeverSigns(t *testing.T) {
 	w := newWorld(t)
 	a := w.open()
 	ctx := context.Background()
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		next, err := a.Prepare(ctx, kind)
 		if err != nil {
 			t.Fatal(err)
 		}
 		clear := func(b *bundle.Bundle) error {
-			b.X509Authorities, b.JWTAuthorities = nil, nil
+			b.X509Authorities, b.JWTAuthorities, b.WITAuthorities = nil, nil, nil
 			return nil
 		}
 		if _, err := w.registry.ChangeBundle(ctx, td, clear); err != nil {
@@ -380,7 +380,7 @@ func TestAnAuthorityThatIsNotInTheBundleNeverSigns(t *testing.T) {
 			t.Errorf("%s: activated although it is not in the bundle", kind)
 		}
 		w.rotate(a) // mends it
-		for _, kind := range bothKinds {
+		for _, kind := range everyKind {
 			active, _, _ := a.State(kind)
 			if !w.published(active) || w.signing(a, kind) != active.ID {
 				t.Errorf("%s: what signs is not in the bundle", kind)

@@ -2,6 +2,7 @@ package issue_test
 
 import (
 	"context"
+	"crypto/elliptic"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -29,6 +30,7 @@ import (
 type issued struct {
 	x509  []*x509.Certificate // or
 	token string
+	wit   bool // the token is a WIT-SVID
 
 	at      time.Time
 	expires time.Time
@@ -49,6 +51,9 @@ func (s issued) verify(b *bundle.Bundle, now time.Time) error {
 		return err
 	}
 	key := b.JWTKey(token.Headers[0].KeyID)
+	if s.wit {
+		key = b.WITKey(token.Headers[0].KeyID)
+	}
 	if key == nil {
 		return fmt.Errorf("the bundle has no key %q", token.Headers[0].KeyID)
 	}
@@ -56,7 +61,11 @@ func (s issued) verify(b *bundle.Bundle, now time.Time) error {
 	if err := token.Claims(key, &claims); err != nil {
 		return err
 	}
-	return claims.ValidateWithLeeway(jwt.Expected{Time: now, AnyAudience: jwt.Audience{"a"}}, 0)
+	expected := jwt.Expected{Time: now}
+	if !s.wit {
+		expected.AnyAudience = jwt.Audience{"a"}
+	}
+	return claims.ValidateWithLeeway(expected, 0)
 }
 
 // trial is a server with a clock, and all its SVIDs that are still valid.
@@ -72,6 +81,7 @@ type trial struct {
 	issuer      *issue.Issuer
 	entry       *entry.Entry
 	csr         []byte
+	witKey      issue.WITKey
 	valid       []issued
 	signedBy    map[string]bool // X.509 authorities, by key ID
 }
@@ -93,7 +103,8 @@ func newTrial(tb testing.TB) *trial {
 	ctx, cancel := context.WithCancel(context.Background())
 	x := &trial{
 		tb: tb, ctx: ctx, random: rand.New(rand.NewPCG(seed, 0)), clock: &clock{t: start}, keys: authority.NewMemoryKeys(),
-		entry: workload(tb), csr: newCSR(tb, nil), signedBy: make(map[string]bool),
+		entry: workload(tb), csr: newCSR(tb, nil),
+		witKey: newWITKey(tb, newKey(tb, elliptic.P256()), "ES256"), signedBy: make(map[string]bool),
 	}
 	if x.registry, err = registry.Open(ctx, registry.Options{Store: db, TrustDomain: td, Now: x.clock.now}); err != nil {
 		tb.Fatal(err)
@@ -120,7 +131,7 @@ func (x *trial) start() {
 	var err error
 	x.authorities, err = authority.Open(x.ctx, authority.Options{
 		Registry: x.registry, Keys: x.keys, TrustDomain: td, Server: "server-1",
-		X509Lifetime: 24 * time.Hour, JWTLifetime: 6 * time.Hour, Now: x.clock.now,
+		X509Lifetime: 24 * time.Hour, JWTLifetime: 6 * time.Hour, WIT: true, WITLifetime: 9 * time.Hour, Now: x.clock.now,
 	})
 	if err != nil {
 		x.tb.Fatal(err)
@@ -142,6 +153,9 @@ func (x *trial) rotate() {
 		x.tb.Fatalf("after rotation: %v", err)
 	}
 	if _, err := x.authorities.JWT(); err != nil {
+		x.tb.Fatalf("after rotation: %v", err)
+	}
+	if _, err := x.authorities.WIT(); err != nil {
 		x.tb.Fatalf("after rotation: %v", err)
 	}
 }
@@ -166,6 +180,12 @@ func (x *trial) issue(held *bundle.Bundle) {
 	switch svid, err := x.issuer.WorkloadJWT(x.ctx, x.entry, []string{"a"}); {
 	case err == nil:
 		x.keep(issued{token: svid.Token, at: now, expires: svid.ExpiresAt}, held)
+	case !errors.Is(err, authority.ErrUnavailable):
+		x.tb.Fatal(err)
+	}
+	switch svid, err := x.issuer.WorkloadWIT(x.ctx, x.entry, x.witKey); {
+	case err == nil:
+		x.keep(issued{token: svid.Token, wit: true, at: now, expires: svid.ExpiresAt}, held)
 	case !errors.Is(err, authority.ErrUnavailable):
 		x.tb.Fatal(err)
 	}
@@ -194,7 +214,7 @@ func (x *trial) check() {
 		}
 	}
 	x.valid = still
-	if n := len(current.X509Authorities) + len(current.JWTAuthorities); n > 60 {
+	if n := len(current.X509Authorities) + len(current.JWTAuthorities) + len(current.WITAuthorities); n > 90 {
 		x.tb.Fatalf("the bundle has grown to %d authorities", n)
 	}
 }

@@ -144,6 +144,7 @@ func TestEachCredentialIsRecordedOnce(t *testing.T) {
 	e := workload(t, func(e *entry.Entry) { e.JWTIncludeJTI = true })
 	ctx := context.Background()
 	csr := newCSR(t, &x509.CertificateRequest{URIs: []*url.URL{uri(t, "spiffe://example.org/db")}})
+	witKey := newWITKey(t, newKey(t, elliptic.P256()), "ES256")
 	web, agent := spiffeid.RequireFromPath(td, "/web"), spiffeid.RequireFromPath(td, "/spire/agent/x/1")
 
 	for name, c := range map[string]struct {
@@ -174,6 +175,14 @@ func TestEachCredentialIsRecordedOnce(t *testing.T) {
 			svid, err := h.MintJWT(ctx, web, []string{"a"}, 0)
 			return "", svid.Token, err
 		}, map[string]string{"kind": "jwt", "for": "mint", "id": "spiffe://example.org/web", "kid": "kid-1"}},
+		"workload WIT": {func() (string, string, error) {
+			svid, err := h.WorkloadWIT(ctx, e, witKey)
+			return "", svid.Token, err
+		}, map[string]string{"kind": "wit", "for": "workload", "id": "spiffe://example.org/web", "entry": "entry-1", "kid": "kid-1"}},
+		"mint WIT": {func() (string, string, error) {
+			svid, err := h.MintWIT(ctx, web, witKey, 0)
+			return "", svid.Token, err
+		}, map[string]string{"kind": "wit", "for": "mint", "id": "spiffe://example.org/web", "kid": "kid-1"}},
 	} {
 		out.Reset()
 		serial, token, err := c.issue()

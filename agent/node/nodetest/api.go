@@ -176,6 +176,25 @@ func (a svidAPI) BatchNewX509SVID(ctx context.Context, r *svidv1.BatchNewX509SVI
 	return out, nil
 }
 
+func (a svidAPI) BatchNewWITSVID(ctx context.Context, r *svidv1.BatchNewWITSVIDRequest) (*svidv1.BatchNewWITSVIDResponse, error) {
+	s := a.s
+	if _, err := s.caller(ctx); err != nil {
+		return nil, err
+	}
+	s.Lock()
+	defer s.Unlock()
+	out := &svidv1.BatchNewWITSVIDResponse{}
+	for _, p := range r.Params {
+		result := &svidv1.BatchNewWITSVIDResponse_Result{Status: &types.Status{Code: int32(codes.NotFound), Message: "entry not found or not authorized"}}
+		if id, ok := s.Entries[p.EntryId]; ok {
+			result.Status = &types.Status{}
+			result.Svid = &types.WITSVID{Token: fmt.Sprintf("token of %s for %s, %s", id, p.PublicKey, p.SigningAlgorithm)}
+		}
+		out.Results = append(out.Results, result)
+	}
+	return out, nil
+}
+
 func (a svidAPI) NewJWTSVID(ctx context.Context, r *svidv1.NewJWTSVIDRequest) (*svidv1.NewJWTSVIDResponse, error) {
 	s := a.s
 	if _, err := s.caller(ctx); err != nil {
