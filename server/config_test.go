@@ -43,6 +43,12 @@ jwt:
   authority_lifetime: 48h
   svid_lifetime: 1m30s
   issuer: https://issuer.example.org
+wit:
+  key_type: ec-p384
+  authority_lifetime: 48h
+  svid_lifetime: 2h
+experimental:
+  wit: true
 node_attestors:
   join_token: {}
 admin_ids:
@@ -89,6 +95,11 @@ func TestWhatCannotBeMeantIsRefusedWithItsPlaceAndARemedy(t *testing.T) {
 		{"x509: {svid_lifetime: 0s}", "at least 1s"},
 		{"x509: {authority_lifetime: 9s, svid_lifetime: 1s, agent_lifetime: 1s}", "x509.authority_lifetime is 9s; it is between 10s"},
 		{"jwt: {svid_lifetime: 13h}", "jwt.svid_lifetime is 13h"},
+		{"wit: {svid_lifetime: 1h}", "server.yaml:2:6: wit says how WIT-SVIDs are issued, but they are not; set wit in experimental"},
+		{"experimental: {wit: true}\nwit: {svid_lifetime: 13h}", "wit.svid_lifetime is 13h, but wit.authority_lifetime only 24h"},
+		{"experimental: {wit: true}\nwit: {authority_lifetime: 9s, svid_lifetime: 1s}", "wit.authority_lifetime is 9s; it is between 10s"},
+		{"experimental: {wit: true}\nwit: {key_type: ec-p521}", `unknown key type "ec-p521"`},
+		{"experimental: {wti: true}", "wit"},
 		{"admin_ids: [spiffe://other.org/x]", `admin ID "spiffe://other.org/x" is not the ID of a workload in trust domain "example.org"`},
 		{"admin_ids: [example]", `admin ID "example"`},
 		{"limits: {connections: -1}", "connections is -1"},

@@ -34,7 +34,10 @@ func FuzzStep(f *testing.F) {
 			{Id: "a", SpiffeId: "spiffe://example.org/a", ParentId: "spiffe://example.org/b", Selectors: []*hallmarkv1.Selector{{Type: "x", Value: "y"}}},
 			{Id: "b", SpiffeId: "http://"},
 		},
-		Bundles:     []*hallmarkv1.Bundle{{TrustDomain: "example.org", X509Authorities: []*hallmarkv1.X509Authority{{Asn1: []byte("x")}}}},
+		Bundles: []*hallmarkv1.Bundle{{
+			TrustDomain: "example.org", X509Authorities: []*hallmarkv1.X509Authority{{Asn1: []byte("x")}},
+			JwtAuthorities: []*hallmarkv1.JWTAuthority{{KeyId: "j", PublicKey: []byte("x")}}, WitAuthorities: []*hallmarkv1.JWTAuthority{{KeyId: "w"}},
+		}},
 		GoneEntries: []string{"c"}, GoneBundles: []string{"other.org"},
 		Defaults: &hallmarkv1.Defaults{X509SvidTtl: -1},
 	})
