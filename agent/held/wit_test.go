@@ -23,6 +23,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/agent/held"
 	"github.com/hallmark-id/hallmark/agent/held/heldtest"
+	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/entry"
 )
 
@@ -228,6 +229,32 @@ func TestAWITSVIDOfAnotherAuthorityStaysWhenOneFalls(t *testing.T) {
 		synctest.Wait()
 		if got := n.wit(s.Update(), e); got != first {
 			t.Error("it was replaced")
+		}
+	})
+}
+
+func TestAChangeOfTheWITAuthoritiesAloneIsNoticed(t *testing.T) {
+	onNode(t, 0, func(n *node) {
+		n.Entry("a", nil, "unix:uid:1")
+		n.sync()
+		s := n.SubscribeBundles(heldtest.Selectors("unix:uid:1"))
+		defer s.Close()
+		woken(s)
+		n.sync()
+		if woken(s) {
+			t.Error("being told the same again woke somebody")
+		}
+		for what, change := range map[string]func(*bundle.JWTAuthority){
+			"mark":   func(a *bundle.JWTAuthority) { a.Tainted = true },
+			"end":    func(a *bundle.JWTAuthority) { a.ExpiresAt = time.Unix(4e9, 0) },
+			"key ID": func(a *bundle.JWTAuthority) { a.KeyID = "other" },
+		} {
+			b := n.Server.Bundle() // of the same sequence number
+			change(&b.WITAuthorities[0])
+			n.Apply(held.Change{Bundles: []*bundle.Bundle{b}})
+			if !woken(s) || n.Held.Bundle(heldtest.TrustDomain) != b {
+				t.Errorf("a change of a %s was not noticed", what)
+			}
 		}
 	})
 }

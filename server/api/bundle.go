@@ -350,13 +350,20 @@ func checkBundleSize(b *bundle.Bundle) error {
 	for _, a := range b.X509Authorities {
 		size += len(a.Certificate.Raw)
 	}
+	for _, a := range slices.Concat(b.JWTAuthorities, b.WITAuthorities) {
+		der, err := x509.MarshalPKIXPublicKey(a.PublicKey)
+		if err != nil {
+			return fmt.Errorf("encode authority %q of %s: %w", a.KeyID, b.TrustDomain.Name(), err)
+		}
+		size += len(der) + len(a.KeyID)
+	}
 	for _, n := range []int{len(b.X509Authorities), len(b.JWTAuthorities), len(b.WITAuthorities)} {
 		if n > maxAuthorities {
 			return callErrorf(codes.ResourceExhausted, "bundle would have %d authorities of one kind; the most is %d", n, maxAuthorities)
 		}
 	}
 	if size > maxBundleBytes {
-		return callErrorf(codes.ResourceExhausted, "certificates of the bundle would be %d bytes; the most is %d", size, maxBundleBytes)
+		return callErrorf(codes.ResourceExhausted, "certificates and keys of the bundle would be %d bytes; the most is %d", size, maxBundleBytes)
 	}
 	return nil
 }

@@ -353,7 +353,21 @@ func TestABundleDoesNotGrowWithoutBound(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	wantCode(t, "bytes", err, codes.ResourceExhausted, "certificates of the bundle")
+	wantCode(t, "bytes", err, codes.ResourceExhausted, "certificates and keys of the bundle")
+
+	// Keys of any kind count.
+	big := &rsa.PublicKey{N: new(big.Int).SetBit(big.NewInt(1), maxRSABits-1, 1), E: 65537}
+	kid := func(i int) string { return fmt.Sprintf("%0*d", maxKeyID, i) }
+	foreign := &types.Bundle{TrustDomain: "other.org"}
+	for i := range 250 {
+		foreign.JwtAuthorities = append(foreign.JwtAuthorities, wireKey(t, kid(i), big))
+		foreign.WitAuthorities = append(foreign.WitAuthorities, wireWITKey(wireKey(t, kid(500+i), big)))
+	}
+	set, err := w.bundles.BatchSetFederatedBundle(t.Context(), &bundlev1.BatchSetFederatedBundleRequest{Bundle: []*types.Bundle{foreign}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantStatus(t, "keys", set.Results[0].Status, codes.ResourceExhausted, "certificates and keys of the bundle")
 }
 
 func TestFederatedBundles(t *testing.T) {

@@ -22,7 +22,7 @@ type svidService struct {
 	*API
 }
 
-// maxSignatures bounds the signatures that one call asks for. It is SPIRE's figure.
+// maxSignatures bounds those that one call asks for. It is SPIRE's figure.
 const maxSignatures = 500
 
 var errNoEntry = callErrorf(codes.NotFound, "entry not found or not authorized")

@@ -268,10 +268,11 @@ func TestRefreshBundle_F10_F34_FetchesWithBothProfilesAndNoOther(t *testing.T) {
 	byWeb.bundle.SetSequenceNumber(3)
 	must(t, refresh("web.org")) // the same content
 	must(t, byWeb.bundle.AddJWTAuthority("k", mustKey(t)))
+	must(t, byWeb.bundle.AddWITAuthority("w", mustKey(t))) // T-26
 	expectCode(t, refresh("web.org"), codes.FailedPrecondition, "it stays")
 	byWeb.bundle.SetSequenceNumber(8)
 	must(t, refresh("web.org"))
-	if b := w.registry.View().Bundle(byWeb.td); b.SequenceNumber != 8 || len(b.JWTAuthorities) != 1 {
+	if b := w.registry.View().Bundle(byWeb.td); b.SequenceNumber != 8 || len(b.JWTAuthorities) != 1 || b.WITKey("w") == nil {
 		t.Errorf("stored %v", b)
 	}
 	set(byWeb.relationship("/newer")) // T-10, T-11: what is not understood is ignored, the rest is kept

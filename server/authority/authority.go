@@ -66,8 +66,8 @@ func (x *X509) Validity() (notBefore, notAfter time.Time) {
 	return notBefore, notAfter
 }
 
-// JWT is an authority that signs JWTs: JWT-SVIDs or WIT-SVIDs. It is immutable; as long as the same
-// authority is active, the same pointer is handed out.
+// JWT is an authority that signs JWTs: JWT-SVIDs or WIT-SVIDs. It is immutable;
+// as long as the same authority is active, the same pointer is handed out.
 type JWT struct {
 	ID        string // the kid
 	Signer    crypto.Signer

@@ -322,7 +322,7 @@ func (x *ListAuthoritiesResponse) GetUses() []*AuthorityUse {
 type AuthorityUse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Agents whose SVID in use, still valid, it signed, and that have no newer
-	// one of another authority. None of a JWT authority.
+	// one of another authority. None of a JWT or WIT authority.
 	Agents          int32 `protobuf:"varint,1,opt,name=agents,proto3" json:"agents,omitempty"`
 	ConnectedAgents int32 `protobuf:"varint,2,opt,name=connected_agents,json=connectedAgents,proto3" json:"connected_agents,omitempty"` // those among them that hold a push stream to this server
 	LostAgents      int32 `protobuf:"varint,3,opt,name=lost_agents,json=lostAgents,proto3" json:"lost_agents,omitempty"`                // those among them that could not come back by themselves were it revoked now
