@@ -48,6 +48,7 @@ func TestConfigurationsThatAreComplete(t *testing.T) {
 	for name, text := range map[string]string{
 		"an identity from an earlier run": "trust_domain: example.org\nserver: localhost:8081",
 		"a trust bundle":                  "trust_domain: example.org\nserver: '[::1]:8081'\ntrust_bundle: " + bundleFile(t) + "\nnode_attestor: {join_token: {token: abc}}",
+		"what is experimental":            "trust_domain: example.org\nserver: localhost:8081\nexperimental: {wit: true}",
 		"nothing but trust":               "trust_domain: example.org\nserver: localhost:8081\ninsecure_bootstrap: true\nnode_attestor: {join_token: {token: abc}}",
 		"a certificate": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
 			"\nnode_attestor: {x509pop: {private_key_path: key.pem, certificate_path: cert.pem, intermediates_path: ca.pem}}",
