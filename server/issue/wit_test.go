@@ -3,7 +3,6 @@ package issue_test
 import (
 	"context"
 	"crypto"
-	"crypto/dsa"
 	"crypto/ecdh"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -192,7 +191,7 @@ func TestWITSVID_W06_W12_W13_OtherKeysAndAlgorithmsAreRefused(t *testing.T) {
 // dsaKey encodes a public key of DSA, which Go reads and does not write.
 func dsaKey(t *testing.T) []byte {
 	t.Helper()
-	p := dsa.Parameters{P: big.NewInt(23), Q: big.NewInt(11), G: big.NewInt(4)}
+	p := struct{ P, Q, G *big.Int }{big.NewInt(23), big.NewInt(11), big.NewInt(4)}
 	parameters, err := asn1.Marshal(p)
 	if err != nil {
 		t.Fatal(err)

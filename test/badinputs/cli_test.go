@@ -31,7 +31,7 @@ var commands = []struct {
 	{"ban who is not there", []string{"node", "ban", "/spire/agent/none", "--yes"}, 3, []string{"not found"}},
 	{"token for another trust domain", []string{"token", "generate", "--agent-id", "spiffe://other.org/x"}, 1, []string{"other.org"}},
 	{"token of no time", []string{"token", "generate", "--ttl", "0s"}, 2, []string{"ttl"}},
-	{"no kind of authority", []string{"authority", "rotate", "pgp"}, 2, []string{"\"pgp\" is no kind of authority", "x509 or jwt"}},
+	{"no kind of authority", []string{"authority", "rotate", "pgp"}, 2, []string{"\"pgp\" is no kind of authority", "x509, jwt or wit"}},
 	{"minting without an ID", []string{"svid", "mint", "x509"}, 2, []string{"needs"}},
 	{"minting for another trust domain", []string{"svid", "mint", "x509", "--spiffe-id", "spiffe://other.org/x"}, 1, []string{"other.org"}},
 	{"JWT without audience", []string{"svid", "mint", "jwt", "--spiffe-id", "/x"}, 2, []string{"needs --audience"}},
