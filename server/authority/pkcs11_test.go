@@ -57,7 +57,7 @@ func TestPKCS11_KeysSurviveARestartAndRotationMakesAndDeletesThem(t *testing.T) 
 	w.keys = k.open()
 	a := w.open()
 	first := make(map[registry.AuthorityKind]*registry.Authority)
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		first[kind], _, _ = a.State(kind)
 	}
 	x, err := a.X509()
@@ -71,7 +71,7 @@ func TestPKCS11_KeysSurviveARestartAndRotationMakesAndDeletesThem(t *testing.T) 
 	closed(t, w.keys)
 	w.keys = k.open()
 	a = w.open()
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		if got := w.signing(a, kind); got != first[kind].ID {
 			t.Errorf("%s: %s signs after a restart, %s before", kind, got, first[kind].ID)
 		}
@@ -80,14 +80,14 @@ func TestPKCS11_KeysSurviveARestartAndRotationMakesAndDeletesThem(t *testing.T) 
 	w.rotate(a)
 	w.add(8 * time.Hour)
 	w.rotate(a) // the next ones sign
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		if w.signing(a, kind) == first[kind].ID {
 			t.Errorf("%s: the first authority still signs", kind)
 		}
 	}
 	w.add(4 * time.Hour)
 	w.rotate(a) // the first ones have ended
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		if w.hasKey(first[kind]) {
 			t.Errorf("%s: the key of an authority that has ended is still in the token", kind)
 		}
@@ -101,7 +101,7 @@ func TestPKCS11_LabelsNameTrustDomainAndKind(t *testing.T) {
 	w.keys = k.open()
 	a := w.open()
 	var want []string
-	for _, kind := range bothKinds {
+	for _, kind := range everyKind {
 		active, _, _ := a.State(kind)
 		want = append(want, "hallmark/example.org/"+active.KeyName)
 	}
