@@ -10,7 +10,6 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/version"
@@ -220,22 +219,4 @@ func (s *adminService) dialable() (string, error) {
 		return "", callErrorf(codes.FailedPrecondition, "the server listens on every address of its machine (%s); set advertise to the host:port that agents should dial", s.address)
 	}
 	return s.address, nil
-}
-
-// healthService is gRPC's health check, of the server as a whole.
-type healthService struct {
-	grpc_health_v1.UnimplementedHealthServer
-	*API
-}
-
-// Check reports whether the server can issue: it serves then.
-func (s *healthService) Check(_ context.Context, req *grpc_health_v1.HealthCheckRequest) (*grpc_health_v1.HealthCheckResponse, error) {
-	if req.Service != "" {
-		return nil, callErrorf(codes.NotFound, "there is no health of service %q; ask for that of the server, with an empty name", clip(req.Service))
-	}
-	resp := &grpc_health_v1.HealthCheckResponse{Status: grpc_health_v1.HealthCheckResponse_SERVING}
-	if _, err := s.authorities.X509(); err != nil || s.stopping.Err() != nil {
-		resp.Status = grpc_health_v1.HealthCheckResponse_NOT_SERVING
-	}
-	return resp, nil
 }

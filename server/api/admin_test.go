@@ -250,6 +250,33 @@ func TestHealthIsThatOfTheAuthorities(t *testing.T) {
 	}
 }
 
+func TestWhoeverWatchesTheHealthLearnsOfItsChange(t *testing.T) {
+	w := newWorld(t)
+	health := grpc_health_v1.NewHealthClient(w.admin())
+	all, err := health.List(t.Context(), &grpc_health_v1.HealthListRequest{})
+	must(t, err)
+	if len(all.Statuses) != 1 || all.Statuses[""].GetStatus() != grpc_health_v1.HealthCheckResponse_SERVING {
+		t.Errorf("the list is %v", all)
+	}
+	next := func(stream grpc_health_v1.Health_WatchClient, want grpc_health_v1.HealthCheckResponse_ServingStatus) {
+		t.Helper()
+		if resp, err := stream.Recv(); err != nil || resp.Status != want {
+			t.Errorf("got %v, %v; want %v", resp, err, want)
+		}
+	}
+	unknown, err := health.Watch(t.Context(), &grpc_health_v1.HealthCheckRequest{Service: "x"})
+	must(t, err)
+	next(unknown, grpc_health_v1.HealthCheckResponse_SERVICE_UNKNOWN)
+	stream, err := health.Watch(t.Context(), &grpc_health_v1.HealthCheckRequest{})
+	must(t, err)
+	next(stream, grpc_health_v1.HealthCheckResponse_SERVING)
+	w.sleep(48 * time.Hour) // the authorities have expired
+	next(stream, grpc_health_v1.HealthCheckResponse_NOT_SERVING)
+	_ = w.stop()
+	_, err = stream.Recv()
+	expectCode(t, err, codes.Unavailable, "stopping")
+}
+
 func TestTheStreamPushesWhatTheAgentIsAuthorizedFor(t *testing.T) {
 	w := newWorld(t)
 	agent := w.follow(w.newAgent())
