@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
@@ -19,6 +20,9 @@ type Options struct {
 	// RequireOwner admits only processes of root and of the user that this
 	// process runs as: for sockets that administer.
 	RequireOwner bool
+	// MaxConnections is how many connections are served at once; more are closed.
+	// 0 is no bound.
+	MaxConnections int
 	// Admit, if set, decides on each connection once its process is pinned. An
 	// error refuses it. The function that it returns is called once, when the
 	// connection is closed; it may be nil.
@@ -49,6 +53,7 @@ type transport struct {
 	o      Options
 	euid   uint32
 	refuse *rate.Limiter
+	open   atomic.Int64 // connections
 }
 
 // ServerHandshake pins the process at the other end.
@@ -72,10 +77,16 @@ func (t *transport) admit(raw net.Conn) (net.Conn, *Peer, error) {
 		p.Close()
 		return nil, nil, fmt.Errorf("%v is neither of root nor of uid %d, which this socket serves", p, t.euid)
 	}
-	c := &conn{Conn: raw, peer: p}
+	c := &conn{Conn: raw, peer: p, open: &t.open}
+	if n := t.open.Add(1); t.o.MaxConnections > 0 && n > int64(t.o.MaxConnections) {
+		t.open.Add(-1)
+		p.Close()
+		return nil, nil, fmt.Errorf("%v: there are %d connections already", p, t.o.MaxConnections)
+	}
 	if t.o.Admit != nil {
 		release, err := t.o.Admit(p)
 		if err != nil {
+			t.open.Add(-1)
 			p.Close()
 			return nil, nil, err
 		}
@@ -113,6 +124,7 @@ func (t *transport) OverrideServerName(string) error { return nil }
 type conn struct {
 	net.Conn
 	peer    *Peer
+	open    *atomic.Int64 // connections, of which this is one
 	release func()
 	watch   sync.WaitGroup
 	once    sync.Once
@@ -121,6 +133,7 @@ type conn struct {
 func (c *conn) Close() error {
 	err := c.Conn.Close()
 	c.once.Do(func() {
+		c.open.Add(-1)
 		c.peer.Close()
 		c.watch.Wait()
 		if c.release != nil {

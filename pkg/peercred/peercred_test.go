@@ -404,3 +404,27 @@ func TestWaitLastsUntilTheProcessEndsOrThePeerIsClosed(t *testing.T) {
 		})
 	}
 }
+
+func TestConnectionsBeyondTheMostAreRefusedUntilOneIsClosed(t *testing.T) {
+	l := listenAt(t)
+	creds := New(Options{MaxConnections: 2})
+	connect := func() (net.Conn, error) {
+		start(t, helper("connect", l.Addr().String()))
+		c, _, err := creds.ServerHandshake(accept(t, l))
+		return c, err
+	}
+	first, err := connect()
+	must(t, err)
+	_, err = connect()
+	must(t, err)
+	if _, err := connect(); err == nil || !strings.Contains(err.Error(), "there are 2 connections already") {
+		t.Errorf("error is %v", err)
+	}
+	first.Close()
+	first.Close() // once more changes nothing
+	_, err = connect()
+	must(t, err)
+	if _, err := connect(); err == nil {
+		t.Error("a third connection was served")
+	}
+}
