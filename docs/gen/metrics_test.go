@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/goccy/go-yaml"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	dto "github.com/prometheus/client_model/go"
 )
@@ -41,9 +42,10 @@ func TestNamesFollowTheConventionsOfPrometheus(t *testing.T) {
 
 var metricName = regexp.MustCompile(`hallmark_\w+`)
 
-func TestTheDashboardAsksForMetricsThatExist(t *testing.T) {
-	known := map[string]bool{}
-	labels := map[string]bool{"le": true, "job": true, "instance": true}
+// names returns the names of all series and labels that a query can ask for.
+func names(t *testing.T) (known, labels map[string]bool) {
+	t.Helper()
+	known, labels = map[string]bool{}, map[string]bool{"le": true, "job": true, "instance": true}
 	for _, f := range families(t) {
 		if f.GetType() == dto.MetricType_HISTOGRAM {
 			for _, suffix := range []string{"_bucket", "_sum", "_count"} {
@@ -56,6 +58,48 @@ func TestTheDashboardAsksForMetricsThatExist(t *testing.T) {
 			labels[l.GetName()] = true
 		}
 	}
+	return known, labels
+}
+
+func TestTheAlertsAskForMetricsThatExist(t *testing.T) {
+	data, err := os.ReadFile("../../conf/prometheus/hallmark.rules.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rules struct {
+		Groups []struct {
+			Name  string
+			Rules []struct {
+				Alert, Expr, For    string
+				Labels, Annotations map[string]string
+			}
+		}
+	}
+	if err := yaml.UnmarshalWithOptions(data, &rules, yaml.Strict()); err != nil {
+		t.Fatal(err)
+	}
+	if len(rules.Groups) != 1 || len(rules.Groups[0].Rules) < 5 {
+		t.Fatalf("the rules are %+v", rules)
+	}
+	known, _ := names(t)
+	for _, r := range rules.Groups[0].Rules {
+		if r.Labels["severity"] == "" || r.Annotations["summary"] == "" || r.Annotations["action"] == "" {
+			t.Errorf("%s does not say how bad it is, what happened and what to do", r.Alert)
+		}
+		asked := metricName.FindAllString(r.Expr, -1)
+		if len(asked) == 0 {
+			t.Errorf("%s asks for none of our metrics", r.Alert)
+		}
+		for _, n := range asked {
+			if !known[n] {
+				t.Errorf("%s: there is no metric %s", r.Alert, n)
+			}
+		}
+	}
+}
+
+func TestTheDashboardAsksForMetricsThatExist(t *testing.T) {
+	known, labels := names(t)
 	data, err := os.ReadFile("../../conf/grafana/hallmark.json")
 	if err != nil {
 		t.Fatal(err)
