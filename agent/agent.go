@@ -68,6 +68,13 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 		return err
 	}
 	defer watched.Close()
+	traces, err := telemetry.OpenTraces(telemetry.TracesOptions{
+		Config: s.Telemetry.Traces, Service: "hallmark-agent", TrustDomain: s.td.Name(), Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	defer traces.Close()
 	var h *held.Held
 	n, err := node.Open(node.Options{
 		TrustDomain: s.td,
@@ -79,6 +86,7 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 		Insecure:    s.InsecureBootstrap,
 		NextExpiry:  func() time.Time { return h.NextExpiry() },
 		Log:         log,
+		Traces:      traces,
 	})
 	if err != nil {
 		return err
@@ -106,16 +114,16 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 		defer brokers.Close()
 	}
 
-	h = held.New(held.Options{TrustDomain: s.td, Signer: n, Limit: s.HeldSVIDs, Log: log, Metrics: counted})
+	h = held.New(held.Options{TrustDomain: s.td, Signer: n, Limit: s.HeldSVIDs, Log: log, Metrics: counted, Traces: traces})
 	f := feed.New(feed.Options{TrustDomain: s.td, Node: n, Held: h, Log: log})
 	attestor := workload.New(workload.Options{Attestors: s.workloads, Log: log, Metrics: counted})
 	api := workloadapi.New(workloadapi.Options{
 		Listener: workloads, Held: h, Attestor: attestor, Limits: s.Limits.endpoint(),
-		WIT: s.Experimental.WIT, Log: log, Metrics: counted,
+		WIT: s.Experimental.WIT, Log: log, Metrics: counted, Traces: traces,
 	})
 	console := admin.New(admin.Options{
 		Listener: operators, TrustDomain: s.td, Server: s.Server, Held: h, Attestor: attestor, Log: log,
-		LogLevel: level, Delegates: s.delegates, Limits: s.Limits.endpoint(),
+		LogLevel: level, Delegates: s.delegates, Limits: s.Limits.endpoint(), Traces: traces,
 		Connection: func() admin.Connection {
 			c := connection(n.Status(), f.Status())
 			c.Chain, c.Authorities = n.Chain(), n.Authorities()
@@ -127,7 +135,7 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 		log.Warn("the Broker API is on; its standard may still change", "socket", s.Broker.Socket)
 		serve = append(serve, broker.New(broker.Options{
 			Listener: brokers, TrustDomain: s.td, Identity: n, Held: h, Attestor: attestor, Policies: s.brokers,
-			Limits: s.Limits.endpoint(), Log: log, Metrics: counted,
+			Limits: s.Limits.endpoint(), Log: log, Metrics: counted, Traces: traces,
 		}))
 	}
 

@@ -196,6 +196,9 @@ type WITConfig struct {
 type LimitsConfig struct {
 	// Connections over TCP at once; each takes a file descriptor. Default 15000.
 	Connections int `yaml:"connections"`
+	// CallsPerSecond is how many calls a second one caller over TCP may make: an
+	// agent, an admin, or an IP address without an X509-SVID. Default 4000.
+	CallsPerSecond int `yaml:"calls_per_second"`
 	// AttestPerSecond is how many attestations a second one IP address may make.
 	// Default 500.
 	AttestPerSecond int `yaml:"attest_per_second"`
@@ -336,6 +339,7 @@ func (s *settings) check(src config.Source) error {
 		value int
 	}{
 		{"connections", s.Limits.Connections},
+		{"calls_per_second", s.Limits.CallsPerSecond},
 		{"attest_per_second", s.Limits.AttestPerSecond},
 		{"sign_per_second", s.Limits.SignPerSecond},
 	} {

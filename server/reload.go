@@ -42,6 +42,7 @@ func (s *settings) follow(ctx context.Context, src config.Source, served *api.AP
 func (l LimitsConfig) api() api.Limits {
 	return api.Limits{
 		Connections:     l.Connections,
+		CallsPerSecond:  l.CallsPerSecond,
 		AttestPerSecond: l.AttestPerSecond,
 		SignPerSecond:   l.SignPerSecond,
 	}

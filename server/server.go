@@ -62,6 +62,13 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		return err
 	}
 	defer watched.Close()
+	traces, err := telemetry.OpenTraces(telemetry.TracesOptions{
+		Config: s.Telemetry.Traces, Service: "hallmark-server", TrustDomain: s.TrustDomain, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	defer traces.Close()
 	// First what fails most often, and quickly.
 	tcp, err := api.ListenTCP(s.Listen)
 	if err != nil {
@@ -111,7 +118,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 			Registry: reg, X509TTL: time.Duration(s.X509.SVIDLifetime), JWTTTL: time.Duration(s.JWT.SVIDLifetime),
 			Log: log, Metrics: counted,
 		})
-		served := s.newAPI(st, reg, authorities, evidence, pushes, log, level, counted)
+		served := s.newAPI(st, reg, authorities, evidence, pushes, log, level, counted, traces)
 		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities) })
 		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities, keys) })
 		log.Info("server is ready", append(describe(reg, authorities),
@@ -152,7 +159,7 @@ func (s *settings) openAuthorities(ctx context.Context, reg *registry.Registry, 
 	})
 }
 
-func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *authority.Authorities, evidence map[string]attestors.Server, pushes *feed.Feed, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics) *api.API {
+func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *authority.Authorities, evidence map[string]attestors.Server, pushes *feed.Feed, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics, traces *telemetry.Traces) *api.API {
 	x509TTL, jwtTTL := time.Duration(s.X509.SVIDLifetime), time.Duration(s.JWT.SVIDLifetime)
 	return api.New(api.Options{
 		Store:       st,
@@ -177,6 +184,7 @@ func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *a
 		Log:           log,
 		LogLevel:      level,
 		Metrics:       counted,
+		Traces:        traces,
 	})
 }
 

@@ -35,6 +35,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/loglevel"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
 	"github.com/hallmark-id/hallmark/pkg/selector"
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/pkg/version"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 )
@@ -66,7 +67,7 @@ type Connection struct {
 	Authorities   []*x509.Certificate // by which it knows the server; nil before it has a bundle
 }
 
-// Options of [New]. All but Delegates, Limits, Now and Log are required.
+// Options of [New]. All but Delegates, Limits, Now, Log, LogLevel and Traces are required.
 type Options struct {
 	Listener    net.Listener // of a Unix socket; [peercred.Listen] with one of the modes
 	TrustDomain spiffeid.TrustDomain
@@ -76,9 +77,10 @@ type Options struct {
 	Connection  func() Connection
 	Delegates   []spiffeid.ID // who may fetch identities on behalf of other workloads
 	Limits      endpoint.Limits
-	Now         func() time.Time // nil is time.Now
-	Log         *slog.Logger     // nil is silent
-	LogLevel    *loglevel.Var    // of Log; nil is one that is nobody's
+	Now         func() time.Time  // nil is time.Now
+	Log         *slog.Logger      // nil is silent
+	LogLevel    *loglevel.Var     // of Log; nil is one that is nobody's
+	Traces      *telemetry.Traces // nil: none
 }
 
 // Server serves the agent's AdminService.
@@ -105,8 +107,16 @@ func New(o Options) *Server {
 	s.Endpoint = endpoint.New(endpoint.Options{
 		Listener: o.Listener, Held: o.Held, Attestor: o.Attestor, Limits: o.Limits, MaxStreams: maxStreams,
 		RequireOwner: len(o.Delegates) == 0, Authorize: s.authorize, Now: o.Now, Log: o.Log,
+		Traces: o.Traces, Traced: byOwner,
 	})
 	return s
+}
+
+// byOwner reports whether a call comes from an operator, whose trace is gone on
+// with; that of a delegate is not.
+func byOwner(ctx context.Context) bool {
+	p, err := peercred.FromContext(ctx)
+	return err == nil && p.Owner()
 }
 
 // Run serves until ctx ends, and returns its error. It is called once.
@@ -125,8 +135,7 @@ func (s *Server) authorize(ctx context.Context, method string) (context.Context,
 	if strings.HasPrefix(method, delegatedMethods) {
 		return s.authorizeDelegate(ctx)
 	}
-	p, err := peercred.FromContext(ctx)
-	if err != nil || !p.Owner() {
+	if !byOwner(ctx) {
 		return nil, status.Error(codes.PermissionDenied, "this call is for root and the agent's own user")
 	}
 	return ctx, nil

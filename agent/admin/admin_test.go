@@ -125,7 +125,7 @@ func startWith(t *testing.T, change func(*admin.Options), selectors ...string) *
 func (a *agent) settle(t *testing.T, selectors ...string) {
 	t.Helper()
 	a.held.Apply(a.Complete())
-	s := a.held.Subscribe(heldtest.Selectors(selectors...))
+	s := a.held.Subscribe(t.Context(), heldtest.Selectors(selectors...))
 	defer s.Close()
 	for !s.Update().Ready {
 		<-s.C

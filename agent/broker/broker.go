@@ -30,6 +30,7 @@ import (
 	"github.com/hallmark-id/hallmark/agent/held"
 	"github.com/hallmark-id/hallmark/agent/metrics"
 	"github.com/hallmark-id/hallmark/agent/workload"
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 )
 
 // SocketMode is the mode of the socket: the agent's own user, and the socket's
@@ -45,7 +46,7 @@ const Header = "broker.spiffe.io"
 // follows each workload of its node on a stream.
 const maxStreams = 8192
 
-// Options of [New]. All but Limits, Now, Log and Metrics are required.
+// Options of [New]. All but Limits, Now, Log, Metrics and Traces are required.
 type Options struct {
 	Listener    net.Listener // of a Unix socket; [peercred.Listen] with SocketMode
 	TrustDomain spiffeid.TrustDomain
@@ -54,9 +55,10 @@ type Options struct {
 	Attestor    *workload.Attestor
 	Policies    []Policy // of the brokers that there may be
 	Limits      endpoint.Limits
-	Now         func() time.Time // nil is time.Now
-	Log         *slog.Logger     // nil is silent
-	Metrics     *metrics.Metrics // nil: none
+	Now         func() time.Time  // nil is time.Now
+	Log         *slog.Logger      // nil is silent
+	Metrics     *metrics.Metrics  // nil: none
+	Traces      *telemetry.Traces // nil: none
 }
 
 // Server serves the Broker API.
@@ -88,6 +90,7 @@ func New(o Options) *Server {
 		Secure:    func(c credentials.TransportCredentials) credentials.TransportCredentials { return newTransport(c, o) },
 		Authorize: s.authorize,
 		Calls:     o.Metrics.BrokerCalls, Streams: o.Metrics.BrokerStreams, Now: o.Now, Log: o.Log,
+		Traces: o.Traces,
 	})
 	return s
 }

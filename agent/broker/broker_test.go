@@ -136,7 +136,7 @@ func (a *agent) sync(more ...*bundle.Bundle) { a.held.Apply(a.Complete(more...))
 // svid has an X509-SVID signed for the one entry that has these selectors.
 func (a *agent) svid(selectors ...string) *x509svid.SVID {
 	a.t.Helper()
-	sub := a.held.Subscribe(heldtest.Selectors(selectors...))
+	sub := a.held.Subscribe(a.t.Context(), heldtest.Selectors(selectors...))
 	defer sub.Close()
 	for {
 		u := sub.Update()

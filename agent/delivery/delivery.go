@@ -94,10 +94,13 @@ type state struct {
 	never   error            // why nothing will be there soon; nil: it may
 }
 
+// subscribe is one of [held.Held]'s ways to follow SVIDs.
+type subscribe func(context.Context, selector.Set) *held.Subscription
+
 // follow sends what a subscription's updates say, now and whenever that
 // changes. The first message waits until all SVIDs are signed, or cannot be.
-func (s Share) follow(ctx context.Context, to Stream, subscribe func(selector.Set) *held.Subscription, read func(*held.Update) state) error {
-	sub := subscribe(s.Selectors)
+func (s Share) follow(ctx context.Context, to Stream, subscribe subscribe, read func(*held.Update) state) error {
+	sub := subscribe(ctx, s.Selectors)
 	defer sub.Close()
 	var (
 		sent endpoint.Encoded

@@ -2,6 +2,7 @@ package delivery
 
 import (
 	"context"
+	"iter"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
@@ -30,6 +31,18 @@ func (s Share) FollowWIT(ctx context.Context, to Stream, id spiffeid.ID, encode 
 	return s.follow(ctx, to, s.Held.SubscribeWIT, func(u *held.Update) state {
 		return u.Memo(witMemo{id}, func() any { return readWITs(u, id, encode) }).(state)
 	})
+}
+
+// WITIDs returns the IDs that an update has WIT-SVIDs of: of the share's
+// identities, or of the one with an ID if that is not zero.
+func WITIDs(u *held.Update, id spiffeid.ID) iter.Seq[spiffeid.ID] {
+	return func(yield func(spiffeid.ID) bool) {
+		for _, e := range identities(u, id) {
+			if u.WITs[e].SVID != nil && !yield(e.SPIFFEID) {
+				return
+			}
+		}
+	}
 }
 
 // witMemo is the key of an update's memo: the identity that was asked for, or

@@ -4,9 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
+	"log/slog"
 	"slices"
 	"sync/atomic"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/hallmark-id/hallmark/agent/workload"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
@@ -24,9 +28,9 @@ const (
 	slowAttestation = time.Second
 	// startWait is how long a call waits for an agent that has just started.
 	startWait = 2 * time.Second
-	// deniedLogged is how long a process that has no identity is not logged
-	// again.
-	deniedLogged = 10 * time.Second
+	// quietFor is how long a process that was denied, or given the same kind of
+	// SVID, is not logged again above the level debug.
+	quietFor = 10 * time.Second
 )
 
 // Caller is one connection and the process at its other end.
@@ -141,25 +145,45 @@ func (e *Endpoint) DenyUnmatched(c *Caller, set selector.Set) error {
 	return e.Deny(c, errNoEntry, "selectors", logged{set})
 }
 
-// Deny logs why a caller gets nothing, and not for each of its attempts. It
-// returns [ErrDenied].
+// Deny logs why a caller gets nothing. It returns [ErrDenied].
 func (e *Endpoint) Deny(c *Caller, why error, attrs ...any) error {
-	cs, now := &e.callers, e.now()
-	cs.mu.Lock()
-	last, known := cs.denied[c.Peer.PID]
-	quiet := known && now.Sub(last) < deniedLogged
-	if !quiet {
-		if len(cs.denied) >= maxRemembered {
-			clear(cs.denied)
-		}
-		cs.denied[c.Peer.PID] = now
-	}
-	cs.mu.Unlock()
-	if !quiet {
+	const what = "no identity issued"
+	if level, on := e.recorded(c, what); on {
 		attrs = append([]any{"pid", c.Peer.PID, "uid", c.Peer.UID, "reason", why}, attrs...)
-		e.log.Info("no identity issued", attrs...)
+		e.log.Log(context.Background(), level, what, attrs...)
 	}
 	return ErrDenied
+}
+
+// Given logs of which IDs a caller gets SVIDs. For most calls nothing is
+// logged, and nothing allocated.
+func (e *Endpoint) Given(c *Caller, what string, ids iter.Seq[spiffeid.ID], audience []string) {
+	level, on := e.recorded(c, what)
+	if !on {
+		return
+	}
+	attrs := []any{"pid", c.Peer.PID, "uid", c.Peer.UID, "spiffe_ids", slices.Collect(ids)}
+	if audience != nil {
+		attrs = append(attrs, "audience", audience)
+	}
+	e.log.Log(context.Background(), level, what, attrs...)
+}
+
+// recorded says how loud something about a process is logged, and whether it is
+// at all: not for each of its calls above the level debug.
+func (e *Endpoint) recorded(c *Caller, what string) (level slog.Level, on bool) {
+	cs, now, of := &e.callers, e.now(), event{c.Peer.PID, what}
+	cs.mu.Lock()
+	if last, known := cs.logged[of]; known && now.Sub(last) < quietFor {
+		level = slog.LevelDebug
+	} else {
+		if len(cs.logged) >= maxRemembered {
+			clear(cs.logged)
+		}
+		cs.logged[of] = now
+	}
+	cs.mu.Unlock()
+	return level, e.log.Enabled(context.Background(), level)
 }
 
 // logged writes selectors only if the log is on.

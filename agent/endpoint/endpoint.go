@@ -71,10 +71,14 @@ type Options struct {
 	// Authorize, if set, decides on each call, and returns the context that
 	// its handler gets.
 	Authorize func(ctx context.Context, method string) (context.Context, error)
-	Calls     *telemetry.Calls // nil: they are not counted
-	Streams   prometheus.Gauge // open ones; nil: they are not counted
-	Now       func() time.Time // nil is time.Now
-	Log       *slog.Logger     // nil is silent
+	Calls     *telemetry.Calls  // nil: they are not counted
+	Streams   prometheus.Gauge  // open ones; nil: they are not counted
+	Now       func() time.Time  // nil is time.Now
+	Log       *slog.Logger      // nil is silent
+	Traces    *telemetry.Traces // of all calls but streams; nil: none
+	// Traced says of a call's context whether its caller's trace is gone on
+	// with. Nil is nobody's: a process could have everything that it does kept.
+	Traced func(context.Context) bool
 }
 
 // Endpoint is one socket. All methods may be called concurrently.
@@ -103,6 +107,9 @@ func New(o Options) *Endpoint {
 	if e.o.Streams == nil {
 		e.o.Streams = prometheus.NewGauge(prometheus.GaugeOpts{})
 	}
+	if e.o.Traced == nil {
+		e.o.Traced = func(context.Context) bool { return false }
+	}
 	e.stopping, e.stop = context.WithCancelCause(context.Background())
 	e.callers.init(o.Limits)
 	return e
@@ -115,7 +122,8 @@ func (e *Endpoint) Run(ctx context.Context, register func(*grpc.Server)) error {
 	if e.o.Secure != nil {
 		creds = e.o.Secure(creds)
 	}
-	server := grpc.NewServer(
+	untraced := make(map[string]bool)
+	server := grpc.NewServer(append(e.o.Traces.ServerOptions(e.o.Traced, untraced),
 		grpc.Creds(creds),
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.UnaryInterceptor(e.unary),
@@ -128,9 +136,15 @@ func (e *Endpoint) Run(ctx context.Context, register func(*grpc.Server)) error {
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: maxIdle, Time: keepaliveTime, Timeout: keepaliveWait}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minPing, PermitWithoutStream: true}),
 		grpc.WaitForHandlers(true),
-	)
+	)...)
 	register(server)
 	reflection.Register(server)
+	for service, info := range server.GetServiceInfo() {
+		for _, m := range info.Methods {
+			// A stream lasts for as long as its caller does.
+			untraced["/"+service+"/"+m.Name] = m.IsClientStream || m.IsServerStream
+		}
+	}
 
 	var serving sync.WaitGroup
 	failed := make(chan error, 1)

@@ -31,8 +31,8 @@ const (
 	DefaultCallsOfUser       = 2000
 )
 
-// maxRemembered is how many users without connections, and how many processes
-// without an identity, are remembered.
+// maxRemembered is how many users without connections, and how many events of
+// processes that were logged, are remembered.
 const maxRemembered = 4096
 
 // user is what all processes of a UID do together.
@@ -51,7 +51,13 @@ type callers struct {
 	total  int
 	users  map[uint32]*user
 	pids   map[int32]int       // connections
-	denied map[int32]time.Time // when last logged
+	logged map[event]time.Time // when
+}
+
+// event is what is logged of a process.
+type event struct {
+	pid  int32
+	what string
 }
 
 func (l Limits) withDefaults() Limits {
@@ -83,7 +89,7 @@ func (cs *callers) init(l Limits) {
 	cs.limits = l.withDefaults()
 	cs.users = make(map[uint32]*user)
 	cs.pids = make(map[int32]int)
-	cs.denied = make(map[int32]time.Time)
+	cs.logged = make(map[event]time.Time)
 }
 
 func orDefault[T int | float64](v *T, or T) {

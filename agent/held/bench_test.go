@@ -26,7 +26,7 @@ func large(b *testing.B) (*heldtest.Server, *held.Held, []*entry.Entry) {
 	}
 	h.Apply(server.Complete())
 	for i := range benchWorkloads {
-		b.Cleanup(h.Subscribe(workloadSelectors(i)).Close)
+		b.Cleanup(h.Subscribe(b.Context(), workloadSelectors(i)).Close)
 	}
 	return server, h, entries
 }
@@ -50,7 +50,7 @@ func BenchmarkSubscribeAgain(b *testing.B) {
 	_, h, _ := large(b)
 	set := workloadSelectors(1)
 	for b.Loop() {
-		s := h.Subscribe(set)
+		s := h.Subscribe(b.Context(), set)
 		s.Update()
 		s.Close()
 	}

@@ -32,6 +32,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/digest"
 	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/pkg/selector"
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 )
 
 // Signer obtains SVIDs from the server. All methods may be called concurrently.
@@ -81,9 +82,10 @@ type Options struct {
 	// [DefaultLimit]. Those of workloads that are being served are held in any
 	// case.
 	Limit   int
-	Now     func() time.Time // nil is time.Now
-	Log     *slog.Logger     // nil is silent
-	Metrics *metrics.Metrics // nil: none
+	Now     func() time.Time  // nil is time.Now
+	Log     *slog.Logger      // nil is silent
+	Metrics *metrics.Metrics  // nil: none
+	Traces  *telemetry.Traces // nil: none
 }
 
 // DefaultLimit is how many X509-SVIDs are held unasked: a busy node's worth.
@@ -112,6 +114,7 @@ type Held struct {
 	now         func() time.Time
 	log         *slog.Logger
 	metrics     *metrics.Metrics
+	traces      *telemetry.Traces
 
 	wake    chan struct{}   // of Run
 	ctx     context.Context // of signing JWT-SVIDs, which several callers may wait for
@@ -145,6 +148,7 @@ func New(o Options) *Held {
 		now:         o.Now,
 		log:         o.Log,
 		metrics:     o.Metrics,
+		traces:      o.Traces,
 		wake:        make(chan struct{}, 1),
 		first:       make(chan struct{}),
 		tickets:     make(chan struct{}, maxFlights),

@@ -54,7 +54,7 @@ func (n *node) sync(more ...*bundle.Bundle) {
 }
 
 func (n *node) subscribe(selectors ...string) *held.Subscription {
-	s := n.Subscribe(heldtest.Selectors(selectors...))
+	s := n.Subscribe(context.Background(), heldtest.Selectors(selectors...))
 	n.t.Cleanup(s.Close)
 	synctest.Wait()
 	return s

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
+
 	"github.com/hallmark-id/hallmark/pkg/entry"
 )
 
@@ -95,7 +97,7 @@ func (h *Held) JWT(ctx context.Context, e *entry.Entry, audience []string) (JWTR
 	}
 	key := audienceKey(audience)
 	for ticket := false; ; {
-		j, f, ok, err := h.findJWT(e, key, audience, ticket)
+		j, f, ok, err := h.findJWT(ctx, e, key, audience, ticket)
 		switch {
 		case err != nil:
 			return JWTResult{}, err
@@ -117,7 +119,7 @@ func (h *Held) JWT(ctx context.Context, e *entry.Entry, audience []string) (JWTR
 // findJWT returns a cached JWT-SVID (ok), a signing to wait for (f), both (the
 // cached one is good if that takes too long), or neither: come again with a
 // ticket, which it uses or gives back.
-func (h *Held) findJWT(e *entry.Entry, key string, audience []string, ticket bool) (cached JWTResult, f *flight, ok bool, err error) {
+func (h *Held) findJWT(ctx context.Context, e *entry.Entry, key string, audience []string, ticket bool) (cached JWTResult, f *flight, ok bool, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if ticket {
@@ -160,7 +162,7 @@ func (h *Held) findJWT(e *entry.Entry, key string, audience []string, ticket boo
 	f = &flight{done: make(chan struct{})}
 	j.flight = f
 	h.flights.Add(1)
-	go h.fly(j, e, audience)
+	go h.fly(j, e, audience, trace.SpanContextFromContext(ctx))
 	return cached, f, ok, nil
 }
 
@@ -187,10 +189,12 @@ func await(ctx context.Context, f *flight, cached JWTResult, ok bool) (JWTResult
 }
 
 // fly signs one JWT-SVID. It does not stop when those who asked first have
-// gone: others may wait too.
-func (h *Held) fly(j *jwt, e *entry.Entry, audience []string) {
+// gone: others may wait too. It is in the trace of the one who asked first.
+func (h *Held) fly(j *jwt, e *entry.Entry, audience []string, asker trace.SpanContext) {
 	defer h.flights.Done()
-	result, err := h.signJWT(h.ctx, e, audience)
+	ctx, span := h.traces.Root(h.ctx, "sign a JWT-SVID", asker)
+	defer span.End()
+	result, err := h.signJWT(ctx, e, audience)
 	if err == nil {
 		h.metrics.Signed.WithLabelValues("jwt").Inc()
 	} else {

@@ -10,6 +10,7 @@ import (
 	mathrand "math/rand/v2"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/hallmark-id/hallmark/pkg/entry"
@@ -68,6 +69,7 @@ type job struct {
 	c     *credential
 	entry *entry.Entry // as it was when it was asked for
 	key   *ecdsa.PrivateKey
+	asker trace.Span // nil: none
 }
 
 // step does what is due now. It returns what is to be signed now, and how long
@@ -147,7 +149,8 @@ func (h *Held) takeBatch(on *schedule, now time.Time) []job {
 	for len(jobs) < most && on.ready.Len() > 0 && (on.ready.all[0].urgency() == background) == patient {
 		c := on.ready.take()
 		c.signing = true
-		jobs = append(jobs, job{c: c, entry: c.slot.entry})
+		jobs = append(jobs, job{c: c, entry: c.slot.entry, asker: c.asker})
+		c.asker = nil
 		h.reschedule(c, now)
 	}
 	on.calls++
@@ -156,6 +159,15 @@ func (h *Held) takeBatch(on *schedule, now time.Time) []job {
 
 // sign has one batch signed.
 func (h *Held) sign(ctx context.Context, jobs []job) {
+	var asker trace.SpanContext // one of many; the others have waited as long
+	for _, j := range jobs {
+		if j.asker != nil {
+			asker = j.asker.SpanContext()
+			break
+		}
+	}
+	ctx, span := h.traces.Root(ctx, "sign "+jobs[0].c.schedule.kind.name()+"s", asker)
+	defer span.End()
 	answers, err := h.request(ctx, jobs)
 	if ctx.Err() != nil {
 		return // not the server's failure

@@ -75,7 +75,7 @@ func TestAnX509SVIDNotPrefetchedIsNotRenewedOnceNobodyWantsIt(t *testing.T) {
 	onNode(t, 0, func(n *node) {
 		n.Entry("a", noPrefetch, "unix:uid:1")
 		n.sync()
-		s := n.Subscribe(heldtest.Selectors("unix:uid:1"))
+		s := n.Subscribe(t.Context(), heldtest.Selectors("unix:uid:1"))
 		synctest.Wait()
 		time.Sleep(2 * heldtest.X509TTL)
 		renewed := len(n.X509Calls())
@@ -546,7 +546,7 @@ func TestChangesAndReadersMayComeAtOnce(t *testing.T) {
 				case <-ctx.Done():
 				}
 				set := heldtest.Selectors(fmt.Sprint("unix:uid:", i))
-				s := h.Subscribe(set)
+				s := h.Subscribe(t.Context(), set)
 				for _, x := range s.Update().Identities {
 					if x.SVID != nil {
 						served.Add(1)

@@ -7,6 +7,8 @@ import (
 	"math/rand/v2"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
+
 	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/pkg/selector"
 )
@@ -74,8 +76,9 @@ type credential struct {
 	distrusted bool         // svid's authority is tainted, or not in the bundle
 	renewAt    time.Time    // of svid
 
-	signing  bool // a call is under way
-	failures int  // in a row
+	signing  bool       // a call is under way
+	asker    trace.Span // of a workload that waits for the next one; nil: none is recorded
+	failures int        // in a row
 	err      error
 	retryAt  time.Time
 

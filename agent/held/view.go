@@ -2,6 +2,7 @@ package held
 
 import (
 	"container/list"
+	"context"
 	"encoding/binary"
 	"iter"
 	"maps"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/entry"
@@ -130,23 +132,24 @@ type Subscription struct {
 }
 
 // Subscribe follows X509-SVIDs and bundles. While it is open, X509-SVIDs of
-// all entries that match are signed and renewed.
-func (h *Held) Subscribe(selectors selector.Set) *Subscription {
-	return h.subscribe(selectors, x509Kind)
+// all entries that match are signed and renewed. The context says in which
+// trace a workload waits for them, and nothing else.
+func (h *Held) Subscribe(ctx context.Context, selectors selector.Set) *Subscription {
+	return h.subscribe(selectors, x509Kind, trace.SpanFromContext(ctx))
 }
 
 // SubscribeWIT is Subscribe for WIT-SVIDs.
-func (h *Held) SubscribeWIT(selectors selector.Set) *Subscription {
-	return h.subscribe(selectors, witKind)
+func (h *Held) SubscribeWIT(ctx context.Context, selectors selector.Set) *Subscription {
+	return h.subscribe(selectors, witKind, trace.SpanFromContext(ctx))
 }
 
 // SubscribeBundles follows the entries that match and their bundles. It is not
 // woken for SVIDs and does not ask for any.
 func (h *Held) SubscribeBundles(selectors selector.Set) *Subscription {
-	return h.subscribe(selectors, kinds)
+	return h.subscribe(selectors, kinds, nil)
 }
 
-func (h *Held) subscribe(selectors selector.Set, wants kind) *Subscription {
+func (h *Held) subscribe(selectors selector.Set, wants kind, asker trace.Span) *Subscription {
 	c := make(chan struct{}, 1)
 	s := &Subscription{C: c, h: h, c: c, wants: wants}
 	h.mu.Lock()
@@ -155,6 +158,13 @@ func (h *Held) subscribe(selectors selector.Set, wants kind) *Subscription {
 	h.views.unrest(s.v)
 	s.v.subscribers[s] = struct{}{}
 	h.want(s.v, wants, +1)
+	if wants != kinds && asker.IsRecording() {
+		for _, wanted := range s.v.matched {
+			if c := h.credential(wanted, wants); c.svid == nil {
+				c.asker = asker
+			}
+		}
+	}
 	return s
 }
 

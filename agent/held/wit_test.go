@@ -28,7 +28,7 @@ import (
 )
 
 func (n *node) subscribeWIT(selectors ...string) *held.Subscription {
-	s := n.SubscribeWIT(heldtest.Selectors(selectors...))
+	s := n.SubscribeWIT(context.Background(), heldtest.Selectors(selectors...))
 	n.t.Cleanup(s.Close)
 	synctest.Wait()
 	return s
@@ -343,7 +343,7 @@ func TestAWITSVIDThatIsNotWhatWasAskedForIsNotUsed(t *testing.T) {
 				done := make(chan error)
 				go func() { done <- h.Run(ctx) }()
 				h.Apply(server.Complete())
-				s := h.SubscribeWIT(heldtest.Selectors("unix:uid:1"))
+				s := h.SubscribeWIT(t.Context(), heldtest.Selectors("unix:uid:1"))
 				synctest.Wait()
 				got := s.Update().WITs[e]
 				if got.SVID != nil || got.Err == nil || !strings.Contains(got.Err.Error(), reason) {

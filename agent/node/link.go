@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/hallmark-id/hallmark/pkg/version"
+	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 )
 
 const (
@@ -31,6 +32,9 @@ const (
 	// maxHeaders bounds the headers of one response.
 	maxHeaders = 64 << 10
 )
+
+// untraced is the method whose call lasts for as long as the connection.
+var untraced = map[string]bool{hallmarkv1.FeedService_Follow_FullMethodName: true}
 
 // ErrUnavailable is wrapped by the errors of calls that found no connection to
 // the server.
@@ -270,7 +274,7 @@ func (n *Node) dial(ctx context.Context, config *tls.Config, s *svid) (*Link, []
 		return nil, nil, errors.New("server does not speak HTTP/2; is this the address of a Hallmark server?")
 	}
 	w := &wire{Conn: secured}
-	conn, err := grpc.NewClient("passthrough:///"+n.o.Server,
+	options := append(n.o.Traces.DialOptions(untraced),
 		grpc.WithContextDialer(w.once),
 		// TLS is done already, by the connection itself.
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
@@ -282,6 +286,7 @@ func (n *Node) dial(ctx context.Context, config *tls.Config, s *svid) (*Link, []
 		grpc.WithDisableServiceConfig(),
 		grpc.WithNoProxy(),
 	)
+	conn, err := grpc.NewClient("passthrough:///"+n.o.Server, options...)
 	if err != nil {
 		w.Close()
 		return nil, nil, err

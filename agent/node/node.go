@@ -33,6 +33,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/join"
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 )
 
 // AgentPathPrefix begins the path of every agent's SPIFFE ID.
@@ -90,6 +91,8 @@ type Options struct {
 	Dial func(ctx context.Context, address string) (net.Conn, error)
 	Now  func() time.Time // nil is time.Now
 	Log  *slog.Logger     // nil is silent
+
+	Traces *telemetry.Traces // nil: none
 }
 
 // Status says how the node is.

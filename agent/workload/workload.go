@@ -22,6 +22,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
 	"github.com/hallmark-id/hallmark/pkg/selector"
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 )
 
 const (
@@ -110,6 +111,8 @@ func (a *Attestor) Attest(ctx context.Context, p *peercred.Peer) (selector.Set, 
 		return nil, nil, fmt.Errorf("attest: %w", err)
 	}
 	process := attestors.Process{PID: p.PID, UID: p.UID, GID: p.GID}
+	ctx, span := telemetry.Span(ctx, "attest a process")
+	defer span.End()
 	deadline, cancel := context.WithTimeout(ctx, a.timeout)
 	defer cancel()
 

@@ -41,6 +41,13 @@ func (s *Server) FetchJWTSVID(ctx context.Context, r *workload.JWTSVIDRequest) (
 	if err != nil {
 		return nil, err
 	}
+	s.Given(c, "JWT-SVIDs given", func(yield func(spiffeid.ID) bool) {
+		for _, j := range svids {
+			if !yield(j.Entry.SPIFFEID) {
+				return
+			}
+		}
+	}, r.Audience)
 	m := &workload.JWTSVIDResponse{}
 	for _, j := range svids {
 		m.Svids = append(m.Svids, &workload.JWTSVID{SpiffeId: j.Entry.SPIFFEID.String(), Svid: j.Token, Hint: j.Entry.Hint})

@@ -1,7 +1,11 @@
 package workloadapi
 
 import (
+	"iter"
+
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 
 	"github.com/hallmark-id/hallmark/agent/delivery"
@@ -19,11 +23,15 @@ func (s *Server) FetchWITSVID(r *workload.WITSVIDRequest, stream grpc.ServerStre
 	if err != nil {
 		return err
 	}
-	c, selectors, err := s.Identify(stream.Context())
+	ctx, span := s.traces.Root(stream.Context(), "FetchWITSVID until its first answer", trace.SpanContext{})
+	defer span.End() // again, which does nothing, after the first answer
+	c, selectors, err := s.Identify(ctx)
 	if err != nil {
 		return err
 	}
-	return s.share(selectors).FollowWIT(stream.Context(), s.to(stream, c, selectors), id, encodeWITSVIDs)
+	to := s.to(stream, c, selectors)
+	to.Sent = s.first(c, span, "WIT-SVIDs given", func(u *held.Update) iter.Seq[spiffeid.ID] { return delivery.WITIDs(u, id) })
+	return s.share(selectors).FollowWIT(ctx, to, id, encodeWITSVIDs)
 }
 
 func encodeWITSVIDs(svids []delivery.WIT) endpoint.Encoded {

@@ -196,7 +196,7 @@ func TestWorkloadAPI_W41_AServerWithoutWITMakesTheProfileUnimplemented(t *testin
 	_, err := a.wit("").Recv()
 	wantCode(t, err, codes.Unimplemented)
 	a.RefuseWIT(nil) // it was switched on
-	sub := a.held.SubscribeWIT(heldtest.Selectors("unix:uid:1"))
+	sub := a.held.SubscribeWIT(t.Context(), heldtest.Selectors("unix:uid:1"))
 	defer sub.Close()
 	for u := sub.Update(); u.WITs[u.Entries[0]].SVID == nil; u = sub.Update() {
 		<-sub.C

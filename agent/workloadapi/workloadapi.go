@@ -12,11 +12,14 @@ package workloadapi
 
 import (
 	"context"
+	"iter"
 	"log/slog"
 	"net"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 
 	"github.com/hallmark-id/hallmark/agent/delivery"
@@ -25,6 +28,7 @@ import (
 	"github.com/hallmark-id/hallmark/agent/metrics"
 	agentworkload "github.com/hallmark-id/hallmark/agent/workload"
 	"github.com/hallmark-id/hallmark/pkg/selector"
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 )
 
 // SocketMode is the mode of the socket: every local user may ask; who gets
@@ -44,10 +48,11 @@ type Options struct {
 	Held     *held.Held
 	Attestor *agentworkload.Attestor
 	Limits   endpoint.Limits
-	WIT      bool             // serve the WIT-SVID profile
-	Now      func() time.Time // nil is time.Now
-	Log      *slog.Logger     // nil is silent
-	Metrics  *metrics.Metrics // nil: none
+	WIT      bool              // serve the WIT-SVID profile
+	Now      func() time.Time  // nil is time.Now
+	Log      *slog.Logger      // nil is silent
+	Metrics  *metrics.Metrics  // nil: none
+	Traces   *telemetry.Traces // nil: none
 }
 
 // Server serves the Workload API.
@@ -55,14 +60,15 @@ type Server struct {
 	workload.UnsafeSpiffeWorkloadAPIServer // every call is here: one that is missing does not compile
 
 	*endpoint.Endpoint
-	held *held.Held
-	wit  bool
-	now  func() time.Time
+	held   *held.Held
+	wit    bool
+	now    func() time.Time
+	traces *telemetry.Traces
 }
 
 // New makes a server. [Server.Run] closes the listener.
 func New(o Options) *Server {
-	s := &Server{held: o.Held, wit: o.WIT, now: o.Now}
+	s := &Server{held: o.Held, wit: o.WIT, now: o.Now, traces: o.Traces}
 	if s.now == nil {
 		s.now = time.Now
 	}
@@ -72,6 +78,7 @@ func New(o Options) *Server {
 	s.Endpoint = endpoint.New(endpoint.Options{
 		Listener: o.Listener, Held: o.Held, Attestor: o.Attestor, Limits: o.Limits, MaxStreams: maxStreams, Header: Header,
 		Calls: o.Metrics.Calls, Streams: o.Metrics.Streams, Now: o.Now, Log: o.Log,
+		Traces: o.Traces,
 	})
 	return s
 }
@@ -93,6 +100,19 @@ func (s *Server) to(stream grpc.ServerStream, c *endpoint.Caller, selectors sele
 		Send:  stream.SendMsg,
 		Check: func() error { return s.Alive(c) },
 		None:  func() error { return s.DenyUnmatched(c, selectors) },
+	}
+}
+
+// first returns what ends a span, and logs which IDs a caller was given SVIDs
+// of, once a stream's first message is sent.
+func (s *Server) first(c *endpoint.Caller, span trace.Span, what string, ids func(*held.Update) iter.Seq[spiffeid.ID]) func(*held.Update) {
+	sent := false
+	return func(u *held.Update) {
+		if !sent {
+			sent = true
+			span.End()
+			s.Given(c, what, ids(u), nil)
+		}
 	}
 }
 

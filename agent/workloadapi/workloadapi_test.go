@@ -556,3 +556,29 @@ func TestAnAgentThatStopsEndsItsStreams(t *testing.T) {
 		t.Errorf("error is %v", err)
 	}
 }
+
+func TestWhatAProcessIsGivenIsLoggedOnceAndWithoutTheSecret(t *testing.T) {
+	a := start(t)
+	a.Entry("web", nil, "unix:uid:1")
+	a.sync()
+	for range 3 {
+		recv(t, a.x509())
+	}
+	var token string
+	for range 3 {
+		m, err := a.client.FetchJWTSVID(a.call(), &workload.JWTSVIDRequest{Audience: []string{"shop"}})
+		must(t, err)
+		token = m.Svids[0].Svid
+	}
+	for _, text := range []string{`msg="X509-SVIDs given" pid=`, `msg="JWT-SVIDs given" pid=`} {
+		if n := a.log.count(text); n != 1 {
+			t.Errorf("%s is %d times in the log, want once", text, n)
+		}
+	}
+	if a.log.count("spiffe_ids=[spiffe://example.org/web] audience=[shop]") != 1 {
+		t.Error("the log does not say which JWT-SVID was given, and for whom")
+	}
+	if token == "" || a.log.count(token) != 0 {
+		t.Error("the JWT-SVID is in the log")
+	}
+}

@@ -1,7 +1,11 @@
 package workloadapi
 
 import (
+	"iter"
+
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 
 	"github.com/hallmark-id/hallmark/agent/delivery"
@@ -13,11 +17,26 @@ import (
 // anything of them changes. The first message waits until all are signed, or
 // cannot be.
 func (s *Server) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.ServerStreamingServer[workload.X509SVIDResponse]) error {
-	c, selectors, err := s.Identify(stream.Context())
+	ctx, span := s.traces.Root(stream.Context(), "FetchX509SVID until its first answer", trace.SpanContext{})
+	defer span.End() // again, which does nothing, after the first answer
+	c, selectors, err := s.Identify(ctx)
 	if err != nil {
 		return err
 	}
-	return s.share(selectors).Follow(stream.Context(), s.to(stream, c, selectors), once(x509SVIDs, encodeX509SVIDs))
+	to := s.to(stream, c, selectors)
+	to.Sent = s.first(c, span, "X509-SVIDs given", idsOf)
+	return s.share(selectors).Follow(ctx, to, once(x509SVIDs, encodeX509SVIDs))
+}
+
+// idsOf returns the IDs that an update has X509-SVIDs of.
+func idsOf(u *held.Update) iter.Seq[spiffeid.ID] {
+	return func(yield func(spiffeid.ID) bool) {
+		for _, i := range u.Identities {
+			if i.SVID != nil && !yield(i.Entry.SPIFFEID) {
+				return
+			}
+		}
+	}
 }
 
 // encodeX509SVIDs returns nil if there is nothing that may be sent: a message

@@ -10,7 +10,7 @@
 //
 // There is no authentication, and metrics are no secrets; profiles may be, so
 // they are served to this machine only. [Calls] counts the calls of a gRPC
-// server.
+// server. [OpenTraces] exports where the time of a call went.
 package telemetry
 
 import (
@@ -41,11 +41,14 @@ type Config struct {
 	// PProf serves Go's profiles below /debug/pprof/ as well. They show what is
 	// in the memory of the process, so listen must be a loopback address then.
 	PProf bool `yaml:"pprof"`
+	// Traces says where traces go. Default: nowhere.
+	Traces TracesConfig `yaml:"traces"`
 }
 
 // Check finds what cannot be meant. It tells wrong the key, below "telemetry.",
 // and what is the matter with it.
 func (c Config) Check(wrong func(key, format string, args ...any)) {
+	c.Traces.check(wrong)
 	if c.Listen == "" {
 		if c.PProf {
 			wrong("pprof", "pprof is on, but telemetry.listen is not set; set it to an address like 127.0.0.1:9988")

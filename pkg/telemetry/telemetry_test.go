@@ -171,3 +171,28 @@ func BenchmarkCall(b *testing.B) {
 		c.Call("/a/B", nil, time.Millisecond)
 	}
 }
+
+func TestConnectionsBeyondTheMostWaitForTheirTurn(t *testing.T) {
+	s := open(t, telemetry.Config{Listen: "127.0.0.1:0"})
+	for range telemetry.MaxConnections { // they say nothing until the server closes them
+		conn, err := net.Dial("tcp", s.Address().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+	}
+	conn, err := net.Dial("tcp", s.Address().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprint(conn, "GET /live HTTP/1.0\r\n\r\n")
+	conn.SetReadDeadline(time.Now().Add(time.Second))
+	if n, err := conn.Read(make([]byte, 1)); n != 0 {
+		t.Errorf("one connection more was served (%v)", err)
+	}
+	conn.SetReadDeadline(time.Now().Add(30 * time.Second))
+	if b, err := io.ReadAll(conn); !strings.HasPrefix(string(b), "HTTP/1.0 200") {
+		t.Errorf("once the silent ones were closed: %q, %v", b, err)
+	}
+}

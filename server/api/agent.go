@@ -19,6 +19,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/pkg/selector"
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/server/issue"
 	"github.com/hallmark-id/hallmark/server/registry"
 )
@@ -64,11 +65,11 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 	case len(params.Data.Payload) > maxPayload:
 		return invalidArgument("attestation data payload is %d bytes long; the most is %d", len(params.Data.Payload), maxPayload)
 	}
+	note(ctx, slog.String("attestor", clip(params.Data.Type)))
 	attestor := s.attestors[params.Data.Type]
 	if attestor == nil {
 		return callErrorf(codes.FailedPrecondition, "could not find node attestor type %q", clip(params.Data.Type))
 	}
-	note(ctx, slog.String("attestor", params.Data.Type))
 	// Before the evidence, which may be good only once.
 	csr := params.GetParams().GetCsr()
 	if _, err := issue.ParseCSR(csr); err != nil {
@@ -76,12 +77,14 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 	}
 
 	challenges := 0
-	evidence, err := attestor.Verify(ctx, params.Data.Payload, func(ctx context.Context, challenge []byte) ([]byte, error) {
+	verifying, span := telemetry.Span(ctx, "attest "+params.Data.Type)
+	evidence, err := attestor.Verify(verifying, params.Data.Payload, func(ctx context.Context, challenge []byte) ([]byte, error) {
 		if challenges++; challenges > maxChallenges {
 			return nil, fmt.Errorf("attestation took more than %d challenges", maxChallenges)
 		}
 		return s.challenge(ctx, stream, challenge)
 	})
+	span.End()
 	if err != nil {
 		return attestError(err)
 	}

@@ -35,6 +35,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/pkg/loglevel"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/federation"
@@ -57,10 +58,11 @@ type Options struct {
 	AdminIDs      []spiffeid.ID               // administer besides the entries with admin set
 	Advertise     string                      // host:port that agents dial; empty: that of the TCP listener
 	Limits        Limits
-	Now           func() time.Time // nil: time.Now
-	Log           *slog.Logger     // nil: none
-	Metrics       *metrics.Metrics // nil: none
-	LogLevel      *loglevel.Var    // of Log; nil: one that is nobody's
+	Now           func() time.Time  // nil: time.Now
+	Log           *slog.Logger      // nil: none
+	Metrics       *metrics.Metrics  // nil: none
+	Traces        *telemetry.Traces // nil: none
+	LogLevel      *loglevel.Var     // of Log; nil: one that is nobody's
 }
 
 // API serves the server's contracts. Each service is a struct that embeds it,
@@ -84,7 +86,8 @@ type API struct {
 	limits   atomic.Pointer[Limits] // set by SetLimits
 	attests  *limiter
 	signs    *limiter
-	refusals *rate.Limiter // of log lines
+	calls    *limiter
+	refusals *limiter // of records, by caller
 
 	tcp, admin *grpc.Server
 	started    time.Time
@@ -95,9 +98,9 @@ type API struct {
 	running  sync.WaitGroup // services whose call has ended
 }
 
-// How many denied calls and connections are logged, a second.
+// How many denied calls of one caller, and connections, are logged a second.
 const (
-	refusalsLogged      = rate.Limit(2)
+	refusalsLogged      = 2
 	refusalsLoggedBurst = 20
 )
 
@@ -121,7 +124,6 @@ func New(o Options) *API {
 		now:         o.Now,
 		log:         o.Log,
 		metrics:     o.Metrics,
-		refusals:    rate.NewLimiter(refusalsLogged, refusalsLoggedBurst),
 	}
 	if a.now == nil {
 		a.now = time.Now
@@ -135,12 +137,14 @@ func New(o Options) *API {
 	for _, id := range o.AdminIDs {
 		a.adminIDs[id] = true
 	}
-	a.attests, a.signs = newLimiter(0, 0, a.now), newLimiter(0, 0, a.now)
+	a.attests, a.signs, a.calls = newLimiter(0, 0, a.now), newLimiter(0, 0, a.now), newLimiter(0, 0, a.now)
+	a.refusals = newLimiter(refusalsLogged, refusalsLoggedBurst, a.now)
 	a.SetLimits(o.Limits)
 	a.started = a.now()
 	a.stopping, a.stop = context.WithCancel(context.Background())
 
-	options := append(serverOptions(),
+	options := append(serverOptions(), o.Traces.ServerOptions(a.vouchedFor, untraced)...)
+	options = append(options,
 		grpc.UnaryInterceptor(a.unary),
 		grpc.StreamInterceptor(a.stream),
 		grpc.UnknownServiceHandler(unknown),
@@ -150,7 +154,7 @@ func New(o Options) *API {
 		grpc.InTapHandle(a.refuseEarly),
 		grpc.ReadBufferSize(0), // TLS has a buffer below; and there are thousands of connections
 	)...)
-	a.admin = grpc.NewServer(append(options, grpc.Creds(peercred.New(peercred.Options{RequireOwner: true, Log: a.log})))...)
+	a.admin = grpc.NewServer(append(options, grpc.Creds(peercred.New(peercred.Options{RequireOwner: true, MaxConnections: maxAdminConnections, Log: a.log})))...)
 	for _, s := range []*grpc.Server{a.tcp, a.admin} {
 		entryv1.RegisterEntryServer(s, &entryService{API: a})
 		bundlev1.RegisterBundleServer(s, &bundleService{API: a})

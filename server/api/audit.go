@@ -11,6 +11,7 @@ import (
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
+	loggerv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/logger/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -35,7 +36,7 @@ func (a *API) audit(ctx context.Context, c *Caller, name string, err error, bega
 		attrs = append(attrs, slog.String("caller_id", c.ID.String()))
 	}
 	for _, f := range from(ctx) {
-		if f.Key != "presented" { // that is the caller's ID
+		if f.Key != "presented" || c.ID.IsZero() { // else it is the caller's ID
 			attrs = append(attrs, f)
 		}
 	}
@@ -133,6 +134,8 @@ func subject(req, resp any) []slog.Attr {
 		return []slog.Attr{slog.String("authority", clip(r.SubjectKeyId))}
 	case interface{ GetAuthorityId() string }: // every other call of LocalAuthority that names one
 		return []slog.Attr{slog.String("authority", clip(r.GetAuthorityId()))}
+	case *loggerv1.SetLogLevelRequest:
+		return []slog.Attr{slog.String("new_level", r.NewLevel.String())}
 	case *hallmarkv1.RotateAuthorityRequest:
 		return []slog.Attr{slog.String("kind", r.Kind.String())}
 	}

@@ -6,18 +6,51 @@ import (
 	"log/slog"
 	"net/http"
 	"runtime/debug"
+	"strings"
 	"time"
 
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
+	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
+	reflectionv1alpha "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 	grpcstatus "google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
 
 	"github.com/hallmark-id/hallmark/pkg/peercred"
+	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 )
+
+// untraced are the methods whose calls last for as long as their callers do, or
+// that monitoring makes.
+var untraced = map[string]bool{
+	hallmarkv1.FeedService_Follow_FullMethodName:                           true,
+	entryv1.Entry_SyncAuthorizedEntries_FullMethodName:                     true,
+	grpc_health_v1.Health_Check_FullMethodName:                             true,
+	grpc_health_v1.Health_Watch_FullMethodName:                             true,
+	reflectionv1.ServerReflection_ServerReflectionInfo_FullMethodName:      true,
+	reflectionv1alpha.ServerReflection_ServerReflectionInfo_FullMethodName: true,
+}
+
+// vouchedFor reports whether a call comes from whom an authority of ours, or
+// the kernel, vouches for.
+func (a *API) vouchedFor(ctx context.Context) bool {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return false
+	}
+	switch info := p.AuthInfo.(type) {
+	case *peercred.Peer:
+		return true
+	case *tlsPeer:
+		return info.leaf != nil && info.verify(a.registry.View().Bundle(a.td), a.now()) == nil
+	}
+	return false
+}
 
 // errStopping ends streams when the server stops.
 var errStopping = callErrorf(codes.Unavailable, "the server is stopping; try again")
@@ -27,8 +60,7 @@ var errStopping = callErrorf(codes.Unavailable, "the server is stopping; try aga
 func (a *API) refuseEarly(ctx context.Context, info *tap.Info) (context.Context, error) {
 	if p, ok := peer.FromContext(ctx); ok {
 		if t, ok := p.AuthInfo.(*tlsPeer); ok && t.leaf == nil && methods[info.FullMethodName].callers&anyone == 0 {
-			err := denied(info.FullMethodName)
-			a.countRefusal(info.FullMethodName, err)
+			err := a.refused(ctx, info.FullMethodName, denied(info.FullMethodName), nil)
 			return nil, grpcstatus.Convert(err).Err()
 		}
 	}
@@ -40,16 +72,18 @@ func (a *API) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, ha
 	m, began := methods[info.FullMethod], time.Now()
 	c, err := a.authorize(ctx, info.FullMethod, m)
 	if err != nil {
-		return nil, a.refused(ctx, info.FullMethod, err)
+		return nil, a.refused(ctx, info.FullMethod, err, subject(req, nil))
 	}
 	ctx = context.WithValue(ctx, callerKey{}, c)
 	// RFC 9110 §6.6.1. A client learns by it how far its clock is off. It fails
 	// only once the headers were sent.
 	_ = grpc.SetHeader(ctx, metadata.Pairs("date", a.now().UTC().Format(http.TimeFormat)))
-	err = a.safely(info.FullMethod, func() (err error) {
-		resp, err = handler(ctx, req)
-		return err
-	})
+	if err = a.limitCalls(ctx, c); err == nil {
+		err = a.safely(info.FullMethod, func() (err error) {
+			resp, err = handler(ctx, req)
+			return err
+		})
+	}
 	err = a.finished(ctx, info.FullMethod, err)
 	a.metrics.Calls.Call(info.FullMethod, err, time.Since(began))
 	if m.audit {
@@ -65,7 +99,7 @@ func (a *API) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo,
 	m, began := methods[info.FullMethod], time.Now()
 	c, err := a.authorize(ss.Context(), info.FullMethod, m)
 	if err != nil {
-		return a.refused(ss.Context(), info.FullMethod, err)
+		return a.refused(ss.Context(), info.FullMethod, err, nil)
 	}
 	ctx, end := context.WithCancelCause(ss.Context())
 	defer end(nil)
@@ -77,6 +111,9 @@ func (a *API) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo,
 	record := &auditRecord{}
 	ctx = context.WithValue(context.WithValue(ctx, callerKey{}, c), auditKey{}, record)
 	call := func() error {
+		if err := a.limitCalls(ctx, c); err != nil {
+			return err
+		}
 		return a.safely(info.FullMethod, func() error { return handler(srv, &serverStream{ss, ctx}) })
 	}
 	if m.watches {
@@ -127,17 +164,38 @@ func (a *API) safely(name string, call func() error) (err error) {
 	return call()
 }
 
-// refused logs that a call was denied. Whoever is denied can try as often as
-// it likes, so only some are logged.
-func (a *API) refused(ctx context.Context, name string, err error) error {
+// refused records that a call was denied, and what it was about, as far as that
+// is known. Whoever is denied can try as often as it likes, so only some are
+// recorded: of each one that has an X509-SVID, and of all others together.
+func (a *API) refused(ctx context.Context, name string, err error, subject []slog.Attr) error {
 	a.countRefusal(name, err)
 	if cause := hiddenCause(err); cause != nil {
 		a.log.Error("a caller could not be authorized", "method", name, "error", cause)
-	} else if a.refusals.Allow() {
-		attrs := append([]slog.Attr{slog.String("method", name), slog.String("error", err.Error())}, from(ctx)...)
-		a.log.LogAttrs(ctx, slog.LevelWarn, "call denied", attrs...)
+		return err
 	}
+	now := a.now()
+	if !a.refusals.of(a.known(ctx), now).AllowN(now, 1) {
+		return err
+	}
+	message := "call denied"
+	if methods[name].audit {
+		message = "audit"
+	}
+	attrs := append([]slog.Attr{slog.String("method", strings.TrimPrefix(clip(name), "/"))}, from(ctx)...)
+	attrs = append(attrs, subject...)
+	attrs = append(attrs, slog.String("outcome", grpcstatus.Code(err).String()), slog.String("error", grpcstatus.Convert(err).Message()))
+	a.log.LogAttrs(ctx, slog.LevelWarn, message, attrs...)
 	return err
+}
+
+// known returns the ID of a caller that an authority vouches for; of others "".
+func (a *API) known(ctx context.Context) string {
+	if p, ok := peer.FromContext(ctx); ok && a.vouchedFor(ctx) {
+		if info, ok := p.AuthInfo.(*tlsPeer); ok {
+			return info.id.String()
+		}
+	}
+	return ""
 }
 
 // countRefusal counts a call that was denied. Whoever is denied may have made

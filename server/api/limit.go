@@ -16,12 +16,14 @@ import (
 // default.
 type Limits struct {
 	Connections     int // TCP connections at once
+	CallsPerSecond  int // calls over TCP of one caller
 	AttestPerSecond int // attestations from one IP address
 	SignPerSecond   int // signatures for one agent or downstream server
 }
 
 func (l Limits) withDefaults() Limits {
 	l.Connections = cmp.Or(l.Connections, DefaultConnections)
+	l.CallsPerSecond = cmp.Or(l.CallsPerSecond, DefaultCallsPerSecond)
 	l.AttestPerSecond = cmp.Or(l.AttestPerSecond, DefaultAttestPerSecond)
 	l.SignPerSecond = cmp.Or(l.SignPerSecond, DefaultSignPerSecond)
 	return l
@@ -33,6 +35,7 @@ func (a *API) SetLimits(l Limits) {
 	l = l.withDefaults()
 	a.limits.Store(&l)
 	// Two seconds' worth at once, and a whole batch in any case.
+	a.calls.set(l.CallsPerSecond, 2*l.CallsPerSecond)
 	a.attests.set(l.AttestPerSecond, 2*l.AttestPerSecond)
 	a.signs.set(l.SignPerSecond, max(2*l.SignPerSecond, maxSignatures))
 }
@@ -45,6 +48,7 @@ func (l Limits) maxAnonymous() int64 { return int64(max(l.Connections/2, 10)) }
 // what one of them needs to be in the way of the others.
 const (
 	DefaultConnections     = 15_000 // a process has 20,000 descriptors at most, in many places
+	DefaultCallsPerSecond  = 4_000  // twice the signatures, each of which may be a call
 	DefaultAttestPerSecond = 500    // SPIRE's figure
 	DefaultSignPerSecond   = 2_000  // about a quarter of what one core can sign
 )
@@ -128,6 +132,18 @@ func (l *limiter) wait(ctx context.Context, caller string, n int) error {
 		r.CancelAt(l.now())
 		return status(ctx.Err())
 	}
+}
+
+// limitCalls counts a call against the rate of the caller: its ID, or the
+// address it comes from.
+func (a *API) limitCalls(ctx context.Context, c *Caller) error {
+	switch c.Kind {
+	case local:
+		return nil
+	case anyone:
+		return a.calls.wait(ctx, network(c.limited), 1)
+	}
+	return a.calls.wait(ctx, c.limited, 1)
 }
 
 // limitAttesting counts an attestation against the rate of the caller's

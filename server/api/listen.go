@@ -49,6 +49,9 @@ const (
 	minPing = 10 * time.Second
 	// maxIdle closes connections without a call. Clients open them again.
 	maxIdle = 10 * time.Minute
+	// maxAdminConnections is how many operators' connections the admin socket
+	// serves at once.
+	maxAdminConnections = 256
 )
 
 // ListenTCP listens for agents and workloads. An error names the setting that

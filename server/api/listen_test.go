@@ -8,6 +8,8 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -278,4 +280,38 @@ func TestConnectionsWithoutAnSVIDLeaveRoomForAgents(t *testing.T) {
 	expectCode(t, err, codes.Unavailable, "")
 	_, err = bundlev1.NewBundleClient(w.connect(agent)).GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
 	must(t, err)
+}
+
+func TestCallsOfOneCallerAreLimited(t *testing.T) {
+	w := newWorld(t)
+	agent, other := w.newAgent(), w.newAgent()
+	w.api.SetLimits(api.Limits{CallsPerSecond: 1})
+	refused := func(conn *grpc.ClientConn) (n int) {
+		var calls sync.WaitGroup
+		var refused atomic.Int64
+		for range 20 { // two at once, some that wait for their turn, and the rest
+			calls.Go(func() {
+				if _, err := bundlev1.NewBundleClient(conn).GetBundle(t.Context(), &bundlev1.GetBundleRequest{}); err != nil {
+					expectCode(t, err, codes.ResourceExhausted, "more than 1 a second")
+					refused.Add(1)
+				}
+			})
+		}
+		calls.Wait()
+		return int(refused.Load())
+	}
+	if n := refused(w.connect(nil)); n < 10 {
+		t.Errorf("%d of 20 calls from one address were refused", n)
+	}
+	entries := entryv1.NewEntryClient(w.connect(agent))
+	for range 2 {
+		_, err := entries.GetAuthorizedEntries(t.Context(), &entryv1.GetAuthorizedEntriesRequest{})
+		must(t, err)
+	}
+	// What one agent does is not in the way of another, nor of operators.
+	_, err := entryv1.NewEntryClient(w.connect(other)).GetAuthorizedEntries(t.Context(), &entryv1.GetAuthorizedEntriesRequest{})
+	must(t, err)
+	if n := refused(w.admin()); n != 0 {
+		t.Errorf("%d of 20 calls on the admin socket were refused", n)
+	}
 }

@@ -97,8 +97,8 @@ func New(o Options) *Issuer {
 		witTTL:      cmp.Or(o.WITTTL, DefaultWITTTL),
 		agentTTL:    cmp.Or(o.AgentTTL, DefaultAgentTTL),
 		jwtIssuer:   o.JWTIssuer,
-		jwt:         jwtProfile{kind: "jwt", typ: "JWT", authority: o.Authorities.JWT},
-		wit:         jwtProfile{kind: "wit", typ: "wit+jwt", authority: o.Authorities.WIT},
+		jwt:         jwtProfile{kind: "jwt", span: "sign JWT", typ: "JWT", authority: o.Authorities.JWT},
+		wit:         jwtProfile{kind: "wit", span: "sign WIT", typ: "wit+jwt", authority: o.Authorities.WIT},
 	}
 	if i.now == nil {
 		i.now = time.Now

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/crypto/cryptobyte"
 	"golang.org/x/crypto/cryptobyte/asn1"
 
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/server/authority"
 )
 
@@ -48,6 +49,7 @@ type token struct {
 // jwtProfile is what JWT-SVIDs, or WIT-SVIDs, have in common.
 type jwtProfile struct {
 	kind      string // for the record
+	span      string // for traces
 	typ       string // of the header
 	authority func() (*authority.JWT, error)
 	current   atomic.Pointer[jwtSigner]
@@ -115,6 +117,8 @@ func (i *Issuer) signJWT(ctx context.Context, t token) (*JWTSVID, error) {
 
 // signToken builds the token of a profile, signs and records it.
 func (i *Issuer) signToken(ctx context.Context, p *jwtProfile, t token) (*JWTSVID, error) {
+	ctx, span := telemetry.Span(ctx, p.span)
+	defer span.End()
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}

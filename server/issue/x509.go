@@ -20,6 +20,7 @@ import (
 	"golang.org/x/crypto/cryptobyte"
 	"golang.org/x/crypto/cryptobyte/asn1"
 
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/server/authority"
 )
 
@@ -147,6 +148,8 @@ func algorithmFor(public crypto.PublicKey) (signatureAlgorithm, error) {
 
 // signX509 builds a certificate, signs and records it.
 func (i *Issuer) signX509(ctx context.Context, c certificate) (*X509SVID, error) {
+	ctx, span := telemetry.Span(ctx, "sign X.509")
+	defer span.End()
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}

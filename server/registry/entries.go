@@ -180,7 +180,7 @@ func (r *Registry) writeEntries(ctx context.Context, writes []entryWrite, wanted
 		}
 		var newest store.Revision
 		var conflicts []*entryWrite
-		for i, res := range r.store.Commit(ctx, txns...) {
+		for i, res := range r.commit(ctx, txns...) {
 			w := pending[i]
 			if errors.Is(res.Err, store.ErrConflict) {
 				conflicts = append(conflicts, w)
@@ -329,7 +329,7 @@ func (r *Registry) pruneOnce(ctx context.Context) error {
 		return nil
 	}
 	var newest store.Revision
-	for _, res := range r.store.Commit(ctx, txns...) {
+	for _, res := range r.commit(ctx, txns...) {
 		newest = max(newest, res.Revision)
 		if res.Err != nil && !errors.Is(res.Err, store.ErrConflict) { // a conflict: changed meanwhile
 			return res.Err

@@ -27,6 +27,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/server/store"
 )
 
@@ -293,7 +294,7 @@ func (r *Registry) change(ctx context.Context, build func(*View) (store.Txn, err
 		if len(txn.Do) == 0 {
 			return v, nil
 		}
-		res := r.store.Commit(ctx, txn)[0]
+		res := r.commit(ctx, txn)[0]
 		if res.Err == nil {
 			return r.await(ctx, res.Revision)
 		}
@@ -308,6 +309,13 @@ func (r *Registry) change(ctx context.Context, build func(*View) (store.Txn, err
 		}
 	}
 	return nil, &Error{Kind: Contended, Msg: "others keep changing the same records; try again"}
+}
+
+// commit hands transactions to the store.
+func (r *Registry) commit(ctx context.Context, txns ...store.Txn) []store.Result {
+	ctx, span := telemetry.Span(ctx, "store commit")
+	defer span.End()
+	return r.store.Commit(ctx, txns...)
 }
 
 // putTxn writes one record if the key was last written at a revision.
