@@ -9,9 +9,9 @@ import (
 	"testing"
 )
 
-// TestTheThreatModelNamesTestsThatExist: a rule whose test was renamed or
-// removed is a rule that nobody checks.
-func TestTheThreatModelNamesTestsThatExist(t *testing.T) {
+// TestTheThreatModelAndTheLimitsNameTestsThatExist: a rule whose test was
+// renamed or removed is a rule that nobody checks.
+func TestTheThreatModelAndTheLimitsNameTestsThatExist(t *testing.T) {
 	root := ".."
 	exist := map[string]bool{}
 	declared := regexp.MustCompile(`(?m)^func (Test\w+)\(`)
@@ -27,17 +27,19 @@ func TestTheThreatModelNamesTestsThatExist(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	text, err := os.ReadFile(filepath.Join(root, "docs", "threat-model.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	named := regexp.MustCompile("`(Test\\w+)`").FindAllSubmatch(text, -1)
-	if len(named) < 10 {
-		t.Errorf("the threat model names %d tests", len(named))
-	}
-	for _, m := range named {
-		if !exist[string(m[1])] {
-			t.Errorf("docs/threat-model.md names %s, which does not exist", m[1])
+	for _, file := range []string{"threat-model.md", "limits.md"} {
+		text, err := os.ReadFile(filepath.Join(root, "docs", file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		named := regexp.MustCompile("`(Test\\w+)`").FindAllSubmatch(text, -1)
+		if len(named) < 10 {
+			t.Errorf("docs/%s names %d tests", file, len(named))
+		}
+		for _, m := range named {
+			if !exist[string(m[1])] {
+				t.Errorf("docs/%s names %s, which does not exist", file, m[1])
+			}
 		}
 	}
 }
