@@ -17,15 +17,17 @@ import (
 	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/exporters/otlp/otlptrace"
-	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracegrpc"
 	metricnoop "go.opentelemetry.io/otel/metric/noop"
 	"go.opentelemetry.io/otel/propagation"
 	"go.opentelemetry.io/otel/sdk/resource"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/trace"
+	collectorv1 "go.opentelemetry.io/proto/otlp/collector/trace/v1"
+	tracev1 "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/stats"
 
 	"github.com/hallmark-id/hallmark/pkg/version"
@@ -125,24 +127,13 @@ func OpenTraces(o TracesOptions) (*Traces, error) {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	options := []otlptracegrpc.Option{
-		otlptracegrpc.WithEndpointURL(o.Config.Endpoint),
-		otlptracegrpc.WithTimeout(exportTime),
-		otlptracegrpc.WithRetry(otlptracegrpc.RetryConfig{Enabled: false}),
-		otlptracegrpc.WithDialOption(grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{
-			BaseDelay: time.Second, Multiplier: 1.6, Jitter: 0.2, MaxDelay: exportBackoff,
-		}})),
-	}
-	if o.Config.CA != "" {
-		roots, err := readRoots(o.Config.CA)
-		if err != nil {
-			return nil, fmt.Errorf("telemetry.traces.ca: %w", err)
-		}
-		options = append(options, otlptracegrpc.WithTLSCredentials(credentials.NewTLS(&tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12})))
-	}
-	out, err := otlptrace.New(context.Background(), otlptracegrpc.NewClient(options...))
+	collector, err := dialCollector(o.Config)
 	if err != nil {
-		return nil, fmt.Errorf("telemetry.traces.endpoint: %w", err)
+		return nil, err
+	}
+	out, err := otlptrace.New(context.Background(), collector)
+	if err != nil {
+		return nil, fmt.Errorf("telemetry.traces: %w", err)
 	}
 	ratio := o.Config.Ratio
 	if ratio == 0 {
@@ -168,6 +159,55 @@ func OpenTraces(o TracesOptions) (*Traces, error) {
 		otelgrpc.WithMeterProvider(metricnoop.NewMeterProvider()), // [Calls] counts
 		otelgrpc.WithPropagators(propagation.TraceContext{}),
 	}}, nil
+}
+
+// collectorClient sends spans in one call a batch, without trying again: the
+// exporters of OpenTelemetry do more, and make every gRPC server and client of
+// the program offer compression.
+type collectorClient struct{ conn *grpc.ClientConn }
+
+// dialCollector makes a client. It connects with the first batch.
+func dialCollector(c TracesConfig) (*collectorClient, error) {
+	u, err := url.Parse(c.Endpoint)
+	if err != nil {
+		return nil, fmt.Errorf("telemetry.traces.endpoint: %w", err)
+	}
+	creds := insecure.NewCredentials()
+	if u.Scheme == "https" {
+		config := &tls.Config{MinVersion: tls.VersionTLS12}
+		if c.CA != "" {
+			if config.RootCAs, err = readRoots(c.CA); err != nil {
+				return nil, fmt.Errorf("telemetry.traces.ca: %w", err)
+			}
+		}
+		creds = credentials.NewTLS(config)
+	}
+	conn, err := grpc.NewClient(u.Host, grpc.WithTransportCredentials(creds), grpc.WithDisableServiceConfig(),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{
+			BaseDelay: time.Second, Multiplier: 1.6, Jitter: 0.2, MaxDelay: exportBackoff,
+		}}))
+	if err != nil {
+		return nil, fmt.Errorf("telemetry.traces.endpoint: %w", err)
+	}
+	return &collectorClient{conn}, nil
+}
+
+// Start does nothing: there is nothing to wait for.
+func (c *collectorClient) Start(context.Context) error { return nil }
+
+// Stop closes the connection.
+func (c *collectorClient) Stop(context.Context) error { return c.conn.Close() }
+
+// UploadTraces sends a batch.
+func (c *collectorClient) UploadTraces(ctx context.Context, spans []*tracev1.ResourceSpans) error {
+	resp, err := collectorv1.NewTraceServiceClient(c.conn).Export(ctx, &collectorv1.ExportTraceServiceRequest{ResourceSpans: spans})
+	if err != nil {
+		return err
+	}
+	if rejected := resp.GetPartialSuccess(); rejected.GetRejectedSpans() > 0 {
+		return fmt.Errorf("it rejected %d spans: %s", rejected.RejectedSpans, rejected.ErrorMessage)
+	}
+	return nil
 }
 
 // Close sends what waits, if the collector takes it at once, and stops.
