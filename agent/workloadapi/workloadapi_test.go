@@ -571,6 +571,9 @@ func TestWhatAProcessIsGivenIsLoggedOnceAndWithoutTheSecret(t *testing.T) {
 		token = m.Svids[0].Svid
 	}
 	for _, text := range []string{`msg="X509-SVIDs given" pid=`, `msg="JWT-SVIDs given" pid=`} {
+		for end := time.Now().Add(10 * time.Second); a.log.count(text) == 0 && time.Now().Before(end); {
+			time.Sleep(time.Millisecond) // what is sent is logged after
+		}
 		if n := a.log.count(text); n != 1 {
 			t.Errorf("%s is %d times in the log, want once", text, n)
 		}
