@@ -20,9 +20,9 @@ const (
 	// MaxProofLifetime is how far ahead a proof may end. Makers of proofs give
 	// them seconds, or minutes if they must.
 	MaxProofLifetime = 5 * time.Minute
-	// DefaultMaxProofs is room for a thousand requests a second with proofs
-	// made by [Prove], some ten megabytes.
-	DefaultMaxProofs = 1 << 17
+	// DefaultMaxProofs is room for a thousand requests a second of one caller,
+	// with proofs made by [Prove]: some forty megabytes.
+	DefaultMaxProofs = 1 << 18
 
 	maxProofID = 256 // bytes
 )
@@ -43,8 +43,8 @@ type Config struct {
 	MaxLifetime time.Duration
 	// MaxProofs bounds the proofs that are remembered so that each works once;
 	// zero: [DefaultMaxProofs]. Beyond it requests are answered with
-	// [ErrBusy]: limit what one caller may send, or it takes the room of all.
-	// Each process remembers its own.
+	// [ErrBusy]. One caller's proofs take half of the room at most, so that it
+	// does not shut out the others. Each process remembers its own.
 	MaxProofs int
 	// BehindTLSProxy accepts requests that came without TLS. Set it only if a
 	// proxy in front ends TLS, and nobody but that proxy can reach this server.
@@ -92,7 +92,7 @@ func NewVerifier(c Config) (*Verifier, error) {
 	if v.config.Now == nil {
 		v.config.Now = time.Now
 	}
-	v.replays = replays{most: cmp.Or(c.MaxProofs, DefaultMaxProofs), until: map[[sha256.Size]byte]time.Time{}}
+	v.replays = newReplays(cmp.Or(c.MaxProofs, DefaultMaxProofs))
 	return v, nil
 }
 
@@ -189,7 +189,7 @@ func (v *Verifier) checkProof(proof string, u *Unproven, tokenHash string, hashe
 	if jti == "" || len(jti) > maxProofID {
 		return fmt.Errorf("claim jti is missing, or not a string of at most %d bytes", maxProofID)
 	}
-	return v.replays.use(sha256.Sum256([]byte(tokenHash+jti)), exp.Add(Leeway), now)
+	return v.replays.use(u.ID, sha256.Sum256([]byte(tokenHash+jti)), exp.Add(Leeway), now)
 }
 
 // checkTarget checks that a proof is for this service and the request's path.

@@ -296,10 +296,10 @@ func TestWITSVID_W39_OfManyAtOnceOneGetsIn(t *testing.T) {
 	}
 }
 
-func TestWITSVID_W39_TheMemoryOfProofsIsBounded(t *testing.T) {
+func TestWITSVID_W39_TheMemoryOfProofsIsBoundedAndNobodysAlone(t *testing.T) {
 	at := now
 	v := verifier(t, func(c *witsvid.Config) {
-		c.MaxProofs = 2
+		c.MaxProofs = 4
 		c.Now = func() time.Time { return at }
 	})
 	letIn(t, v, proven(nil))
@@ -313,6 +313,10 @@ func TestWITSVID_W39_TheMemoryOfProofsIsBounded(t *testing.T) {
 		t.Errorf("status %d, Retry-After %q", w.Code, w.Header().Get("Retry-After"))
 	}
 	keptOut(t, v, request(good(nil), proof(second, proofHeader, proofClaims(good(nil), nil))), "signature") // wrong ones take no room
+	other := good(set("sub", "spiffe://example.org/other"))
+	if _, err := v.Verify(request(other, proof(p256, proofHeader, proofClaims(other, nil)))); err != nil {
+		t.Errorf("another caller is shut out: %v", err)
+	}
 	at = now.Add(2 * time.Minute)
 	letIn(t, v, proven(set("exp", at.Add(time.Minute).Unix())))
 }
