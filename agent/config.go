@@ -19,6 +19,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/docker"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
+	"github.com/hallmark-id/hallmark/attestors/systemd"
 	"github.com/hallmark-id/hallmark/attestors/unix"
 	"github.com/hallmark-id/hallmark/attestors/x509pop"
 	"github.com/hallmark-id/hallmark/pkg/bundle"
@@ -156,9 +157,10 @@ type JoinTokenConfig struct {
 // WorkloadAttestorsConfig says how processes are attested: by each attestor
 // that is set.
 type WorkloadAttestorsConfig struct {
-	Unix   *unix.Config         `yaml:"unix"`   // by user, groups and program
-	Docker *docker.Config       `yaml:"docker"` // by the container of docker that it runs in
-	Podman *docker.PodmanConfig `yaml:"podman"` // by the container of podman that it runs in
+	Unix    *unix.Config         `yaml:"unix"`    // by user, groups and program
+	Docker  *docker.Config       `yaml:"docker"`  // by the container of docker that it runs in
+	Podman  *docker.PodmanConfig `yaml:"podman"`  // by the container of podman that it runs in
+	Systemd *systemd.Config      `yaml:"systemd"` // by the unit of systemd that it runs in
 }
 
 // nodeAttestors is the table of what a node can prove itself with. A
@@ -221,6 +223,12 @@ var workloadAttestors = []struct {
 			return nil, nil
 		}
 		return docker.NewPodman(*c.Podman)
+	}},
+	{systemd.Name, func(c *WorkloadAttestorsConfig) (attestors.Workload, error) {
+		if c.Systemd == nil {
+			return nil, nil
+		}
+		return systemd.New(*c.Systemd)
 	}},
 }
 
