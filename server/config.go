@@ -67,6 +67,10 @@ type Config struct {
 	// the server over TCP, besides those of entries with admin set.
 	AdminIDs []string `yaml:"admin_ids"`
 
+	// BundleEndpoint publishes the trust domain's bundle, for servers of other
+	// trust domains. Default: it is not published.
+	BundleEndpoint *BundleEndpointConfig `yaml:"bundle_endpoint"`
+
 	// Limits bound what callers can make the server do. SIGHUP reloads them.
 	Limits LimitsConfig `yaml:"limits"`
 
@@ -86,6 +90,27 @@ type ExperimentalConfig struct {
 	// WIT makes the server have WIT authorities and issue WIT-SVIDs. Switching it
 	// off takes them out of the bundle: what they signed verifies no more.
 	WIT bool `yaml:"wit"`
+}
+
+// BundleEndpointConfig publishes the bundle over HTTPS: GET / has it, for
+// whoever asks. The profile is https_spiffe, with the server's own X509-SVID,
+// /spire/server, unless https_web is set.
+type BundleEndpointConfig struct {
+	// Listen is the host:port, for example 0.0.0.0:8443. It is required.
+	Listen string `yaml:"listen" env:"expand"`
+	// HTTPSWeb makes the profile https_web: clients verify the endpoint as
+	// browsers do. Default: https_spiffe.
+	HTTPSWeb *CertificateConfig `yaml:"https_web"`
+}
+
+// CertificateConfig is a certificate of the Web PKI in files. They are read
+// again when they change.
+type CertificateConfig struct {
+	// Certificate is a PEM file of the certificate and the intermediate ones that
+	// follow it. It is required.
+	Certificate string `yaml:"certificate" env:"expand"`
+	// Key is a PEM file of its private key. It is required.
+	Key string `yaml:"key" env:"expand"`
 }
 
 // StoreConfig says where the registry is kept: one of its fields is set.
@@ -320,6 +345,7 @@ func (s *settings) check(src config.Source) error {
 		wrong("store.badger.memtable", "memtable is %d bytes; it is between %d and %d", b.MemTable, 8<<20, 256<<20)
 	}
 	s.checkKeys(wrong)
+	s.checkBundleEndpoint(wrong)
 	s.Telemetry.Check(func(key, format string, args ...any) { wrong("telemetry."+key, format, args...) })
 	s.checkLifetimes(wrong)
 	s.checkAttestors(wrong)
@@ -348,6 +374,26 @@ func (s *settings) check(src config.Source) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func (s *settings) checkBundleEndpoint(wrong func(path, format string, args ...any)) {
+	e := s.BundleEndpoint
+	if e == nil {
+		return
+	}
+	switch _, err := hostPort(e.Listen); {
+	case e.Listen == "":
+		wrong("bundle_endpoint", "bundle_endpoint has no listen; set it to an address like 0.0.0.0:8443")
+	case err != nil:
+		wrong("bundle_endpoint.listen", "bundle_endpoint.listen: %v; write host:port, for example 0.0.0.0:8443", err)
+	case e.Listen == s.Listen:
+		wrong("bundle_endpoint.listen", "bundle_endpoint.listen is %s, where agents are served; choose another port, such as 8443", e.Listen)
+	}
+	if web := e.HTTPSWeb; web != nil {
+		if web.Certificate == "" || web.Key == "" {
+			wrong("bundle_endpoint.https_web", "https_web needs the files certificate and key")
+		}
+	}
 }
 
 // checkLifetimes demands that an authority lives twice as long as what it

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"time"
 
@@ -20,12 +21,14 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/hallmark-id/hallmark/attestors"
+	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/config"
 	"github.com/hallmark-id/hallmark/pkg/loglevel"
 	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/pkg/version"
 	"github.com/hallmark-id/hallmark/server/api"
 	"github.com/hallmark-id/hallmark/server/authority"
+	"github.com/hallmark-id/hallmark/server/federation"
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/issue"
 	"github.com/hallmark-id/hallmark/server/metrics"
@@ -81,6 +84,14 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	}
 	defer admin.Close()
 
+	published, err := s.listenBundleEndpoint(log)
+	if err != nil {
+		return err
+	}
+	if published != nil {
+		defer published.Listener.Close()
+	}
+
 	st, err := s.openStore(log, counted)
 	if err != nil {
 		return err
@@ -118,7 +129,15 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 			Registry: reg, X509TTL: time.Duration(s.X509.SVIDLifetime), JWTTTL: time.Duration(s.JWT.SVIDLifetime),
 			Log: log, Metrics: counted,
 		})
-		served := s.newAPI(st, reg, authorities, evidence, pushes, log, level, counted, traces)
+		issuer := s.newIssuer(authorities, log, counted)
+		served := s.newAPI(st, reg, authorities, issuer, evidence, pushes, log, level, counted, traces)
+		fetches := federation.NewSchedule(federation.ScheduleOptions{
+			Relationships: federation.FromRegistry(reg), Refresh: served.RefreshFederated, Log: log, Metrics: counted,
+		})
+		below.Go(func() error { return fetches.Run(base) })
+		if published != nil {
+			below.Go(func() error { return s.publish(base, *published, reg, issuer) })
+		}
 		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities) })
 		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities, keys) })
 		log.Info("server is ready", append(describe(reg, authorities),
@@ -159,23 +178,26 @@ func (s *settings) openAuthorities(ctx context.Context, reg *registry.Registry, 
 	})
 }
 
-func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *authority.Authorities, evidence map[string]attestors.Server, pushes *feed.Feed, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics, traces *telemetry.Traces) *api.API {
-	x509TTL, jwtTTL := time.Duration(s.X509.SVIDLifetime), time.Duration(s.JWT.SVIDLifetime)
-	return api.New(api.Options{
-		Store:       st,
-		Registry:    reg,
+func (s *settings) newIssuer(authorities *authority.Authorities, log *slog.Logger, counted *metrics.Metrics) *issue.Issuer {
+	return issue.New(issue.Options{
+		TrustDomain: s.td,
 		Authorities: authorities,
-		Issuer: issue.New(issue.Options{
-			TrustDomain: s.td,
-			Authorities: authorities,
-			Log:         log,
-			Metrics:     counted,
-			X509TTL:     x509TTL,
-			JWTTTL:      jwtTTL,
-			WITTTL:      time.Duration(s.WIT.SVIDLifetime),
-			AgentTTL:    time.Duration(s.X509.AgentLifetime),
-			JWTIssuer:   s.JWT.Issuer,
-		}),
+		Log:         log,
+		Metrics:     counted,
+		X509TTL:     time.Duration(s.X509.SVIDLifetime),
+		JWTTTL:      time.Duration(s.JWT.SVIDLifetime),
+		WITTTL:      time.Duration(s.WIT.SVIDLifetime),
+		AgentTTL:    time.Duration(s.X509.AgentLifetime),
+		JWTIssuer:   s.JWT.Issuer,
+	})
+}
+
+func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *authority.Authorities, issuer *issue.Issuer, evidence map[string]attestors.Server, pushes *feed.Feed, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics, traces *telemetry.Traces) *api.API {
+	return api.New(api.Options{
+		Store:         st,
+		Registry:      reg,
+		Authorities:   authorities,
+		Issuer:        issuer,
 		Feed:          pushes,
 		NodeAttestors: evidence,
 		AdminIDs:      s.adminIDs,
@@ -186,6 +208,40 @@ func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *a
 		Metrics:       counted,
 		Traces:        traces,
 	})
+}
+
+// listenBundleEndpoint begins to listen where the bundle is to be published. It
+// returns nil if it is not.
+func (s *settings) listenBundleEndpoint(log *slog.Logger) (*federation.EndpointOptions, error) {
+	c := s.BundleEndpoint
+	if c == nil {
+		return nil, nil
+	}
+	o := &federation.EndpointOptions{Log: log}
+	if web := c.HTTPSWeb; web != nil {
+		files, err := federation.OpenFiles(web.Certificate, web.Key, log)
+		if err != nil {
+			return nil, fmt.Errorf("bundle_endpoint.https_web: %w", err)
+		}
+		o.Certificate = files.Certificate
+	}
+	l, err := net.Listen("tcp", c.Listen)
+	if err != nil {
+		return nil, fmt.Errorf("bundle_endpoint.listen: %w; choose another address", err)
+	}
+	o.Listener = l
+	return o, nil
+}
+
+// publish publishes the bundle until the context ends.
+func (s *settings) publish(ctx context.Context, o federation.EndpointOptions, reg *registry.Registry, issuer *issue.Issuer) error {
+	o.Bundle = func() *bundle.Bundle { return reg.View().Bundle(s.td) }
+	profile := "https_web"
+	if o.Certificate == nil {
+		profile, o.Certificate = "https_spiffe", issuer.ServerTLS
+	}
+	o.Log.Info("the bundle is published", "listen", o.Listener.Addr().String(), "profile", profile)
+	return federation.NewEndpoint(o).Run(ctx)
 }
 
 // describe says what a server has, for the log.

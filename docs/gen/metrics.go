@@ -68,6 +68,8 @@ func serverMetrics() ([]*dto.MetricFamily, error) {
 	m := server.New(r)
 	m.Calls.Call("", nil, 0)
 	m.Refusals.WithLabelValues("", "")
+	m.BundleRefreshes.WithLabelValues("", "")
+	m.BundleRefreshed.WithLabelValues("")
 	server.RegisterState(r, func() server.State {
 		return server.State{AuthorityEnds: map[string]time.Time{"x509": {}}}
 	})

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
@@ -108,6 +109,31 @@ func (b *Bundle) WITJWKS() []byte { return b.derive().wit.jwks }
 
 // WITKey returns the WIT authority with a key ID, or nil.
 func (b *Bundle) WITKey(kid string) crypto.PublicKey { return b.derive().wit.keys[kid] }
+
+// Document returns the SPIFFE bundle document: all authorities as one JWK Set,
+// each with the kind of SVID that it signs, the sequence number and the refresh
+// hint. Trust Domain and Bundle §4.
+func (b *Bundle) Document() ([]byte, error) {
+	whole := spiffebundle.New(b.TrustDomain)
+	whole.SetSequenceNumber(b.SequenceNumber)
+	if b.RefreshHint > 0 {
+		whole.SetRefreshHint(b.RefreshHint)
+	}
+	for _, a := range b.X509Authorities {
+		whole.AddX509Authority(a.Certificate)
+	}
+	for _, a := range b.JWTAuthorities {
+		if err := whole.AddJWTAuthority(a.KeyID, a.PublicKey); err != nil {
+			return nil, fmt.Errorf("JWT authority: %w", err)
+		}
+	}
+	for _, a := range b.WITAuthorities {
+		if err := whole.AddWITAuthority(a.KeyID, a.PublicKey); err != nil {
+			return nil, fmt.Errorf("WIT authority: %w", err)
+		}
+	}
+	return whole.Marshal()
+}
 
 // HasKeyID reports whether a JWT or WIT authority has a key ID. In one bundle
 // it names one key, whatever that signs: WIT-SVID §6.1.

@@ -127,42 +127,58 @@ func (s *trustDomainService) BatchDeleteFederationRelationship(ctx context.Conte
 	return resp, nil
 }
 
-// RefreshBundle fetches the bundle of a relationship's trust domain from its
-// endpoint and stores it. It returns when that is done. An older bundle than
-// the one that is stored does not replace it. SPIFFE Federation §4.2.
+// RefreshBundle fetches the bundle of a relationship's trust domain now. It
+// returns when it is stored.
 func (s *trustDomainService) RefreshBundle(ctx context.Context, req *trustdomainv1.RefreshBundleRequest) (*emptypb.Empty, error) {
 	td, err := s.otherDomain(req.TrustDomain)
 	if err != nil {
 		return nil, err
 	}
-	view := s.registry.View()
+	if err := s.RefreshFederated(ctx, td); err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, nil
+}
+
+// RefreshFederated fetches the bundle of a relationship's trust domain from its
+// endpoint and stores it. An older bundle than the one that is stored does not
+// replace it. SPIFFE Federation §4.2. The error is one of a call.
+func (a *API) RefreshFederated(ctx context.Context, td spiffeid.TrustDomain) error {
+	view := a.registry.View()
 	f := view.Federation(td)
 	if f == nil {
-		return nil, errNoFederation
+		return errNoFederation
 	}
-	fetched, err := s.federation.Fetch(ctx, f, x509Bundles{view})
+	fetched, err := a.federation.Fetch(ctx, f, x509Bundles{view})
 	switch {
 	case errors.Is(err, federation.ErrNoRoots):
-		return nil, callErrorf(codes.FailedPrecondition, "%s", err)
+		return callErrorf(codes.FailedPrecondition, "%s", err)
 	case ctx.Err() != nil:
-		return nil, status(ctx.Err())
+		return status(ctx.Err())
 	case err != nil:
-		return nil, callErrorf(codes.Unavailable, "%s", err)
+		return callErrorf(codes.Unavailable, "%s", err)
 	}
 	w, err := fetchedToWire(fetched)
 	if err != nil {
-		return nil, status(err)
+		return status(err)
 	}
-	b, err := s.registry.ChangeBundle(ctx, td, func(b *bundle.Bundle) error {
+	b, err := a.registry.ChangeBundle(ctx, td, func(b *bundle.Bundle) error {
+		now := a.registry.View().Federation(td)
+		if now == nil || now.EndpointURL != f.EndpointURL || now.EndpointID != f.EndpointID {
+			return callErrorf(codes.Aborted, "the relationship with %q was changed while its bundle was fetched", td.Name())
+		}
 		n, ok := fetched.SequenceNumber()
-		if ok && n < b.SequenceNumber {
-			if sameContent(b, w) {
-				return nil
-			}
+		if ok && n <= b.SequenceNumber && sameContent(b, w) {
+			return nil
+		}
+		switch {
+		case ok && n < b.SequenceNumber:
 			return callErrorf(codes.FailedPrecondition, "the endpoint offers bundle %d of %q, and %d is stored already: it stays", n, td.Name(), b.SequenceNumber)
+		case ok && n == b.SequenceNumber: // Federation §4.2: its publisher does not count, or somebody else answered
+			a.log.Warn("a bundle has changed without its sequence number", "trust_domain", td.Name(), "url", f.EndpointURL, "sequence_number", n)
 		}
 		was := b.SequenceNumber
-		if err := s.takeBundle(w)(s.registry.View(), b); err != nil {
+		if err := a.takeBundle(w)(a.registry.View(), b); err != nil {
 			return err
 		}
 		if !ok {
@@ -171,10 +187,10 @@ func (s *trustDomainService) RefreshBundle(ctx context.Context, req *trustdomain
 		return nil
 	})
 	if err != nil {
-		return nil, status(err)
+		return status(err)
 	}
-	s.log.Info("bundle refreshed", "trust_domain", td.Name(), "url", f.EndpointURL, "endpoint_id", f.EndpointID.String(), "sequence_number", b.SequenceNumber)
-	return &emptypb.Empty{}, nil
+	a.log.Info("bundle refreshed", "trust_domain", td.Name(), "url", f.EndpointURL, "endpoint_id", f.EndpointID.String(), "sequence_number", b.SequenceNumber)
+	return nil
 }
 
 // authoritiesOnly is a mask of all that a bundle holds.

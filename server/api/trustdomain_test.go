@@ -193,7 +193,7 @@ func TestFederationRelationshipsAreCreatedChangedListedAndDeleted(t *testing.T) 
 	expectCode(t, err, codes.NotFound, "federation relationship not found")
 }
 
-func TestFederation_F13_F15_AWrongRelationshipIsRefusedAndStoresNothing(t *testing.T) {
+func TestFederation_F13_F15_F43_AWrongRelationshipIsRefusedAndStoresNothing(t *testing.T) {
 	w := newWorld(t)
 	c := trustdomainv1.NewTrustDomainClient(w.admin())
 	other := newDomain(t, "other.org", false)
@@ -227,7 +227,7 @@ func TestFederation_F13_F15_AWrongRelationshipIsRefusedAndStoresNothing(t *testi
 	expectStatus(t, twice[1].Status, codes.AlreadyExists, "already exists")
 }
 
-func TestRefreshBundle_F10_F34_FetchesWithBothProfilesAndNoOther(t *testing.T) {
+func TestRefreshBundle_F06_F07_F10_F25_F26_F27_F28_F32_F34_F44_F47_F49_FetchesWithBothProfilesAndNoOther(t *testing.T) {
 	byWeb, bySPIFFE := newDomain(t, "web.org", false), newDomain(t, "spiffe.org", true)
 	pool := x509.NewCertPool()
 	pool.AddCert(byWeb.endpoint.Certificate())
@@ -275,10 +275,23 @@ func TestRefreshBundle_F10_F34_FetchesWithBothProfilesAndNoOther(t *testing.T) {
 	if b := w.registry.View().Bundle(byWeb.td); b.SequenceNumber != 8 || len(b.JWTAuthorities) != 1 || b.WITKey("w") == nil {
 		t.Errorf("stored %v", b)
 	}
-	set(byWeb.relationship("/newer")) // T-10, T-11: what is not understood is ignored, the rest is kept
-	byWeb.bundle.SetSequenceNumber(9)
+	// One that changes without its number is taken, and the log says so; one
+	// that has no number is taken as it comes (F-07).
+	must(t, byWeb.bundle.AddJWTAuthority("unnumbered", mustKey(t)))
 	must(t, refresh("web.org"))
-	if n := stored(byWeb); n != 9 {
+	if len(w.log.lines("changed without its sequence number", "web.org")) != 1 {
+		t.Error("nobody is told")
+	}
+	byWeb.bundle.ClearSequenceNumber()
+	byWeb.bundle.RemoveJWTAuthority("unnumbered")
+	must(t, refresh("web.org"))
+	if b := w.registry.View().Bundle(byWeb.td); len(b.JWTAuthorities) != 1 {
+		t.Errorf("stored %v", b)
+	}
+	byWeb.bundle.SetSequenceNumber(20)
+	set(byWeb.relationship("/newer")) // T-10, T-11: what is not understood is ignored, the rest is kept
+	must(t, refresh("web.org"))
+	if n := stored(byWeb); n != 20 {
 		t.Errorf("stored sequence %d", n)
 	}
 	// F-28, F-34, F-44: no profile stands in for another, no ID for another.
@@ -299,6 +312,9 @@ func TestRefreshBundle_F10_F34_FetchesWithBothProfilesAndNoOther(t *testing.T) {
 	expectCode(t, refresh("spiffe.org"), codes.Unavailable, "certificate")
 	if len(w.log.lines("audit", "RefreshBundle", "web.org")) == 0 {
 		t.Error("no audit record of a refresh")
+	}
+	if len(w.log.lines("bundle refreshed", bySPIFFE.endpoint.URL, "spiffe://spiffe.org/endpoint", "sequence_number=7")) == 0 { // F-47
+		t.Error("no record of what was fetched from where")
 	}
 }
 

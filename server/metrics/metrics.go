@@ -24,6 +24,9 @@ type Metrics struct {
 	Agents   prometheus.Gauge // connected
 	PushStep prometheus.Histogram
 
+	BundleRefreshes *prometheus.CounterVec // of foreign bundles, by trust domain and outcome
+	BundleRefreshed *prometheus.GaugeVec   // when one was last fetched, by trust domain
+
 	Commits       prometheus.Counter // transactions
 	CommitSeconds prometheus.Histogram
 }
@@ -55,6 +58,14 @@ func New(r prometheus.Registerer) *Metrics {
 			Help:    "How long it took from sending a change to an agent until it acknowledged everything that was sent to it.",
 			Buckets: telemetry.LatencyBuckets,
 		}),
+		BundleRefreshes: make.NewCounterVec(prometheus.CounterOpts{
+			Name: "hallmark_server_bundle_refreshes_total",
+			Help: "Fetches of foreign bundles by schedule, by trust domain and outcome (ok, failed).",
+		}, []string{"trust_domain", "outcome"}),
+		BundleRefreshed: make.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "hallmark_server_bundle_refreshed_timestamp_seconds",
+			Help: "When a foreign bundle was last fetched by schedule, by trust domain, in seconds since 1970; 0: not since the server's start.",
+		}, []string{"trust_domain"}),
 		Commits: make.NewCounter(prometheus.CounterOpts{
 			Name: "hallmark_server_store_transactions_total",
 			Help: "Transactions committed to the store.",

@@ -151,6 +151,14 @@ func (r *Registry) TrustDomain() spiffeid.TrustDomain { return r.td }
 // View returns the newest state.
 func (r *Registry) View() *View { return r.view.Load() }
 
+// Changed returns a channel that is closed when a newer state is published than
+// there was at this call. Take a view after it.
+func (r *Registry) Changed() <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.changed
+}
+
 // Run follows the store and prunes what has expired, until the context ends.
 func (r *Registry) Run(ctx context.Context) (err error) {
 	ctx, cancel := context.WithCancel(ctx)

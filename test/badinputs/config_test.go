@@ -49,6 +49,11 @@ var configs = []struct {
 	{"server", "unknown log level", "trust_domain: a\nlog: {level: loud}\n", []string{"loud", "debug, info, warn, error"}},
 	{"server", "unknown variable", "trust_domain: ${HALLMARK_NOT_SET}\n", []string{"HALLMARK_NOT_SET"}},
 
+	{"server", "bundle endpoint nowhere", "trust_domain: a\nbundle_endpoint: {}\n", []string{"bundle_endpoint has no listen", "0.0.0.0:8443"}},
+	{"server", "bundle endpoint without port", "trust_domain: a\nbundle_endpoint: {listen: localhost}\n", []string{"missing port", "write host:port"}},
+	{"server", "bundle endpoint where agents are served", "trust_domain: a\nlisten: 127.0.0.1:1\nbundle_endpoint: {listen: '127.0.0.1:1'}\n", []string{"where agents are served", "choose another port"}},
+	{"server", "bundle endpoint without a key", "trust_domain: a\nbundle_endpoint: {listen: ':8443', https_web: {certificate: /x}}\n", []string{"needs the files certificate and key"}},
+
 	{"agent", "empty", "", []string{"trust_domain is missing", "hallmark token generate"}},
 	{"agent", "no server", "trust_domain: a\n", []string{"server is missing", "host:port"}},
 	{"agent", "server without port", "trust_domain: a\nserver: localhost\n", []string{"not host:port", "for example"}},
@@ -100,6 +105,8 @@ var seenByValidateOnly = map[string]bool{
 	"server lifetime of nothing": true, "server fraction of a second": true, "server SVID outlives authority": true,
 	"server authority for a century": true, "server foreign admin": true, "server malformed admin": true,
 	"server limit below zero": true, "server unknown variable": true,
+	"server bundle endpoint nowhere": true, "server bundle endpoint without port": true,
+	"server bundle endpoint where agents are served": true, "server bundle endpoint without a key": true,
 	"agent server without port": true, "agent server of nowhere": true, "agent join is no join string": true,
 	"agent join is cut": true, "agent no trust bundle": true, "agent trust bundle is a directory": true,
 	"agent same sockets": true, "agent socket path too long": true, "agent no workload attestor": true,

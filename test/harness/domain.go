@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net"
@@ -26,12 +27,16 @@ type Domain struct {
 	Socket      string // the Workload API
 
 	Server, Agent *Process
+
+	serverEnv []string
 }
 
 // Settings are what tests change of a domain's configuration: YAML that is
 // appended to it.
 type Settings struct {
 	Server, Agent string
+	TrustDomain   string   // "": example.org
+	ServerEnv     []string // of the server's process
 }
 
 // NewDomain lays out a domain: directories, configuration files. Nothing runs
@@ -45,7 +50,9 @@ func NewDomain(t testing.TB, s Settings) *Domain {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	must(t, os.Chmod(dir, 0o755))
+	td := cmp.Or(s.TrustDomain, "example.org")
 	d := &Domain{
+		serverEnv:   s.ServerEnv,
 		Dir:         dir,
 		Address:     FreeAddress(t),
 		AdminSocket: filepath.Join(dir, "server", "admin.sock"),
@@ -56,10 +63,10 @@ func NewDomain(t testing.TB, s Settings) *Domain {
 		must(t, os.Mkdir(filepath.Join(dir, name), 0o755))
 		must(t, os.Chown(filepath.Join(dir, name), uid, uid))
 	}
-	d.write(t, "server.yaml", fmt.Sprintf("trust_domain: example.org\nlisten: %s\ndata_dir: %s/server/data\nadmin_socket: %s\n%s",
-		d.Address, dir, d.AdminSocket, s.Server))
-	d.write(t, "agent.yaml", fmt.Sprintf("trust_domain: example.org\nserver: %s\ndata_dir: %s/agent/data\nsocket: %s\nadmin_socket: %s\n%s",
-		d.Address, dir, d.Socket, d.AgentSocket, s.Agent))
+	d.write(t, "server.yaml", fmt.Sprintf("trust_domain: %s\nlisten: %s\ndata_dir: %s/server/data\nadmin_socket: %s\n%s",
+		td, d.Address, dir, d.AdminSocket, s.Server))
+	d.write(t, "agent.yaml", fmt.Sprintf("trust_domain: %s\nserver: %s\ndata_dir: %s/agent/data\nsocket: %s\nadmin_socket: %s\n%s",
+		td, d.Address, dir, d.Socket, d.AgentSocket, s.Agent))
 	return d
 }
 
@@ -71,7 +78,7 @@ func (d *Domain) write(t testing.TB, name, text string) {
 // StartServer starts the server and waits until it serves.
 func (d *Domain) StartServer(t testing.TB) {
 	t.Helper()
-	d.Server = Command{Args: []string{"server", "run", "-c", filepath.Join(d.Dir, "server.yaml")}, UID: ServerUID}.Start(t)
+	d.Server = Command{Args: []string{"server", "run", "-c", filepath.Join(d.Dir, "server.yaml")}, Env: d.serverEnv, UID: ServerUID}.Start(t)
 	d.Server.WaitReady(t, "server", "health", "--admin-socket", d.AdminSocket)
 }
 
