@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -86,13 +85,12 @@ func TestFederation_F02_F05_F09_F10_F35_F38_TwoTrustDomains(t *testing.T) {
 	a := newPartner(t, "a.example", endpointA, "", "SSL_CERT_FILE="+web.Certificate) // https_spiffe
 	b := newPartner(t, "b.example", endpointB, fmt.Sprintf("  https_web:\n    certificate: %s\n    key: %s\n", web.Certificate, web.Key))
 
-	// Of a, b has to have the bundle first; b's endpoint is verified as a web
-	// site is.
-	file := filepath.Join(b.Dir, "a.json")
-	if err := os.WriteFile(file, []byte(a.Admin(t, "bundle", "show", "-o", "spiffe")), 0o644); err != nil {
-		t.Fatal(err)
+	// Of a, b has to have authorities first, which the invitation has; b's
+	// endpoint is verified as a web site is.
+	invitation := strings.TrimSpace(a.Admin(t, "federation", "invite", "--url", "https://"+endpointA))
+	if shown := b.Admin(t, "federation", "accept", "--yes", invitation); !strings.Contains(shown, "spiffe://a.example/spire/server") {
+		t.Errorf("accept shows\n%s", shown)
 	}
-	b.Admin(t, "federation", "create", a.name, "--url", "https://"+endpointA, "--endpoint-spiffe-id", "spiffe://a.example/spire/server", "--bundle", file)
 	a.Admin(t, "federation", "create", b.name, "--url", "https://"+endpointB)
 	harness.Eventually(t, "a fetches b's bundle by itself", func(context.Context) error {
 		if list := a.Admin(t, "bundle", "list"); !strings.Contains(list, b.name) {

@@ -35,8 +35,8 @@ func (a *app) federationCommand() *cobra.Command {
 		"A federation relationship says where the bundle of a foreign trust domain is\n"+
 			"published, and how that endpoint proves itself: by a certificate of the Web PKI, or\n"+
 			"by an X509-SVID with --endpoint-spiffe-id.",
-		"  hallmark federation list\n  hallmark federation create other.org --url https://other.org/bundle\n  hallmark federation refresh other.org",
-		a.federationPut("create"), a.federationPut("update"), a.federationDelete(), a.federationList(), a.federationShow(), a.federationRefresh())
+		"  hallmark federation invite --url https://example.org:8443/    # for the other side to accept\n  hallmark federation list\n  hallmark federation create other.org --url https://other.org/bundle\n  hallmark federation refresh other.org",
+		a.federationInvite(), a.federationAccept(), a.federationPut("create"), a.federationPut("update"), a.federationDelete(), a.federationList(), a.federationShow(), a.federationRefresh())
 }
 
 // federationItem is a relationship as commands print it.

@@ -37,6 +37,9 @@ var commands = []struct {
 	{"JWT without audience", []string{"svid", "mint", "jwt", "--spiffe-id", "/x"}, 2, []string{"needs --audience"}},
 	{"unknown format", []string{"entry", "list", "-o", "xml"}, 2, []string{"table, json, yaml"}},
 	{"too many arguments", []string{"entry", "list", "x"}, 2, []string{"takes no argument"}},
+	{"invitation that is cut", []string{"federation", "accept", "--yes", "hallmark-federation-v1.abc"}, 2, []string{"its end is missing", "copy the whole line"}},
+	{"join string as invitation", []string{"federation", "accept", "--yes", "hallmark-join-v1.abc"}, 2, []string{"not an invitation", "hallmark federation invite"}},
+	{"invitation without https", []string{"federation", "invite", "--url", "http://example.org/"}, 2, []string{"write https://HOST:PORT/"}},
 	{"no configuration", []string{"server", "validate", "-c", "/none.yaml"}, 1, []string{"/none.yaml", "no such file"}},
 	{"setting without value", []string{"server", "validate", "--set", "log.level"}, 2, []string{"write KEY=VALUE"}},
 }
