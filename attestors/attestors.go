@@ -10,6 +10,7 @@ package attestors
 import (
 	"context"
 	"errors"
+	"strings"
 
 	"github.com/hallmark-id/hallmark/pkg/selector"
 )
@@ -65,4 +66,13 @@ type Workload interface {
 	// container, say) has none, without an error. The caller checks afterwards
 	// that the process is still the one it pinned.
 	Attest(ctx context.Context, process Process) ([]selector.Selector, error)
+}
+
+// Clip bounds a text that a node sent, for an error.
+func Clip(text string) string {
+	const longest = 100 // bytes
+	if len(text) <= longest {
+		return text
+	}
+	return strings.ToValidUTF8(text[:longest], "") + "…"
 }

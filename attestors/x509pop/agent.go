@@ -14,6 +14,7 @@ import (
 	"sync"
 
 	"github.com/hallmark-id/hallmark/attestors"
+	"github.com/hallmark-id/hallmark/attestors/pemfile"
 )
 
 // AgentConfig is the configuration of the half on the node. The files are read
@@ -57,7 +58,7 @@ func NewAgent(c AgentConfig) (*Agent, error) {
 // Proof reads the files and returns the certificate with its intermediates. The
 // error names the file that is wrong.
 func (a *Agent) Proof(context.Context) ([]byte, error) {
-	chain, err := readCertificates(a.config.CertificatePath, maxChainFile)
+	chain, err := pemfile.Certificates(a.config.CertificatePath, maxChainFile)
 	if err != nil {
 		return nil, err
 	}
@@ -73,7 +74,7 @@ func (a *Agent) Proof(context.Context) ([]byte, error) {
 		return nil, fmt.Errorf("the key in %s does not belong to the first certificate in %s", a.config.PrivateKeyPath, a.config.CertificatePath)
 	}
 	if a.config.IntermediatesPath != "" {
-		more, err := readCertificates(a.config.IntermediatesPath, maxChainFile)
+		more, err := pemfile.Certificates(a.config.IntermediatesPath, maxChainFile)
 		if err != nil {
 			return nil, err
 		}

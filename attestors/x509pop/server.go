@@ -1,7 +1,6 @@
 package x509pop
 
 import (
-	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -14,7 +13,6 @@ import (
 	"log/slog"
 	"math/big"
 	"strings"
-	"sync"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -23,6 +21,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/hallmark-id/hallmark/attestors"
+	"github.com/hallmark-id/hallmark/attestors/agentpath"
+	"github.com/hallmark-id/hallmark/attestors/pemfile"
 	"github.com/hallmark-id/hallmark/pkg/selector"
 )
 
@@ -89,10 +89,10 @@ type Options struct {
 type Server struct {
 	o        Options
 	mode     string
-	bundle   bundleFiles          // mode external_pki
+	bundle   pemfile.Bundle       // mode external_pki
 	td       spiffeid.TrustDomain // of SVIDs, mode spiffe
 	prefix   string               // of SVIDs' paths, with a slash at its end
-	template *pathTemplate
+	template *agentpath.Template
 }
 
 var _ attestors.Server = (*Server)(nil)
@@ -127,7 +127,7 @@ func New(c ServerConfig, o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.template, err = parseTemplate(text); err != nil {
+	if s.template, err = agentpath.Parse(Name, text, sample()); err != nil {
 		return nil, fmt.Errorf("agent_path_template: %w", err)
 	}
 	return s, nil
@@ -148,8 +148,8 @@ func (s *Server) configurePKI(c ServerConfig) error {
 	case len(paths) > maxBundleFiles:
 		return fmt.Errorf("ca_bundle_paths names %d files; the most is %d", len(paths), maxBundleFiles)
 	}
-	s.bundle.paths = paths
-	if _, err := s.bundle.load(); err != nil {
+	s.bundle.Paths = paths
+	if _, err := s.bundle.Load(); err != nil {
 		return fmt.Errorf("CA bundle: %w", err)
 	}
 	return nil
@@ -233,10 +233,10 @@ func (s *Server) verifyChain(certs []*x509.Certificate) ([][]*x509.Certificate, 
 	// The error's own text may name authorities that the node did not send.
 	if unknown := (x509.UnknownAuthorityError{}); errors.As(err, &unknown) {
 		return nil, fmt.Errorf("certificate of %q, issued by %q, does not lead to an authority that this server trusts for %s",
-			clip(certs[0].Subject.String()), clip(certs[0].Issuer.String()), Name)
+			attestors.Clip(certs[0].Subject.String()), attestors.Clip(certs[0].Issuer.String()), Name)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("certificate of %q does not verify: %w", clip(certs[0].Subject.String()), err)
+		return nil, fmt.Errorf("certificate of %q does not verify: %w", attestors.Clip(certs[0].Subject.String()), err)
 	}
 	return chains, nil
 }
@@ -250,7 +250,7 @@ func (s *Server) roots() (*x509.CertPool, error) {
 		s.o.Log.Error("x509pop cannot attest nodes: the server has no bundle of the trust domain of their SVIDs", "trust_domain", s.td.Name())
 		return nil, attestors.ErrUnavailable
 	}
-	pool, err := s.bundle.load()
+	pool, err := s.bundle.Load()
 	if err != nil {
 		s.o.Log.Error("x509pop cannot attest nodes: the CA bundle cannot be read", "error", err)
 		return nil, attestors.ErrUnavailable
@@ -285,9 +285,9 @@ func (s *Server) path(leaf *x509.Certificate, sans []san) (string, error) {
 		case leaf.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0: // X509-SVID §4.3
 			return "", fmt.Errorf("X509-SVID of %q has a key usage that only authorities have", id)
 		}
-		data.SVIDPathTrimmed = svidPath(trimmed)
+		data.SVIDPathTrimmed = agentpath.Valid(trimmed)
 	}
-	path, err := s.template.path(data)
+	path, err := s.template.Path(data)
 	if err != nil {
 		return "", fmt.Errorf("certificate does not fit the agent_path_template: %w", err)
 	}
@@ -400,56 +400,4 @@ func selectors(leaf *x509.Certificate, chains [][]*x509.Certificate, sans []san)
 		add("san:"+san.key, san.value)
 	}
 	return selector.NewSet(out...)
-}
-
-// bundleFiles are the files of the trusted authorities. They are read each
-// time, which is cheap beside verifying a signature and misses no change, and
-// parsed when they differ.
-type bundleFiles struct {
-	paths []string
-
-	mu   sync.Mutex
-	data [][]byte // that pool was made of
-	pool *x509.CertPool
-}
-
-// load returns the authorities in the files as they are now.
-func (b *bundleFiles) load() (*x509.CertPool, error) {
-	data := make([][]byte, len(b.paths))
-	for i, path := range b.paths {
-		var err error
-		if data[i], err = readFile(path, maxBundleFile); err != nil {
-			return nil, err
-		}
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.pool != nil && equal(b.data, data) {
-		return b.pool, nil
-	}
-	pool := x509.NewCertPool()
-	for i, path := range b.paths {
-		certs, err := parseCertificates(data[i])
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", path, err)
-		}
-		for j, cert := range certs {
-			// What Go takes as a root; version 1 has no extension to say it.
-			if cert.Version >= 3 && !cert.BasicConstraintsValid || cert.BasicConstraintsValid && !cert.IsCA {
-				return nil, fmt.Errorf("%s: certificate %d, of %q, is not that of a certificate authority", path, j+1, clip(cert.Subject.String()))
-			}
-			pool.AddCert(cert)
-		}
-	}
-	b.data, b.pool = data, pool
-	return pool, nil
-}
-
-func equal(a, b [][]byte) bool {
-	for i := range a {
-		if !bytes.Equal(a[i], b[i]) {
-			return false
-		}
-	}
-	return true
 }

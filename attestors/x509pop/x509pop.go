@@ -44,7 +44,6 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
-	"strings"
 )
 
 // Name is the attestor's name, on the wire and in configuration, and the type
@@ -239,13 +238,4 @@ func serialHex(serial *big.Int) string {
 		text = "0" + text
 	}
 	return text
-}
-
-// clip bounds a text of a certificate in an error.
-func clip(text string) string {
-	const longest = 100 // bytes
-	if len(text) <= longest {
-		return text
-	}
-	return strings.ToValidUTF8(text[:longest], "") + "…"
 }
