@@ -19,6 +19,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/docker"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
+	"github.com/hallmark-id/hallmark/attestors/sshpop"
 	"github.com/hallmark-id/hallmark/attestors/systemd"
 	"github.com/hallmark-id/hallmark/attestors/unix"
 	"github.com/hallmark-id/hallmark/attestors/x509pop"
@@ -145,6 +146,7 @@ func (l LimitsConfig) endpoint() endpoint.Limits {
 type NodeAttestorConfig struct {
 	JoinToken *JoinTokenConfig     `yaml:"join_token"` // by a token that an operator made
 	X509PoP   *x509pop.AgentConfig `yaml:"x509pop"`    // by a certificate and its private key
+	SSHPoP    *sshpop.AgentConfig  `yaml:"sshpop"`     // by the SSH certificate of its host key
 }
 
 // JoinTokenConfig is attestation by join token.
@@ -184,6 +186,12 @@ var nodeAttestors = []struct {
 			return nil, err
 		}
 		return &node.Attestor{Name: x509pop.Name, Agent: a}, nil
+	}},
+	{"node_attestor.sshpop", func(c *NodeAttestorConfig) (*node.Attestor, error) {
+		if c.SSHPoP == nil {
+			return nil, nil
+		}
+		return &node.Attestor{Name: sshpop.Name, Agent: sshpop.NewAgent(*c.SSHPoP)}, nil
 	}},
 }
 
@@ -441,7 +449,7 @@ func (s *settings) checkAttestors(wrong wrongFunc) {
 		}
 		switch {
 		case named == 0:
-			wrong("node_attestor", "node_attestor names no attestor; choose join_token or x509pop, or remove it")
+			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop or sshpop, or remove it")
 		case named > 1:
 			wrong("node_attestor", "node_attestor names %d attestors; a node proves what it is by one", named)
 		}

@@ -52,6 +52,8 @@ func TestConfigurationsThatAreComplete(t *testing.T) {
 		"nothing but trust":               "trust_domain: example.org\nserver: localhost:8081\ninsecure_bootstrap: true\nnode_attestor: {join_token: {token: abc}}",
 		"a certificate": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
 			"\nnode_attestor: {x509pop: {private_key_path: key.pem, certificate_path: cert.pem, intermediates_path: ca.pem}}",
+		"a host key": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
+			"\nnode_attestor: {sshpop: {host_key_path: key, host_cert_path: key-cert.pub}}",
 		"a join string and the same names": "trust_domain: example.org\nserver: elsewhere.example.org:443\njoin: " + joinString(t) +
 			"\nworkload_attestors: {unix: {path: true, sha256: true, max_size: 1000}, docker: {env: [TIER]}, podman: {rootless_uids: [1000]}}",
 	} {

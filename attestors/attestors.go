@@ -11,6 +11,8 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/hallmark-id/hallmark/pkg/selector"
 )
@@ -75,4 +77,20 @@ func Clip(text string) string {
 		return text
 	}
 	return strings.ToValidUTF8(text[:longest], "") + "…"
+}
+
+// SelectorsOf makes selectors of an attestor's name out of what a verified proof
+// says of a node. A value that would not be readable text, or is longer than any
+// that can be registered, has none.
+func SelectorsOf(name string, values []string) []selector.Selector {
+	var out []selector.Selector
+	for _, value := range values {
+		if !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl) {
+			continue
+		}
+		if s, err := selector.New(name, value); err == nil {
+			out = append(out, s)
+		}
+	}
+	return selector.NewSet(out...)
 }

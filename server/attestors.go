@@ -11,6 +11,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
+	"github.com/hallmark-id/hallmark/attestors/sshpop"
 	"github.com/hallmark-id/hallmark/attestors/x509pop"
 	"github.com/hallmark-id/hallmark/server/registry"
 )
@@ -19,6 +20,7 @@ import (
 type NodeAttestorsConfig struct {
 	JoinToken *JoinTokenConfig      `yaml:"join_token"` // by a token that an operator made
 	X509PoP   *x509pop.ServerConfig `yaml:"x509pop"`    // by a certificate and its private key
+	SSHPoP    *sshpop.ServerConfig  `yaml:"sshpop"`     // by the SSH certificate of a host key
 }
 
 // JoinTokenConfig enables join tokens; there is nothing to say of them.
@@ -51,6 +53,12 @@ var nodeAttestors = []struct {
 			},
 			Log: log,
 		})
+	}},
+	{sshpop.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+		if s.NodeAttestors.SSHPoP == nil {
+			return nil, nil
+		}
+		return sshpop.New(*s.NodeAttestors.SSHPoP, sshpop.Options{Log: log})
 	}},
 }
 

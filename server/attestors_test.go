@@ -17,6 +17,8 @@ import (
 	"github.com/hallmark-id/hallmark/server"
 )
 
+const sshKey = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJpPvkHjFdTXb9cnkn9Zx7dBrfJxAbUgg2rMOMxTTqfo"
+
 // caBundle writes the certificate of an authority that nodes' certificates may
 // lead to.
 func caBundle(t *testing.T) string {
@@ -47,6 +49,7 @@ func TestNodesMayAttestInSeveralWays(t *testing.T) {
 		"join_token: {}\n  x509pop: {ca_bundle_path: " + ca + "}",
 		"x509pop: {ca_bundle_path: " + ca + ", ca_bundle_paths: [" + ca + "], agent_path_template: 'x509pop/{{ .Subject.CommonName }}'}",
 		"x509pop: {mode: spiffe}",
+		"sshpop: {cert_authorities: [" + sshKey + "], canonical_domain: example.org, agent_path_template: 'sshpop/{{ .Hostname }}'}",
 		"x509pop: {mode: spiffe, trust_domain: other.org, svid_prefix: /nodes}",
 	} {
 		if err := server.Check(source("trust_domain: example.org\nnode_attestors:\n  " + yaml + "\n")); err != nil {

@@ -14,8 +14,6 @@ import (
 	"math/big"
 	"strings"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -375,29 +373,19 @@ func (s *Server) sans(leaf *x509.Certificate) ([]san, error) {
 	return out, nil
 }
 
-// selectors returns what a verified certificate says of a node. A value that
-// would not be readable text has no selector.
+// selectors returns what a verified certificate says of a node.
 func selectors(leaf *x509.Certificate, chains [][]*x509.Certificate, sans []san) []selector.Selector {
-	var out []selector.Selector
-	add := func(kind, value string) {
-		if !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl) {
-			return
-		}
-		if s, err := selector.New(Name, kind+":"+value); err == nil { // it fails if longer than any registered one
-			out = append(out, s)
-		}
-	}
+	values := []string{"serialnumber:" + serialHex(leaf.SerialNumber)}
 	if cn := leaf.Subject.CommonName; cn != "" {
-		add("subject:cn", cn)
+		values = append(values, "subject:cn:"+cn)
 	}
 	for _, chain := range chains {
 		for _, ca := range chain[1:] {
-			add("ca:fingerprint", fingerprint(ca))
+			values = append(values, "ca:fingerprint:"+fingerprint(ca))
 		}
 	}
-	add("serialnumber", serialHex(leaf.SerialNumber))
 	for _, san := range sans {
-		add("san:"+san.key, san.value)
+		values = append(values, "san:"+san.key+":"+san.value)
 	}
-	return selector.NewSet(out...)
+	return attestors.SelectorsOf(Name, values)
 }
