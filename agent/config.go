@@ -21,6 +21,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
 	"github.com/hallmark-id/hallmark/attestors/systemd"
+	"github.com/hallmark-id/hallmark/attestors/tpmek"
 	"github.com/hallmark-id/hallmark/attestors/unix"
 	"github.com/hallmark-id/hallmark/attestors/x509pop"
 	"github.com/hallmark-id/hallmark/pkg/bundle"
@@ -147,6 +148,7 @@ type NodeAttestorConfig struct {
 	JoinToken *JoinTokenConfig     `yaml:"join_token"` // by a token that an operator made
 	X509PoP   *x509pop.AgentConfig `yaml:"x509pop"`    // by a certificate and its private key
 	SSHPoP    *sshpop.AgentConfig  `yaml:"sshpop"`     // by the SSH certificate of its host key
+	TPMEK     *tpmek.AgentConfig   `yaml:"tpm_ek"`     // by its TPM and what the manufacturer says of it
 }
 
 // JoinTokenConfig is attestation by join token.
@@ -192,6 +194,16 @@ var nodeAttestors = []struct {
 			return nil, nil
 		}
 		return &node.Attestor{Name: sshpop.Name, Agent: sshpop.NewAgent(*c.SSHPoP)}, nil
+	}},
+	{"node_attestor.tpm_ek", func(c *NodeAttestorConfig) (*node.Attestor, error) {
+		if c.TPMEK == nil {
+			return nil, nil
+		}
+		a, err := tpmek.NewAgent(*c.TPMEK)
+		if err != nil {
+			return nil, err
+		}
+		return &node.Attestor{Name: tpmek.Name, Agent: a}, nil
 	}},
 }
 
@@ -449,7 +461,7 @@ func (s *settings) checkAttestors(wrong wrongFunc) {
 		}
 		switch {
 		case named == 0:
-			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop or sshpop, or remove it")
+			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop or tpm_ek, or remove it")
 		case named > 1:
 			wrong("node_attestor", "node_attestor names %d attestors; a node proves what it is by one", named)
 		}

@@ -12,6 +12,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
+	"github.com/hallmark-id/hallmark/attestors/tpmek"
 	"github.com/hallmark-id/hallmark/attestors/x509pop"
 	"github.com/hallmark-id/hallmark/server/registry"
 )
@@ -21,6 +22,7 @@ type NodeAttestorsConfig struct {
 	JoinToken *JoinTokenConfig      `yaml:"join_token"` // by a token that an operator made
 	X509PoP   *x509pop.ServerConfig `yaml:"x509pop"`    // by a certificate and its private key
 	SSHPoP    *sshpop.ServerConfig  `yaml:"sshpop"`     // by the SSH certificate of a host key
+	TPMEK     *tpmek.ServerConfig   `yaml:"tpm_ek"`     // by a TPM and what its manufacturer says of it
 }
 
 // JoinTokenConfig enables join tokens; there is nothing to say of them.
@@ -59,6 +61,12 @@ var nodeAttestors = []struct {
 			return nil, nil
 		}
 		return sshpop.New(*s.NodeAttestors.SSHPoP, sshpop.Options{Log: log})
+	}},
+	{tpmek.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+		if s.NodeAttestors.TPMEK == nil {
+			return nil, nil
+		}
+		return tpmek.New(*s.NodeAttestors.TPMEK, tpmek.Options{Log: log})
 	}},
 }
 

@@ -49,6 +49,7 @@ func TestNodesMayAttestInSeveralWays(t *testing.T) {
 		"join_token: {}\n  x509pop: {ca_bundle_path: " + ca + "}",
 		"x509pop: {ca_bundle_path: " + ca + ", ca_bundle_paths: [" + ca + "], agent_path_template: 'x509pop/{{ .Subject.CommonName }}'}",
 		"x509pop: {mode: spiffe}",
+		"tpm_ek: {endorsement_ca_path: " + ca + ", ek_hashes: [" + strings.Repeat("ab", 32) + "], pcrs: [7, 0]}",
 		"sshpop: {cert_authorities: [" + sshKey + "], canonical_domain: example.org, agent_path_template: 'sshpop/{{ .Hostname }}'}",
 		"x509pop: {mode: spiffe, trust_domain: other.org, svid_prefix: /nodes}",
 	} {
