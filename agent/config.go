@@ -21,6 +21,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
 	"github.com/hallmark-id/hallmark/attestors/systemd"
+	"github.com/hallmark-id/hallmark/attestors/tpmdevid"
 	"github.com/hallmark-id/hallmark/attestors/tpmek"
 	"github.com/hallmark-id/hallmark/attestors/unix"
 	"github.com/hallmark-id/hallmark/attestors/x509pop"
@@ -145,10 +146,11 @@ func (l LimitsConfig) endpoint() endpoint.Limits {
 // NodeAttestorConfig says how the node proves what it is: one of its fields is
 // set.
 type NodeAttestorConfig struct {
-	JoinToken *JoinTokenConfig     `yaml:"join_token"` // by a token that an operator made
-	X509PoP   *x509pop.AgentConfig `yaml:"x509pop"`    // by a certificate and its private key
-	SSHPoP    *sshpop.AgentConfig  `yaml:"sshpop"`     // by the SSH certificate of its host key
-	TPMEK     *tpmek.AgentConfig   `yaml:"tpm_ek"`     // by its TPM and what the manufacturer says of it
+	JoinToken *JoinTokenConfig      `yaml:"join_token"` // by a token that an operator made
+	X509PoP   *x509pop.AgentConfig  `yaml:"x509pop"`    // by a certificate and its private key
+	SSHPoP    *sshpop.AgentConfig   `yaml:"sshpop"`     // by the SSH certificate of its host key
+	TPMEK     *tpmek.AgentConfig    `yaml:"tpm_ek"`     // by its TPM and what the manufacturer says of it
+	TPMDevID  *tpmdevid.AgentConfig `yaml:"tpm_devid"`  // by a certificate of a key in its TPM
 }
 
 // JoinTokenConfig is attestation by join token.
@@ -204,6 +206,16 @@ var nodeAttestors = []struct {
 			return nil, err
 		}
 		return &node.Attestor{Name: tpmek.Name, Agent: a}, nil
+	}},
+	{"node_attestor.tpm_devid", func(c *NodeAttestorConfig) (*node.Attestor, error) {
+		if c.TPMDevID == nil {
+			return nil, nil
+		}
+		a, err := tpmdevid.NewAgent(*c.TPMDevID)
+		if err != nil {
+			return nil, err
+		}
+		return &node.Attestor{Name: tpmdevid.Name, Agent: a}, nil
 	}},
 }
 
@@ -461,7 +473,7 @@ func (s *settings) checkAttestors(wrong wrongFunc) {
 		}
 		switch {
 		case named == 0:
-			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop or tpm_ek, or remove it")
+			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek or tpm_devid, or remove it")
 		case named > 1:
 			wrong("node_attestor", "node_attestor names %d attestors; a node proves what it is by one", named)
 		}

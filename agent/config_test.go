@@ -55,7 +55,9 @@ func TestConfigurationsThatAreComplete(t *testing.T) {
 		"a host key": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
 			"\nnode_attestor: {sshpop: {host_key_path: key, host_cert_path: key-cert.pub}}",
 		"a TPM": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
-			"\nnode_attestor: {tpm_ek: {device: /dev/tpmrm0, endorsement_key: p-256, certificate_path: ek.pem, endorsement_hierarchy_password: x}}",
+			"\nnode_attestor: {tpm_ek: {tpm_device_path: /dev/tpmrm0, endorsement_key: p-256, certificate_path: ek.pem, endorsement_hierarchy_password: x}}",
+		"a DevID": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
+			"\nnode_attestor: {tpm_devid: {devid_cert_path: c, devid_priv_path: a, devid_pub_path: b, devid_password: x, owner_hierarchy_password: y}}",
 		"a join string and the same names": "trust_domain: example.org\nserver: elsewhere.example.org:443\njoin: " + joinString(t) +
 			"\nworkload_attestors: {unix: {path: true, sha256: true, max_size: 1000}, docker: {env: [TIER]}, podman: {rootless_uids: [1000]}}",
 	} {

@@ -12,6 +12,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
+	"github.com/hallmark-id/hallmark/attestors/tpmdevid"
 	"github.com/hallmark-id/hallmark/attestors/tpmek"
 	"github.com/hallmark-id/hallmark/attestors/x509pop"
 	"github.com/hallmark-id/hallmark/server/registry"
@@ -19,10 +20,11 @@ import (
 
 // NodeAttestorsConfig says how nodes may attest: by each attestor that is set.
 type NodeAttestorsConfig struct {
-	JoinToken *JoinTokenConfig      `yaml:"join_token"` // by a token that an operator made
-	X509PoP   *x509pop.ServerConfig `yaml:"x509pop"`    // by a certificate and its private key
-	SSHPoP    *sshpop.ServerConfig  `yaml:"sshpop"`     // by the SSH certificate of a host key
-	TPMEK     *tpmek.ServerConfig   `yaml:"tpm_ek"`     // by a TPM and what its manufacturer says of it
+	JoinToken *JoinTokenConfig       `yaml:"join_token"` // by a token that an operator made
+	X509PoP   *x509pop.ServerConfig  `yaml:"x509pop"`    // by a certificate and its private key
+	SSHPoP    *sshpop.ServerConfig   `yaml:"sshpop"`     // by the SSH certificate of a host key
+	TPMEK     *tpmek.ServerConfig    `yaml:"tpm_ek"`     // by a TPM and what its manufacturer says of it
+	TPMDevID  *tpmdevid.ServerConfig `yaml:"tpm_devid"`  // by a certificate of a key in a TPM
 }
 
 // JoinTokenConfig enables join tokens; there is nothing to say of them.
@@ -67,6 +69,12 @@ var nodeAttestors = []struct {
 			return nil, nil
 		}
 		return tpmek.New(*s.NodeAttestors.TPMEK, tpmek.Options{Log: log})
+	}},
+	{tpmdevid.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+		if s.NodeAttestors.TPMDevID == nil {
+			return nil, nil
+		}
+		return tpmdevid.New(*s.NodeAttestors.TPMDevID, tpmdevid.Options{Log: log})
 	}},
 }
 

@@ -50,6 +50,7 @@ func TestNodesMayAttestInSeveralWays(t *testing.T) {
 		"x509pop: {ca_bundle_path: " + ca + ", ca_bundle_paths: [" + ca + "], agent_path_template: 'x509pop/{{ .Subject.CommonName }}'}",
 		"x509pop: {mode: spiffe}",
 		"tpm_ek: {endorsement_ca_path: " + ca + ", ek_hashes: [" + strings.Repeat("ab", 32) + "], pcrs: [7, 0]}",
+		"tpm_devid: {devid_ca_path: " + ca + ", endorsement_ca_path: " + ca + "}",
 		"sshpop: {cert_authorities: [" + sshKey + "], canonical_domain: example.org, agent_path_template: 'sshpop/{{ .Hostname }}'}",
 		"x509pop: {mode: spiffe, trust_domain: other.org, svid_prefix: /nodes}",
 	} {

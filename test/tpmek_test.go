@@ -28,7 +28,7 @@ func TestANodeAttestsByItsTPMAndLosesItsNameWithWhatItBooted(t *testing.T) {
 	}
 	d := harness.NewDomain(t, harness.Settings{
 		Server: fmt.Sprintf("x509: {agent_lifetime: 4s}\nnode_attestors: {tpm_ek: {endorsement_ca_path: %s, pcrs: [0, 7]}}\n", maker.CA),
-		Agent:  fmt.Sprintf("trust_bundle: %s/bundle.pem\nnode_attestor: {tpm_ek: {device: %s}}\n", dir, tpm.Socket),
+		Agent:  fmt.Sprintf("trust_bundle: %s/bundle.pem\nnode_attestor: {tpm_ek: {tpm_device_path: %s}}\n", dir, tpm.Socket),
 	})
 	d.StartServer(t)
 	if err := os.WriteFile(filepath.Join(dir, "bundle.pem"), []byte(d.Admin(t, "bundle", "show", "-o", "pem")), 0o644); err != nil {

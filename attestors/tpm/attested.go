@@ -3,8 +3,10 @@ package tpm
 import (
 	"bytes"
 	"crypto/sha256"
+	"encoding/asn1"
 	"errors"
 	"fmt"
+	"math/big"
 
 	"github.com/google/go-tpm/tpm2"
 	"golang.org/x/crypto/cryptobyte"
@@ -115,4 +117,15 @@ func (q *Quoted) Matches(values [][]byte) bool {
 		h.Write(v)
 	}
 	return bytes.Equal(h.Sum(nil), q.Digest)
+}
+
+// ASN1 writes an ECDSA signature of a TPM as others do: RFC 3279 §2.2.3.
+func ASN1(s *tpm2.TPMTSignature) ([]byte, error) {
+	ec, err := s.Signature.ECDSA()
+	if err != nil {
+		return nil, err
+	}
+	return asn1.Marshal(struct{ R, S *big.Int }{
+		new(big.Int).SetBytes(ec.SignatureR.Buffer), new(big.Int).SetBytes(ec.SignatureS.Buffer),
+	})
 }

@@ -9,7 +9,6 @@ import (
 	"crypto/rsa"
 	"errors"
 	"fmt"
-	"math/big"
 
 	"github.com/google/go-tpm/tpm2"
 )
@@ -58,6 +57,55 @@ var AKTemplate = tpm2.TPMTPublic{
 		CurveID: tpm2.TPMECCNistP256,
 	}),
 	Unique: point(make([]byte, 32), make([]byte, 32)),
+}
+
+// RSAAKTemplate is the same as an RSA key, which SPIRE's servers want.
+var RSAAKTemplate = tpm2.TPMTPublic{
+	Type:    tpm2.TPMAlgRSA,
+	NameAlg: tpm2.TPMAlgSHA256,
+	ObjectAttributes: tpm2.TPMAObject{
+		FixedTPM:            true,
+		FixedParent:         true,
+		SensitiveDataOrigin: true,
+		UserWithAuth:        true,
+		Restricted:          true,
+		SignEncrypt:         true,
+	},
+	Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgRSA, &tpm2.TPMSRSAParms{
+		Scheme: tpm2.TPMTRSAScheme{
+			Scheme:  tpm2.TPMAlgRSASSA,
+			Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgRSASSA, &tpm2.TPMSSigSchemeRSASSA{HashAlg: tpm2.TPMAlgSHA256}),
+		},
+		KeyBits: 2048,
+	}),
+	Unique: tpm2.NewTPMUPublicID(tpm2.TPMAlgRSA, &tpm2.TPM2BPublicKeyRSA{}),
+}
+
+// StorageTemplate is the key that protects others: EK Credential Profile 2.3
+// annex B.4, templates H-1 and H-2.
+func StorageTemplate(alg tpm2.TPMAlgID) tpm2.TPMTPublic {
+	if alg == tpm2.TPMAlgECC {
+		template := tpm2.ECCSRKTemplate
+		template.Unique = point(nil, nil)
+		return template
+	}
+	template := tpm2.RSASRKTemplate
+	template.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgRSA, &tpm2.TPM2BPublicKeyRSA{})
+	return template
+}
+
+// EndorsementArea is what a TPM says of its endorsement key (TPMT_PUBLIC), if the
+// key is as the TCG wants it.
+func EndorsementArea(ek crypto.PublicKey) ([]byte, error) {
+	kind, err := KindOf(ek)
+	if err != nil {
+		return nil, err
+	}
+	area, err := withKey(endorsement[kind].template, ek)
+	if err != nil {
+		return nil, err
+	}
+	return tpm2.Marshal(*area), nil
 }
 
 func point(x, y []byte) tpm2.TPMUPublicID {
@@ -154,17 +202,22 @@ func PublicKey(area *tpm2.TPMTPublic) (crypto.PublicKey, error) {
 		if err != nil {
 			return nil, err
 		}
-		size := (curve.Params().BitSize + 7) / 8
-		if len(at.X.Buffer) > size || len(at.Y.Buffer) > size {
-			return nil, errors.New("a point outside of its curve")
-		}
-		raw := make([]byte, 1+2*size) // some TPMs leave zeros out
-		raw[0] = 4
-		new(big.Int).SetBytes(at.X.Buffer).FillBytes(raw[1 : 1+size])
-		new(big.Int).SetBytes(at.Y.Buffer).FillBytes(raw[1+size:])
-		return ecdsa.ParseUncompressedPublicKey(curve, raw)
+		return onCurve(curve, at.X.Buffer, at.Y.Buffer)
 	}
 	return nil, fmt.Errorf("a key of the type %v", area.Type)
+}
+
+// onCurve makes a public key of a point.
+func onCurve(curve elliptic.Curve, x, y []byte) (*ecdsa.PublicKey, error) {
+	size := (curve.Params().BitSize + 7) / 8
+	if len(x) > size || len(y) > size {
+		return nil, errors.New("a point outside of its curve")
+	}
+	raw := make([]byte, 1+2*size) // some TPMs leave zeros out
+	raw[0] = 4                    // SEC 1 §2.3.3
+	copy(raw[1+size-len(x):], x)
+	copy(raw[1+2*size-len(y):], y)
+	return ecdsa.ParseUncompressedPublicKey(curve, raw)
 }
 
 // Credential is a secret that only one TPM can read, and only if it holds a key of

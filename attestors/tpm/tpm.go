@@ -19,6 +19,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -70,8 +71,20 @@ type socket struct {
 	stop func() bool
 }
 
-// Send sends a command and returns its response.
+// Send sends a command and returns its response. A TPM that has to write something
+// down first says so, and is asked again, as the kernel does it with a device.
 func (s *socket) Send(command []byte) ([]byte, error) {
+	const attempts, pause = 5, 20 * time.Millisecond
+	for attempt := 0; ; attempt++ {
+		response, err := s.exchange(command)
+		if err != nil || tpm2.TPMRC(binary.BigEndian.Uint32(response[6:])) != tpm2.TPMRCRetry || attempt == attempts {
+			return response, err
+		}
+		time.Sleep(pause << attempt)
+	}
+}
+
+func (s *socket) exchange(command []byte) ([]byte, error) {
 	if _, err := s.conn.Write(command); err != nil {
 		return nil, err
 	}
@@ -136,6 +149,80 @@ func (d *Device) CreatePrimary(hierarchy tpm2.TPMHandle, password string, templa
 		return nil, err
 	}
 	return k, nil
+}
+
+// Load loads a key that a parent protects, in the form in which the TPM gave it
+// out.
+func (d *Device) Load(parent *Key, public, private []byte, password string) (*Key, error) {
+	loaded, err := tpm2.Load{
+		ParentHandle: parent.password(),
+		InPrivate:    tpm2.TPM2BPrivate{Buffer: private},
+		InPublic:     tpm2.BytesAs2B[tpm2.TPMTPublic](public),
+	}.Execute(d)
+	if err != nil {
+		return nil, err
+	}
+	return &Key{
+		handle: tpm2.NamedHandle{Handle: loaded.ObjectHandle, Name: loaded.Name},
+		auth:   tpm2.PasswordAuth([]byte(password)),
+		flush:  true,
+	}, nil
+}
+
+// Saved is a copy of a key that was in the TPM's memory, encrypted by the TPM. It
+// can be restored until the machine is started anew.
+type Saved struct {
+	context tpm2.TPMSContext
+	key     Key
+}
+
+// Save makes a copy of a key, which is to be flushed afterwards.
+func (d *Device) Save(k *Key) (*Saved, error) {
+	saved, err := tpm2.ContextSave{SaveHandle: k.handle.Handle}.Execute(d)
+	if err != nil {
+		return nil, fmt.Errorf("save a key: %w", err)
+	}
+	return &Saved{saved.Context, *k}, nil
+}
+
+// Restore puts a key back.
+func (d *Device) Restore(s *Saved) (*Key, error) {
+	loaded, err := tpm2.ContextLoad{Context: s.context}.Execute(d)
+	if err != nil {
+		return nil, fmt.Errorf("load a key again: %w", err)
+	}
+	k := s.key
+	k.handle.Handle = loaded.LoadedHandle
+	return &k, nil
+}
+
+// Certify has one key state that another is in the same TPM. It returns the
+// TPMS_ATTEST and its signature.
+func (d *Device) Certify(ak, of *Key) ([]byte, *tpm2.TPMTSignature, error) {
+	certified, err := tpm2.Certify{
+		ObjectHandle: of.password(),
+		SignHandle:   ak.password(),
+		InScheme:     tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
+	}.Execute(d)
+	if err != nil {
+		return nil, nil, fmt.Errorf("certify a key: %w", err)
+	}
+	return certified.CertifyInfo.Bytes(), &certified.Signature, nil
+}
+
+// Sign signs a digest with a key that is not restricted, in the way that the key
+// itself says.
+func (d *Device) Sign(k *Key, digest []byte) (*tpm2.TPMTSignature, error) {
+	signed, err := tpm2.Sign{
+		KeyHandle:  k.password(),
+		Digest:     tpm2.TPM2BDigest{Buffer: digest},
+		InScheme:   tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
+		Validation: tpm2.TPMTTKHashCheck{Tag: tpm2.TPMSTHashCheck, Hierarchy: tpm2.TPMRHNull},
+	}.Execute(d)
+	if err != nil {
+		return nil, err
+	}
+	return &signed.Signature, nil
 }
 
 // LoadEndorsementKey finds the endorsement key of a kind where it is kept, or

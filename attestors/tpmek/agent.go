@@ -3,12 +3,10 @@ package tpmek
 import (
 	"context"
 	"crypto/x509"
-	"encoding/asn1"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/big"
 	"sync"
 
 	"github.com/google/go-tpm/tpm2"
@@ -22,7 +20,7 @@ import (
 type AgentConfig struct {
 	// Device is the TPM: a device, or the Unix socket of an emulator. Default
 	// /dev/tpmrm0.
-	Device string `yaml:"device" env:"expand"`
+	Device string `yaml:"tpm_device_path" env:"expand"`
 	// EndorsementKey is the kind of endorsement key to attest by: rsa-2048 or
 	// p-256. Default rsa-2048.
 	EndorsementKey string `yaml:"endorsement_key" oneof:"rsa-2048,p-256"`
@@ -191,20 +189,10 @@ func (a *Agent) Respond(ctx context.Context, data []byte) ([]byte, error) {
 		return nil, err
 	}
 	r.Quote = quote
-	if r.Signature, err = asn1Signature(signature); err != nil {
+	if r.Signature, err = tpm.ASN1(signature); err != nil {
 		return nil, err
 	}
 	return json.Marshal(r)
-}
-
-func asn1Signature(s *tpm2.TPMTSignature) ([]byte, error) {
-	ec, err := s.Signature.ECDSA()
-	if err != nil {
-		return nil, err
-	}
-	return asn1.Marshal(struct{ R, S *big.Int }{
-		new(big.Int).SetBytes(ec.SignatureR.Buffer), new(big.Int).SetBytes(ec.SignatureS.Buffer),
-	})
 }
 
 // String keeps the password out of logs.
