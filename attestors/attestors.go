@@ -9,8 +9,11 @@ package attestors
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
+	"fmt"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -93,4 +96,28 @@ func SelectorsOf(name string, values []string) []selector.Selector {
 		}
 	}
 	return selector.NewSet(out...)
+}
+
+// VerifyChain returns every chain from the first of some certificates, which a
+// node sent, over the others to an authority that is trusted now. The error's text
+// may be told to the node: it names no authority that the node did not send.
+func VerifyChain(certs []*x509.Certificate, roots *x509.CertPool, now time.Time) ([][]*x509.Certificate, error) {
+	leaf, intermediates := certs[0], x509.NewCertPool()
+	for _, cert := range certs[1:] {
+		intermediates.AddCert(cert)
+	}
+	chains, err := leaf.Verify(x509.VerifyOptions{
+		Roots:         roots,
+		Intermediates: intermediates,
+		CurrentTime:   now,
+		KeyUsages:     []x509.ExtKeyUsage{x509.ExtKeyUsageAny}, // it was made for other ends
+	})
+	if unknown := (x509.UnknownAuthorityError{}); errors.As(err, &unknown) {
+		return nil, fmt.Errorf("certificate of %q, issued by %q, does not lead to an authority that this server trusts for this attestor",
+			Clip(leaf.Subject.String()), Clip(leaf.Issuer.String()))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("certificate of %q does not verify: %w", Clip(leaf.Subject.String()), err)
+	}
+	return chains, nil
 }

@@ -49,18 +49,9 @@ func VerifyEndorsement(der []byte, roots *x509.CertPool, now time.Time) (*Endors
 	if err := e.readNames(); err != nil {
 		return nil, err
 	}
-	chains, err := cert.Verify(x509.VerifyOptions{
-		Roots:       roots,
-		CurrentTime: now,
-		KeyUsages:   []x509.ExtKeyUsage{x509.ExtKeyUsageAny}, // checkUse has seen to it
-	})
-	// The error's own text may name authorities that the node did not send.
-	if unknown := (x509.UnknownAuthorityError{}); errors.As(err, &unknown) {
-		return nil, fmt.Errorf("the endorsement key's certificate, issued by %q, does not lead to an authority that this server trusts",
-			attestors.Clip(cert.Issuer.String()))
-	}
+	chains, err := attestors.VerifyChain([]*x509.Certificate{cert}, roots, now) // checkUse has seen to the use
 	if err != nil {
-		return nil, fmt.Errorf("the endorsement key's certificate does not verify: %w", err)
+		return nil, fmt.Errorf("endorsement key: %w", err)
 	}
 	for _, chain := range chains {
 		e.Above = append(e.Above, chain[1:]...)

@@ -171,18 +171,23 @@ func TestACertificateThatIsOfNoTrustedTPMIsRefused(t *testing.T) {
 
 func FuzzEndorsement(f *testing.F) {
 	m := newMaker(f)
-	f.Add(m.endorse(f, withRSA(2048, 65537), nil))
+	ek := withRSA(2048, 65537)
+	f.Add(m.endorse(f, ek, nil))
+	f.Add(san(f).Value)
 	other := newMaker(f)
 	f.Add(other.endorse(f, newKey(f, elliptic.P256()).Public(), nil))
-	good := m.endorse(f, withRSA(2048, 65537), nil)
 	f.Fuzz(func(t *testing.T, der []byte) {
 		e, err := tpm.VerifyEndorsement(der, other.pool(), now.Add(48*time.Hour)) // when none is valid any more
 		if err == nil {
 			t.Errorf("%x is accepted: %+v", der, e)
 		}
-		// What the names are parsed from is fuzzed with the signature left out.
-		if len(der) < len(good) {
-			_, _ = tpm.VerifyEndorsement(m.endorse(t, withRSA(2048, 65537), func(c *x509.Certificate) { c.ExtraExtensions[0].Value = der }), m.pool(), now)
+		// The names are parsed before the signature is verified.
+		c := &x509.Certificate{
+			SerialNumber: big.NewInt(2), NotBefore: now.Add(-time.Hour), NotAfter: now.Add(time.Hour), KeyUsage: x509.KeyUsageKeyEncipherment,
+			ExtraExtensions: []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 17}, Critical: true, Value: der}},
+		}
+		if named, err := x509.CreateCertificate(rand.Reader, c, m.cert, ek, m.key); err == nil {
+			_, _ = tpm.VerifyEndorsement(named, m.pool(), now)
 		}
 	})
 }

@@ -87,9 +87,13 @@ func (s *Server) Verify(ctx context.Context, payload []byte, ask func(context.Co
 	if err := checkLeaf(leaf); err != nil {
 		return nil, err
 	}
-	chains, err := s.verifyChain(certs)
+	roots, err := s.load(&s.devID)
 	if err != nil {
 		return nil, err
+	}
+	chains, err := attestors.VerifyChain(certs, roots, s.o.Now())
+	if err != nil {
+		return nil, fmt.Errorf("DevID: %w", err)
 	}
 	ek, err := s.verifyEndorsement(p)
 	if err != nil {
@@ -118,33 +122,6 @@ func (s *Server) load(files *pemfile.Bundle) (*x509.CertPool, error) {
 		return nil, attestors.ErrUnavailable
 	}
 	return pool, nil
-}
-
-// verifyChain returns every chain from the leaf to a trusted authority.
-func (s *Server) verifyChain(certs []*x509.Certificate) ([][]*x509.Certificate, error) {
-	roots, err := s.load(&s.devID)
-	if err != nil {
-		return nil, err
-	}
-	intermediates := x509.NewCertPool()
-	for _, cert := range certs[1:] {
-		intermediates.AddCert(cert)
-	}
-	chains, err := certs[0].Verify(x509.VerifyOptions{
-		Roots:         roots,
-		Intermediates: intermediates,
-		CurrentTime:   s.o.Now(),
-		KeyUsages:     []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
-	})
-	// The error's own text may name authorities that the node did not send.
-	if unknown := (x509.UnknownAuthorityError{}); errors.As(err, &unknown) {
-		return nil, fmt.Errorf("DevID certificate of %q, issued by %q, does not lead to an authority that this server trusts for %s",
-			attestors.Clip(certs[0].Subject.String()), attestors.Clip(certs[0].Issuer.String()), Name)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("DevID certificate of %q does not verify: %w", attestors.Clip(certs[0].Subject.String()), err)
-	}
-	return chains, nil
 }
 
 // verifyEndorsement returns the endorsement key, which the manufacturer certifies.

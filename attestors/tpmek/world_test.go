@@ -204,7 +204,8 @@ func (f *forger) activate(t testing.TB, c challenge) []byte {
 	}
 	sealed := c.Credential[2+32:] // behind the HMAC
 	secret := make([]byte, len(sealed))
-	cipher.NewCFBDecrypter(block, make([]byte, aes.BlockSize)).XORKeyStream(secret, sealed) //nolint:staticcheck // what TPMs use
+	//lint:ignore SA1019 it is what TPMs use
+	cipher.NewCFBDecrypter(block, make([]byte, aes.BlockSize)).XORKeyStream(secret, sealed)
 	return secret[2:]
 }
 

@@ -194,7 +194,11 @@ func (s *Server) Verify(ctx context.Context, payload []byte, ask func(context.Co
 	if err := checkLeaf(leaf); err != nil {
 		return nil, err
 	}
-	chains, err := s.verifyChain(certs)
+	roots, err := s.roots()
+	if err != nil {
+		return nil, err
+	}
+	chains, err := attestors.VerifyChain(certs, roots, s.o.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -210,33 +214,6 @@ func (s *Server) Verify(ctx context.Context, payload []byte, ask func(context.Co
 		return nil, err
 	}
 	return &attestors.Evidence{Path: path, Selectors: selectors(leaf, chains, sans), CanReattest: true}, nil
-}
-
-// verifyChain returns every chain from the leaf to a trusted authority.
-func (s *Server) verifyChain(certs []*x509.Certificate) ([][]*x509.Certificate, error) {
-	roots, err := s.roots()
-	if err != nil {
-		return nil, err
-	}
-	intermediates := x509.NewCertPool()
-	for _, cert := range certs[1:] {
-		intermediates.AddCert(cert)
-	}
-	chains, err := certs[0].Verify(x509.VerifyOptions{
-		Roots:         roots,
-		Intermediates: intermediates,
-		CurrentTime:   s.o.Now(),
-		KeyUsages:     []x509.ExtKeyUsage{x509.ExtKeyUsageAny}, // it was made for other ends
-	})
-	// The error's own text may name authorities that the node did not send.
-	if unknown := (x509.UnknownAuthorityError{}); errors.As(err, &unknown) {
-		return nil, fmt.Errorf("certificate of %q, issued by %q, does not lead to an authority that this server trusts for %s",
-			attestors.Clip(certs[0].Subject.String()), attestors.Clip(certs[0].Issuer.String()), Name)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("certificate of %q does not verify: %w", attestors.Clip(certs[0].Subject.String()), err)
-	}
-	return chains, nil
 }
 
 // roots returns what is trusted now.
