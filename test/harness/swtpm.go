@@ -23,10 +23,13 @@ func NewTPMMaker(t testing.TB) *TPMMaker {
 	t.Helper()
 	NeedCommand(t, "swtpm")
 	NeedCommand(t, "swtpm_setup")
+	NeedCommand(t, "swtpm_localca")
+	localca, err := exec.LookPath("swtpm_localca")
+	must(t, err)
 	dir := tempDir(t)
 	m := &TPMMaker{dir: dir, CA: filepath.Join(dir, "issuercert.pem")}
 	must(t, os.WriteFile(filepath.Join(dir, "setup.conf"), fmt.Appendf(nil,
-		"create_certs_tool = /usr/bin/swtpm_localca\ncreate_certs_tool_config = %[1]s/localca.conf\ncreate_certs_tool_options = %[1]s/localca.options\n", dir), 0o644))
+		"create_certs_tool = %[2]s\ncreate_certs_tool_config = %[1]s/localca.conf\ncreate_certs_tool_options = %[1]s/localca.options\n", dir, localca), 0o644))
 	must(t, os.WriteFile(filepath.Join(dir, "localca.conf"), fmt.Appendf(nil,
 		"statedir = %[1]s\nsigningkey = %[1]s/signkey.pem\nissuercert = %[1]s/issuercert.pem\ncertserial = %[1]s/certserial\n", dir), 0o644))
 	must(t, os.WriteFile(filepath.Join(dir, "localca.options"),
