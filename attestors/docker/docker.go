@@ -182,7 +182,7 @@ func (a *Attestor) Attest(ctx context.Context, p attestors.Process) ([]selector.
 		return nil, fmt.Errorf("process %d is in the control group %s, which bears the ID of a container but is not its group, %s",
 			p.PID, in.Path, c.group.Path)
 	}
-	return c.selectors, nil
+	return slices.Clone(c.selectors), nil // others have the same
 }
 
 // userOf returns the user in whose part of systemd's tree a group is.
