@@ -19,6 +19,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/docker"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
+	"github.com/hallmark-id/hallmark/attestors/k8s"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
 	"github.com/hallmark-id/hallmark/attestors/systemd"
 	"github.com/hallmark-id/hallmark/attestors/tpmdevid"
@@ -167,6 +168,7 @@ type WorkloadAttestorsConfig struct {
 	Docker  *docker.Config       `yaml:"docker"`  // by the container of docker that it runs in
 	Podman  *docker.PodmanConfig `yaml:"podman"`  // by the container of podman that it runs in
 	Systemd *systemd.Config      `yaml:"systemd"` // by the unit of systemd that it runs in
+	K8s     *k8s.Config          `yaml:"k8s"`     // by the pod and the container of Kubernetes that it runs in
 }
 
 // nodeAttestors is the table of what a node can prove itself with. A
@@ -261,6 +263,12 @@ var workloadAttestors = []struct {
 			return nil, nil
 		}
 		return systemd.New(*c.Systemd)
+	}},
+	{k8s.Name, func(c *WorkloadAttestorsConfig) (attestors.Workload, error) {
+		if c.K8s == nil {
+			return nil, nil
+		}
+		return k8s.New(*c.K8s)
 	}},
 }
 

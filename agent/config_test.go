@@ -59,7 +59,7 @@ func TestConfigurationsThatAreComplete(t *testing.T) {
 		"a DevID": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
 			"\nnode_attestor: {tpm_devid: {devid_cert_path: c, devid_priv_path: a, devid_pub_path: b, devid_password: x, owner_hierarchy_password: y}}",
 		"a join string and the same names": "trust_domain: example.org\nserver: elsewhere.example.org:443\njoin: " + joinString(t) +
-			"\nworkload_attestors: {unix: {path: true, sha256: true, max_size: 1000}, docker: {env: [TIER]}, podman: {rootless_uids: [1000]}}",
+			"\nworkload_attestors: {unix: {path: true, sha256: true, max_size: 1000}, docker: {env: [TIER]}, podman: {rootless_uids: [1000]}, k8s: {node_name: node-7}}",
 	} {
 		if err := check(text); err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -111,6 +111,7 @@ func TestCheckSaysWhatIsWrongAndWhere(t *testing.T) {
 		"ID20 a long name":       {"server: a:1\ntrust_domain: " + strings.Repeat("a", 256), []string{"agent.yaml:2", "256 bytes long; the most is 255"}},
 		"a limit below 0":        {base + "limits: {calls_per_second: -1}", []string{"agent.yaml:3", "calls_per_second is -1"}},
 		"an unknown key":         {base + "insecure_bootstap: true", []string{"agent.yaml:3", "insecure_bootstrap"}},
+		"a kubelet without port": {base + "workload_attestors: {k8s: {kubelet: node-7}}", []string{"agent.yaml:3", "write host:port"}},
 		"a relative socket":      {base + "workload_attestors: {docker: {socket: docker.sock}}", []string{"agent.yaml:3", "absolute path"}},
 		"root as rootless":       {base + "workload_attestors: {podman: {rootless_uids: [0]}}", []string{"agent.yaml:3", "which is root"}},
 		"an unknown attestor":    {base + "workload_attestors: {unx: {}}", []string{"agent.yaml:3", "unix"}},

@@ -153,13 +153,13 @@ func containerID(segment string) (string, bool) {
 const hexDigits = "0123456789abcdef"
 
 // podUID reads the name of a pod's group: pod<UID>, or, as a slice of systemd,
-// kubepods…-pod<UID with underscores>.slice. The UID of a static pod has no
-// dashes.
+// kubepods…-pod<UID with underscores>.slice, with the kubelet's own root before
+// it if it has one. The UID of a static pod has no dashes.
 func podUID(segment string) (string, bool) {
 	name := segment
 	if slice, ok := strings.CutSuffix(segment, ".slice"); ok {
 		i := strings.LastIndex(slice, "-pod")
-		if i < 0 || !strings.HasPrefix(slice, "kubepods") {
+		if i < 0 || !strings.Contains("-"+slice[:i], "-kubepods") {
 			return "", false
 		}
 		name = strings.ReplaceAll(slice[i+1:], "_", "-")

@@ -39,6 +39,8 @@ func TestAPathNamesTheContainerOfEachRuntime(t *testing.T) {
 			"/kubepods.slice/kubepods-pod" + under + ".slice/crio-" + id + ".scope", uid},
 		{"kubernetes, systemd, docker", "1:name=systemd:/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + under + ".slice/docker-" + id + ".scope",
 			"/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + under + ".slice/docker-" + id + ".scope", uid},
+		{"kubernetes, systemd, a kubelet with a root of its own", "0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/kubelet-kubepods-besteffort-pod" + under + ".slice/cri-containerd-" + id + ".scope",
+			"/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/kubelet-kubepods-besteffort-pod" + under + ".slice/cri-containerd-" + id + ".scope", uid},
 		{"kubernetes, drivers that differ", "4:memory:/system.slice/containerd.service/kubepods-besteffort-pod" + under + ".slice:cri-containerd:" + id,
 			"/system.slice/containerd.service/kubepods-besteffort-pod" + under + ".slice:cri-containerd:" + id, uid},
 		{"kubernetes, a static pod", "4:memory:/kubepods/burstable/pod" + plain + "/" + id, "/kubepods/burstable/pod" + plain + "/" + id, plain},
