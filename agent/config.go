@@ -20,6 +20,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors/docker"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/k8s"
+	"github.com/hallmark-id/hallmark/attestors/k8spsat"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
 	"github.com/hallmark-id/hallmark/attestors/systemd"
 	"github.com/hallmark-id/hallmark/attestors/tpmdevid"
@@ -152,6 +153,7 @@ type NodeAttestorConfig struct {
 	SSHPoP    *sshpop.AgentConfig   `yaml:"sshpop"`     // by the SSH certificate of its host key
 	TPMEK     *tpmek.AgentConfig    `yaml:"tpm_ek"`     // by its TPM and what the manufacturer says of it
 	TPMDevID  *tpmdevid.AgentConfig `yaml:"tpm_devid"`  // by a certificate of a key in its TPM
+	K8sPSAT   *k8spsat.AgentConfig  `yaml:"k8s_psat"`   // by the service account token of its pod of Kubernetes
 }
 
 // JoinTokenConfig is attestation by join token.
@@ -218,6 +220,16 @@ var nodeAttestors = []struct {
 			return nil, err
 		}
 		return &node.Attestor{Name: tpmdevid.Name, Agent: a}, nil
+	}},
+	{"node_attestor.k8s_psat", func(c *NodeAttestorConfig) (*node.Attestor, error) {
+		if c.K8sPSAT == nil {
+			return nil, nil
+		}
+		a, err := k8spsat.NewAgent(*c.K8sPSAT)
+		if err != nil {
+			return nil, err
+		}
+		return &node.Attestor{Name: k8spsat.Name, Agent: a}, nil
 	}},
 }
 
@@ -481,7 +493,7 @@ func (s *settings) checkAttestors(wrong wrongFunc) {
 		}
 		switch {
 		case named == 0:
-			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek or tpm_devid, or remove it")
+			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek, tpm_devid or k8s_psat, or remove it")
 		case named > 1:
 			wrong("node_attestor", "node_attestor names %d attestors; a node proves what it is by one", named)
 		}

@@ -97,6 +97,7 @@ func TestCheckSaysWhatIsWrongAndWhere(t *testing.T) {
 		"no attestor":          {base + "node_attestor: {}", []string{"agent.yaml:3", "choose join_token"}},
 		"no token":             {base + "node_attestor: {join_token: {}}", []string{"agent.yaml:3", "join token is empty"}},
 		"a bad token":          {base + "node_attestor: {join_token: {token: a/b}}", []string{"agent.yaml:3", "malformed"}},
+		"no cluster":           {base + "node_attestor: {k8s_psat: {}}", []string{"agent.yaml:3", "cluster has no name"}},
 		"no key":               {base + "node_attestor: {x509pop: {certificate_path: cert.pem}}", []string{"agent.yaml:3", "private_key_path is missing"}},
 		"no certificate":       {base + "node_attestor: {x509pop: {private_key_path: key.pem}}", []string{"agent.yaml:3", "certificate_path is missing"}},
 		"two attestors": {base + "node_attestor: {join_token: {token: x}, x509pop: {private_key_path: key.pem, certificate_path: cert.pem}}",

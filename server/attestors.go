@@ -11,6 +11,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
+	"github.com/hallmark-id/hallmark/attestors/k8spsat"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
 	"github.com/hallmark-id/hallmark/attestors/tpmdevid"
 	"github.com/hallmark-id/hallmark/attestors/tpmek"
@@ -25,6 +26,7 @@ type NodeAttestorsConfig struct {
 	SSHPoP    *sshpop.ServerConfig   `yaml:"sshpop"`     // by the SSH certificate of a host key
 	TPMEK     *tpmek.ServerConfig    `yaml:"tpm_ek"`     // by a TPM and what its manufacturer says of it
 	TPMDevID  *tpmdevid.ServerConfig `yaml:"tpm_devid"`  // by a certificate of a key in a TPM
+	K8sPSAT   *k8spsat.ServerConfig  `yaml:"k8s_psat"`   // by the service account token of a pod of Kubernetes
 }
 
 // JoinTokenConfig enables join tokens; there is nothing to say of them.
@@ -75,6 +77,12 @@ var nodeAttestors = []struct {
 			return nil, nil
 		}
 		return tpmdevid.New(*s.NodeAttestors.TPMDevID, tpmdevid.Options{Log: log})
+	}},
+	{k8spsat.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+		if s.NodeAttestors.K8sPSAT == nil {
+			return nil, nil
+		}
+		return k8spsat.New(*s.NodeAttestors.K8sPSAT, k8spsat.Options{Log: log})
 	}},
 }
 

@@ -74,4 +74,8 @@ func TestAnAttestorThatCannotBeMadeIsRefusedWithItsPlace(t *testing.T) {
 			t.Errorf("%s: error is %v, want one on line 4 with %q", yaml, err, want)
 		}
 	}
+	err := server.Check(source("trust_domain: example.org\nnode_attestors:\n  k8s_psat: {clusters: [{name: production}]}\n"))
+	if err == nil || !strings.Contains(err.Error(), "service_account_allow_list is missing") || !strings.Contains(err.Error(), "server.yaml:3") {
+		t.Errorf("error is %v", err)
+	}
 }

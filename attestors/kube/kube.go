@@ -25,7 +25,7 @@ const (
 	maxFile   = 1 << 20  // bytes of a file with certificates or a key
 	maxToken  = 48 << 10 // bytes; a payload of 64 KiB has room for it
 	maxError  = 300      // bytes of a server's error that are passed on
-	maxIdle   = 2        // connections kept open
+	maxIdle   = 32       // connections kept open
 	idleTime  = 30 * time.Second
 	userAgent = "hallmark"
 )
@@ -101,6 +101,7 @@ func (s Source) token() (string, error) {
 // Config is how to reach a server.
 type Config struct {
 	Address string // host:port
+	Path    string // before that of each question; empty, or with a slash before it
 	// ServerName is what the server's certificate must be for. Empty: the host.
 	ServerName string
 	CA         Source // PEM, that the certificate must lead to
@@ -187,7 +188,7 @@ func (e *StatusError) Error() string {
 // Do asks the server, with a body of JSON unless that is nil, and has its
 // answer of at most so many bytes read by a function.
 func (c *Client) Do(ctx context.Context, method, path string, body []byte, most int64, read func(io.Reader) error) error {
-	req, err := http.NewRequestWithContext(ctx, method, "https://"+c.config.Address+path, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, method, "https://"+c.config.Address+c.config.Path+path, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}

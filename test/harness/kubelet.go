@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"cmp"
 	"crypto/tls"
 	"encoding/json"
 	"fmt"
@@ -94,6 +95,8 @@ func PodList(pods ...string) string {
 // Pod describes a pod to [Pod.JSON].
 type Pod struct {
 	Namespace, Name, UID, Node  string
+	Account                     string // "": sa-NAME
+	Phase                       string // "": Running
 	Labels                      map[string]string
 	Containers, Init, Ephemeral []PodContainer
 }
@@ -127,11 +130,11 @@ func (p Pod) JSON() string {
 			"ownerReferences": []any{map[string]any{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": p.Name + "-rs", "uid": "owner-of-" + p.UID, "controller": true}},
 		},
 		"spec": map[string]any{
-			"nodeName": p.Node, "serviceAccountName": "sa-" + p.Name,
+			"nodeName": p.Node, "serviceAccountName": cmp.Or(p.Account, "sa-"+p.Name),
 			"containers": []any{map[string]any{"name": "main", "image": "example.com/asked-for:1", "env": []any{map[string]any{"name": "PASSWORD", "value": "hunter2"}}}},
 		},
 		"status": map[string]any{
-			"phase": "Running", "hostIP": "10.0.0.7", "podIP": "10.1.0.9",
+			"phase": cmp.Or(p.Phase, "Running"), "hostIP": "10.0.0.7", "podIP": "10.1.0.9",
 			"containerStatuses": status(p.Containers), "initContainerStatuses": status(p.Init), "ephemeralContainerStatuses": status(p.Ephemeral),
 		},
 	})
