@@ -58,7 +58,7 @@ func TestAKubeletThatLiesOrIsNoneGivesNoIdentity(t *testing.T) {
 		"no token":                              {text(good), func(c *k8s.Config) { c.TokenPath = "/nonexistent" }, "outside of a pod set"},
 		"a token that is a device":              {text(good), func(c *k8s.Config) { c.TokenPath = "/dev/zero" }, "no regular file"},
 		"no CA":                                 {text(good), func(c *k8s.Config) { c.KubeletCAPath = write(t, "CA") }, "holds no certificate"},
-		"no permission":                         {func(w http.ResponseWriter, r *http.Request) { http.Error(w, "no", 403) }, nil, "give the agent's service account"},
+		"no permission":                         {func(w http.ResponseWriter, r *http.Request) { http.Error(w, "no", http.StatusForbidden) }, nil, "give the agent's service account"},
 		"an error":                              {func(w http.ResponseWriter, r *http.Request) { http.Error(w, "out of memory", 500) }, nil, "500 Internal Server Error"},
 		"a closed connection":                   {func(w http.ResponseWriter, r *http.Request) { panic(http.ErrAbortHandler) }, nil, "EOF"},
 		"a redirect": {func(w http.ResponseWriter, r *http.Request) {

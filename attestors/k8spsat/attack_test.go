@@ -164,12 +164,14 @@ func TestAnAPIServerThatIsWrongIsNotTheNodesFault(t *testing.T) {
 		h    http.HandlerFunc
 		want string // in the log
 	}{
-		"no right to review": {func(w http.ResponseWriter, r *http.Request) { http.Error(w, "forbidden", 403) }, "403 Forbidden"},
+		"no right to review": {func(w http.ResponseWriter, r *http.Request) { http.Error(w, "forbidden", http.StatusForbidden) }, "403 Forbidden"},
 		"an error":           {func(w http.ResponseWriter, r *http.Request) { http.Error(w, "etcd is away", 500) }, "etcd is away"},
-		"a redirect":         {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "https://127.0.0.1:1/", 307) }, "307 Temporary"},
-		"no JSON":            {text("<html>"), "invalid character"},
-		"half an answer":     {text(`{"kind":"TokenReview","status":{"authent`), "unexpected end"},
-		"something else":     {text(`{"kind":"Status"}`), "not with a TokenReview"},
+		"a redirect": {func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "https://127.0.0.1:1/", http.StatusTemporaryRedirect)
+		}, "307 Temporary"},
+		"no JSON":        {text("<html>"), "invalid character"},
+		"half an answer": {text(`{"kind":"TokenReview","status":{"authent`), "unexpected end"},
+		"something else": {text(`{"kind":"Status"}`), "not with a TokenReview"},
 		"an answer without end": {func(w http.ResponseWriter, r *http.Request) {
 			chunk := []byte(strings.Repeat(" ", 1<<20))
 			for range 64 {

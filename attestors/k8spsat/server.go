@@ -13,6 +13,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/semaphore"
+	"golang.org/x/time/rate"
 
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/kube"
@@ -72,6 +73,8 @@ const (
 	// maxRunning is how many verifications of one cluster run at once: an API
 	// server that is slow is not asked ever more.
 	maxRunning = 32
+	// logged is how many failures are logged before it is one a second.
+	logged = 10
 )
 
 // Options of [New].
@@ -95,10 +98,11 @@ type cluster struct {
 	podLabels  []string
 	verifier   verifier
 	running    *semaphore.Weighted
+	loud       rate.Sometimes // that verification is not possible: any stranger can make it be tried
 }
 
-// verifier verifies a token. Its error is told to the node, unless it is that
-// of something else, an [unavailable].
+// verifier verifies a token. Its error is told to the node, unless it is an
+// [unavailable].
 type verifier interface {
 	verify(ctx context.Context, token string) (*agent, error)
 }
@@ -175,7 +179,7 @@ func newCluster(c ClusterConfig, o Options) (*cluster, error) {
 	}
 	out := &cluster{
 		name: c.Name, accounts: c.ServiceAccountAllowList, nodeLabels: c.AllowedNodeLabelKeys, podLabels: c.AllowedPodLabelKeys,
-		running: semaphore.NewWeighted(maxRunning),
+		running: semaphore.NewWeighted(maxRunning), loud: rate.Sometimes{First: logged, Interval: time.Second},
 	}
 	switch {
 	case c.JWKSPath == "" && c.Issuer != "":
@@ -221,7 +225,9 @@ func (s *Server) Verify(ctx context.Context, payload []byte, _ func(context.Cont
 	}
 	a, err := c.verify(ctx, p.Token)
 	if cause := (unavailable{}); errors.As(err, &cause) {
-		s.log.Error("k8s_psat cannot attest nodes now", "cluster", c.name, "error", cause.error)
+		if ctx.Err() == nil { // the node still waits
+			c.loud.Do(func() { s.log.Error("k8s_psat cannot attest nodes now", "cluster", c.name, "error", cause.error) })
+		}
 		return nil, attestors.ErrUnavailable
 	}
 	if err != nil {

@@ -192,7 +192,7 @@ func (c *Client) Do(ctx context.Context, method, path string, body []byte, most 
 	if err != nil {
 		return err
 	}
-	req.Header.Set("Accept", "application/json")
+	req.Header.Set("Accept", "application/json, */*;q=0.5") // keys have a type of their own
 	req.Header.Set("User-Agent", userAgent)
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
