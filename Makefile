@@ -33,6 +33,19 @@ test: test-deps ## all tests; installs what they need (as root, with apt)
 test-deps:
 	@test/install
 
+# Kubernetes must know its own version.
+KUBERNETES_VERSION = $(shell $(GO) -C tools/kubernetes list -m -f '{{.Version}}' k8s.io/kubernetes)
+KUBERNETES_FLAGS = -s -w -X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION) \
+	-X k8s.io/component-base/version.gitMajor=$(word 1,$(subst ., ,$(KUBERNETES_VERSION:v%=%))) \
+	-X k8s.io/component-base/version.gitMinor=$(word 2,$(subst ., ,$(KUBERNETES_VERSION:v%=%)))
+
+.PHONY: kubernetes
+kubernetes: test-deps ## pods and nodes of a real Kubernetes; builds that first (as root)
+	@mkdir -p bin/kubernetes
+	$(GO) -C tools/kubernetes build -trimpath -ldflags='$(KUBERNETES_FLAGS)' -o $(CURDIR)/bin/kubernetes/ \
+		k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubelet
+	HALLMARK_KUBERNETES=$(CURDIR)/bin/kubernetes $(GO) test -count=1 -timeout 10m -run 'TestAReal' -v ./test
+
 .PHONY: soak
 soak: build test-deps ## ten minutes of one-minute SVIDs under mTLS, with crashes
 	HALLMARK_SOAK=10m $(GO) test -count=1 -timeout 20m -run 'TestSeparateProcesses' -v ./test

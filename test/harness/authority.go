@@ -72,24 +72,41 @@ func (a *Authority) Pool() *x509.CertPool {
 // Server makes a server's certificate for a DNS name or an IP address.
 func (a *Authority) Server(t testing.TB, name string) tls.Certificate {
 	t.Helper()
+	cert, key := a.server(t, name)
+	return tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key}
+}
+
+// ServerFiles makes one and returns its files.
+func (a *Authority) ServerFiles(t testing.TB, name string) (certPath, keyPath string) {
+	t.Helper()
+	cert, key := a.server(t, name)
+	return a.files(t, name, cert, key)
+}
+
+func (a *Authority) server(t testing.TB, name string) (*x509.Certificate, *ecdsa.PrivateKey) {
+	t.Helper()
 	template := &x509.Certificate{KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
 	if ip := net.ParseIP(name); ip != nil {
 		template.IPAddresses = []net.IP{ip}
 	} else {
 		template.DNSNames = []string{name}
 	}
-	cert, key := a.issue(t, template)
-	return tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key}
+	return a.issue(t, template)
 }
 
 // Client makes a client's certificate and returns its files.
-func (a *Authority) Client(t testing.TB, name string, groups ...string) (cert, key string) {
+func (a *Authority) Client(t testing.TB, name string, groups ...string) (certPath, keyPath string) {
 	t.Helper()
-	c, k := a.issue(t, &x509.Certificate{
+	cert, key := a.issue(t, &x509.Certificate{
 		Subject:  pkix.Name{CommonName: name, Organization: groups},
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	})
-	der, err := x509.MarshalPKCS8PrivateKey(k)
+	return a.files(t, name, cert, key)
+}
+
+func (a *Authority) files(t testing.TB, name string, cert *x509.Certificate, key *ecdsa.PrivateKey) (certPath, keyPath string) {
+	t.Helper()
+	der, err := x509.MarshalPKCS8PrivateKey(key)
 	must(t, err)
-	return a.write(t, name+".pem", "CERTIFICATE", c.Raw), a.write(t, name+".key", "PRIVATE KEY", der)
+	return a.write(t, name+".pem", "CERTIFICATE", cert.Raw), a.write(t, name+".key", "PRIVATE KEY", der)
 }
