@@ -10,6 +10,7 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/pkg/selector"
 )
 
@@ -108,7 +109,7 @@ func (p parser) parse(r io.Reader) (map[string]*container, error) {
 		return nil, errors.New("something follows the list of pods")
 	}
 	if kind != "PodList" {
-		return nil, fmt.Errorf("it is of the kind %q, not PodList", clip(kind))
+		return nil, fmt.Errorf("it is of the kind %q, not PodList", attestors.Clip(kind))
 	}
 	return containers, nil
 }
@@ -158,20 +159,20 @@ func expect(d *json.Decoder, want json.Delim) error {
 func (p parser) add(of *pod, into map[string]*container) error {
 	name := of.Metadata.Namespace + "/" + of.Metadata.Name
 	if of.Metadata.UID == "" || of.Metadata.Namespace == "" || of.Metadata.Name == "" {
-		return fmt.Errorf("the pod %q (%q) lacks its namespace, name or UID", clip(name), clip(of.Metadata.UID))
+		return fmt.Errorf("the pod %q (%q) lacks its namespace, name or UID", attestors.Clip(name), attestors.Clip(of.Metadata.UID))
 	}
 	if p.node != "" && of.Spec.NodeName != p.node {
-		return fmt.Errorf("the pod %q is of the node %q, not of %q; is that the kubelet of this node?", clip(name), clip(of.Spec.NodeName), p.node)
+		return fmt.Errorf("the pod %q is of the node %q, not of %q; is that the kubelet of this node?", attestors.Clip(name), attestors.Clip(of.Spec.NodeName), p.node)
 	}
 	status := &of.Status
 	var wrong error
 	switch {
 	case max(len(status.ContainerStatuses), len(status.InitContainerStatuses), len(status.EphemeralContainerStatuses)) > maxContainers:
-		return fmt.Errorf("the pod %q has more than %d containers of a kind", clip(name), maxContainers)
+		return fmt.Errorf("the pod %q has more than %d containers of a kind", attestors.Clip(name), maxContainers)
 	case len(of.Metadata.Labels) > maxLabels:
-		wrong = fmt.Errorf("the pod %q has %d labels; the most is %d", clip(name), len(of.Metadata.Labels), maxLabels)
+		wrong = fmt.Errorf("the pod %q has %d labels; the most is %d", attestors.Clip(name), len(of.Metadata.Labels), maxLabels)
 	case len(of.Metadata.OwnerReferences) > maxOwners:
-		wrong = fmt.Errorf("the pod %q has %d owners; the most is %d", clip(name), len(of.Metadata.OwnerReferences), maxOwners)
+		wrong = fmt.Errorf("the pod %q has %d owners; the most is %d", attestors.Clip(name), len(of.Metadata.OwnerReferences), maxOwners)
 	}
 	var common []selector.Selector
 	if wrong == nil {
@@ -187,12 +188,12 @@ func (p parser) add(of *pod, into map[string]*container) error {
 			c := &container{podUID: of.Metadata.UID, err: wrong}
 			switch ephemeral := kind == 2; {
 			case into[id] != nil:
-				c.err = fmt.Errorf("the kubelet lists the container %s twice, last in the pod %q", clip(id), clip(name))
+				c.err = fmt.Errorf("the kubelet lists the container %s twice, last in the pod %q", attestors.Clip(id), attestors.Clip(name))
 			case wrong != nil:
 			case s.State.Terminated != nil:
-				c.err = fmt.Errorf("the container %q of the pod %q has ended, as the kubelet says", clip(s.Name), clip(name))
+				c.err = fmt.Errorf("the container %q of the pod %q has ended, as the kubelet says", attestors.Clip(s.Name), attestors.Clip(name))
 			case ephemeral && !p.ephemeral:
-				c.err = fmt.Errorf("the container %q of the pod %q is ephemeral; set ephemeral_containers to give such the pod's selectors", clip(s.Name), clip(name))
+				c.err = fmt.Errorf("the container %q of the pod %q is ephemeral; set ephemeral_containers to give such the pod's selectors", attestors.Clip(s.Name), attestors.Clip(name))
 			default:
 				c.selectors = append(containerSelectors(s), common...)
 			}
@@ -270,13 +271,4 @@ func containerSelectors(s *containerStatus) []selector.Selector {
 		out.addIf("container-image-digest", digest)
 	}
 	return out
-}
-
-// clip bounds a text of the kubelet in an error.
-func clip(text string) string {
-	const longest = 100 // bytes
-	if len(text) <= longest {
-		return text
-	}
-	return strings.ToValidUTF8(text[:longest], "") + "…"
 }

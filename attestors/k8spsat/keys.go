@@ -15,7 +15,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
 
-	"github.com/hallmark-id/hallmark/attestors/kube"
+	"github.com/hallmark-id/hallmark/attestors/pemfile"
 )
 
 const (
@@ -102,7 +102,7 @@ func (k *keys) verify(_ context.Context, token string) (*agent, error) {
 
 // load returns the keys in the file as they are now.
 func (k *keys) load() (*jose.JSONWebKeySet, error) {
-	data, err := kube.ReadFile(k.path, maxKeysFile)
+	data, err := pemfile.Read(k.path, maxKeysFile)
 	if err != nil {
 		return nil, err
 	}

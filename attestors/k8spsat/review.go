@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"slices"
 
+	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/kube"
 )
 
@@ -85,7 +86,7 @@ func (r *reviewer) verify(ctx context.Context, token string) (*agent, error) {
 	}
 	namespace, account, ok := accountOf(status.User.Username)
 	if !ok {
-		return nil, fmt.Errorf("token is of %q, which is no service account", clip(status.User.Username))
+		return nil, fmt.Errorf("token is of %q, which is no service account", attestors.Clip(status.User.Username))
 	}
 	a := &agent{
 		namespace: namespace, account: account,
@@ -139,7 +140,7 @@ func (r *reviewer) review(ctx context.Context, token string) (*reviewStatus, err
 		return nil, unavailable{fmt.Errorf("have the API server review a token: %w", err)}
 	}
 	if reviewed.Kind != "TokenReview" {
-		return nil, unavailable{fmt.Errorf("the API server answered with %q, not with a TokenReview", clip(reviewed.Kind))}
+		return nil, unavailable{fmt.Errorf("the API server answered with %q, not with a TokenReview", attestors.Clip(reviewed.Kind))}
 	}
 	if !reviewed.Status.Authenticated {
 		// Its own reason would tell a stranger about the cluster.

@@ -8,8 +8,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/semaphore"
@@ -221,7 +219,7 @@ func (s *Server) Verify(ctx context.Context, payload []byte, _ func(context.Cont
 	}
 	c := s.clusters[p.Cluster]
 	if c == nil {
-		return nil, fmt.Errorf("the nodes of cluster %q may not attest here", clip(p.Cluster))
+		return nil, fmt.Errorf("the nodes of cluster %q may not attest here", attestors.Clip(p.Cluster))
 	}
 	a, err := c.verify(ctx, p.Token)
 	if cause := (unavailable{}); errors.As(err, &cause) {
@@ -252,7 +250,7 @@ func (c *cluster) verify(ctx context.Context, token string) (*agent, error) {
 		return nil, err
 	}
 	if account := a.namespace + ":" + a.account; !slices.Contains(c.accounts, account) {
-		return nil, fmt.Errorf("token is of the service account %q, which is none that an agent may run as", clip(account))
+		return nil, fmt.Errorf("token is of the service account %q, which is none that an agent may run as", attestors.Clip(account))
 	}
 	for what, name := range map[string]string{"pod's name": a.podName, "pod's UID": a.podUID, "node's name": a.nodeName} {
 		if name == "" {
@@ -260,30 +258,23 @@ func (c *cluster) verify(ctx context.Context, token string) (*agent, error) {
 		}
 	}
 	if err := spiffeid.ValidatePathSegment(a.nodeUID); err != nil {
-		return nil, fmt.Errorf("the node's UID is %q, which can be no part of a SPIFFE ID", clip(a.nodeUID))
+		return nil, fmt.Errorf("the node's UID is %q, which can be no part of a SPIFFE ID", attestors.Clip(a.nodeUID))
 	}
 	return a, nil
 }
 
 func (c *cluster) selectors(a *agent) []selector.Selector {
-	var out []selector.Selector
-	add := func(value string) {
-		if !utf8.ValidString(value) || strings.ContainsFunc(value, unicode.IsControl) {
-			return
-		}
-		if s, err := selector.New(Name, value); err == nil { // it fails if longer than any registered one
-			out = append(out, s)
-		}
+	values := []string{
+		"cluster:" + c.name,
+		"agent_ns:" + a.namespace,
+		"agent_sa:" + a.account,
+		"agent_pod_name:" + a.podName,
+		"agent_pod_uid:" + a.podUID,
+		"agent_node_name:" + a.nodeName,
+		"agent_node_uid:" + a.nodeUID,
 	}
-	add("cluster:" + c.name)
-	add("agent_ns:" + a.namespace)
-	add("agent_sa:" + a.account)
-	add("agent_pod_name:" + a.podName)
-	add("agent_pod_uid:" + a.podUID)
-	add("agent_node_name:" + a.nodeName)
-	add("agent_node_uid:" + a.nodeUID)
 	if a.nodeIP != "" {
-		add("agent_node_ip:" + a.nodeIP)
+		values = append(values, "agent_node_ip:"+a.nodeIP)
 	}
 	for kind, labels := range map[string]struct {
 		allowed []string
@@ -291,11 +282,11 @@ func (c *cluster) selectors(a *agent) []selector.Selector {
 	}{"agent_pod_label:": {c.podLabels, a.podLabels}, "agent_node_label:": {c.nodeLabels, a.nodeLabels}} {
 		for _, key := range labels.allowed {
 			if value, ok := labels.all[key]; ok {
-				add(kind + key + ":" + value)
+				values = append(values, kind+key+":"+value)
 			}
 		}
 	}
-	return selector.NewSet(out...)
+	return attestors.SelectorsOf(Name, values)
 }
 
 // accountOf reads the name of a service account as a user of Kubernetes.
@@ -303,13 +294,4 @@ func accountOf(user string) (namespace, name string, ok bool) {
 	rest, ok := strings.CutPrefix(user, "system:serviceaccount:")
 	namespace, name, ok2 := strings.Cut(rest, ":")
 	return namespace, name, ok && ok2 && namespace != "" && name != "" && !strings.Contains(name, ":")
-}
-
-// clip bounds a text of the node or the cluster in an error.
-func clip(text string) string {
-	const longest = 100 // bytes
-	if len(text) <= longest {
-		return text
-	}
-	return strings.ToValidUTF8(text[:longest], "") + "…"
 }

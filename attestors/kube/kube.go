@@ -17,8 +17,9 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"time"
+
+	"github.com/hallmark-id/hallmark/attestors/pemfile"
 )
 
 const (
@@ -43,7 +44,7 @@ func (s Source) read(most int64) ([]byte, error) {
 	if s.Path == "" {
 		return s.Data, nil
 	}
-	return ReadFile(s.Path, most)
+	return pemfile.Read(s.Path, most)
 }
 
 func (s Source) String() string {
@@ -51,29 +52,6 @@ func (s Source) String() string {
 		return "the configuration"
 	}
 	return s.Path
-}
-
-// ReadFile reads a regular file of a bounded size. Its errors name the file.
-func ReadFile(path string, most int64) ([]byte, error) {
-	// A pipe or a device could keep the reader waiting for ever.
-	if info, err := os.Stat(path); err != nil {
-		return nil, err
-	} else if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is no regular file", path)
-	}
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, most+1))
-	if err != nil {
-		return nil, err
-	}
-	if int64(len(data)) > most {
-		return nil, fmt.Errorf("%s is larger than %d bytes", path, most)
-	}
-	return data, nil
 }
 
 // ReadToken reads a file that holds a token and maybe white space around it.

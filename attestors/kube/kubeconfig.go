@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 
 	"github.com/goccy/go-yaml"
+
+	"github.com/hallmark-id/hallmark/attestors/pemfile"
 )
 
 // serviceAccount is where a pod finds what it reaches the API server with.
@@ -75,7 +77,7 @@ type configUser struct {
 // current context. What the file holds is read now, the files that it names when
 // they are needed.
 func Kubeconfig(path string) (Config, error) {
-	data, err := ReadFile(path, maxFile)
+	data, err := pemfile.Read(path, maxFile)
 	if err != nil {
 		return Config{}, err
 	}
