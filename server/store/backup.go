@@ -41,22 +41,12 @@ const restoringKey = "restoring"
 
 var restoringMark = Write{Key: restoringKey, Value: []byte{}}
 
-// revisionJump is how far above the backup's revision a restored store begins,
-// if its engine can. The store that the backup was made of may have gone on,
-// and an agent may have seen any of its later revisions: with the jump, none of
-// them is one that the restored store will have, and the agent is sent
-// everything. It would take 10,000 writes a second for five days to cross it.
+// revisionJump is how far above the backup's revision a restored store begins.
+// The store that the backup was made of may have gone on, and an agent may have
+// seen any of its later revisions: with the jump, none of them is one that the
+// restored store will have, and the agent is sent everything. It would take
+// 10,000 writes a second for five days to cross it.
 const revisionJump = 1 << 32
-
-// maxSteps is how many transactions Restore makes at most to reach the backup's
-// revision in an engine that cannot jump: some hours.
-const maxSteps = 100_000_000
-
-// advancer is what an engine may have for Restore: it raises the revision to at
-// least the given one.
-type advancer interface {
-	Advance(ctx context.Context, to Revision) error
-}
 
 // Backup writes all records of the store, as of one revision, and returns that
 // revision. The store stays in use meanwhile. A writer that fails, or is slow,
@@ -127,7 +117,7 @@ func Restore(ctx context.Context, s Store, r io.Reader, edits ...Edit) (n int, e
 	if err := CheckRestored(ctx, s); err != nil {
 		return 0, err
 	}
-	now, err := s.Read(ctx, "", func(Record) error {
+	_, err = s.Read(ctx, "", func(Record) error {
 		return errors.New("it has records already; a backup can only be restored into an empty store")
 	})
 	if err != nil {
@@ -146,17 +136,17 @@ func Restore(ctx context.Context, s Store, r io.Reader, edits ...Edit) (n int, e
 	if err != nil {
 		return 0, fmt.Errorf("verify the backup: %w", err)
 	}
-	if _, ok := s.(advancer); !ok && revision-now > maxSteps {
-		return 0, fmt.Errorf("restore into the store: the backup has revision %d, too far above the store's %d to reach; restore it with the embedded engine", revision, now)
-	}
 	if _, err := again.Seek(start, io.SeekStart); err != nil {
 		return 0, fmt.Errorf("read the backup again: %w", err)
+	}
+	if err := s.Advance(ctx, revision+revisionJump); err != nil {
+		return 0, fmt.Errorf("restore into the store: %w", err)
 	}
 	begun := s.Commit(ctx, Txn{If: []Condition{{Key: restoringKey}}, Do: []Write{restoringMark}})[0]
 	if begun.Err != nil {
 		return 0, fmt.Errorf("restore into the store: %w", begun.Err)
 	}
-	n, err = write(ctx, s, newBackupReader(again), revision, begun.Revision, edits)
+	n, err = write(ctx, s, newBackupReader(again), begun.Revision, edits)
 	if err != nil {
 		return 0, fmt.Errorf("restore into the store, which is incomplete now; delete it and restore again: %w", err)
 	}
@@ -203,20 +193,9 @@ func seekable(r io.Reader) (io.ReadSeeker, int64) {
 }
 
 // write brings the records of a verified backup into an empty store that has
-// the mark, as of a revision: first it raises the revision above the backup's,
-// then it writes the records, each transaction on condition that the mark is
-// still ours, and last it deletes the mark.
-func write(ctx context.Context, s Store, b *backupReader, revision, mark Revision, edits []Edit) (int, error) {
-	if a, ok := s.(advancer); ok {
-		if err := a.Advance(ctx, revision+revisionJump); err != nil {
-			return 0, err
-		}
-	} else {
-		var err error
-		if mark, err = stepPast(ctx, s, revision, mark); err != nil {
-			return 0, err
-		}
-	}
+// the mark, as of a revision: each transaction on condition that the mark is
+// still ours. Last it deletes the mark.
+func write(ctx context.Context, s Store, b *backupReader, mark Revision, edits []Edit) (int, error) {
 	ours := []Condition{{Key: restoringKey, Revision: mark}}
 	const callBytes = 4 << 20 // records that share one Commit; bounds what is in memory
 	var txns []Txn
@@ -263,26 +242,6 @@ func write(ctx context.Context, s Store, b *backupReader, revision, mark Revisio
 	}
 	txns = append(txns, Txn{If: ours, Do: []Write{{Key: restoringKey}}})
 	return n, commit()
-}
-
-// stepPast commits transactions that write the mark until the store's revision
-// is above one, and returns the revision of the last.
-func stepPast(ctx context.Context, s Store, revision, now Revision) (Revision, error) {
-	const together = 1000
-	steps := make([]Txn, 0, together)
-	for now <= revision {
-		steps = steps[:0]
-		for range min(together, revision-now+1) {
-			steps = append(steps, Txn{Do: []Write{restoringMark}})
-		}
-		for _, r := range s.Commit(ctx, steps...) {
-			if r.Err != nil {
-				return 0, r.Err
-			}
-			now = r.Revision
-		}
-	}
-	return now, nil
 }
 
 // backupReader reads a backup and checks it on the way.

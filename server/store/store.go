@@ -3,9 +3,9 @@
 // which can be watched from any recent revision.
 //
 // [Store] is the contract. Its engines are sub-packages (badger: embedded, one
-// server); package storetest is the suite that every engine passes. Backup and
-// restore are written over the contract, so that a copy made with one engine
-// can be restored into another.
+// server; etcd: several); package storetest is the suite that every engine
+// passes. Backup and restore are written over the contract, so that a copy made
+// with one engine can be restored into another.
 package store
 
 import (
@@ -14,8 +14,9 @@ import (
 	"fmt"
 )
 
-// Revision numbers the state of a store. It starts at 0 (empty) and grows by
-// one with each transaction; only [Restore] may make it jump.
+// Revision numbers the state of a store. It only grows: with every transaction,
+// by one or more. Transactions of one Commit, or of several at the same time,
+// may share a revision.
 type Revision int64
 
 // Bounds of one transaction, which every engine accepts. A transaction over
@@ -115,7 +116,9 @@ type Result struct {
 	Err      error    // nil, ErrConflict, ErrTooLarge, ErrClosed or a failure of the engine
 }
 
-// Change is the writes of one transaction.
+// Change is the writes that made a revision: those of a transaction, or of
+// several that share it. The deletion of a key that was missing need not be in
+// it.
 type Change struct {
 	Revision Revision
 	Writes   []Record
@@ -137,8 +140,8 @@ type Store interface {
 	// first error of yield and returns that. The value is yield's to keep.
 	Read(ctx context.Context, prefix string, yield func(Record) error) (Revision, error)
 
-	// Watch calls yield with every change after the revision, in order and
-	// without a gap, as they become durable, until the context ends, yield
+	// Watch calls yield with every change after the revision, in order and with
+	// none left out, as they become durable, until the context ends, yield
 	// fails or the store is closed ([ErrClosed]); it always returns an error.
 	// Changes that were committed together come in one call; yield must not
 	// modify them, other watchers see the same. A slow yield delays nobody else.
@@ -146,6 +149,11 @@ type Store interface {
 	// longer known; an engine keeps at least the last 10,000, or the last 32 MiB
 	// of them if that is less.
 	Watch(ctx context.Context, after Revision, yield func([]Change) error) error
+
+	// Advance raises the revision to at least the given one, without a change.
+	// Those who watch from a lower one get [ErrCompacted]. It is for [Restore],
+	// which uses it on an empty store that nobody else has open.
+	Advance(ctx context.Context, to Revision) error
 
 	// Close waits for the commits and reads that are under way and releases the
 	// store. Every call after it fails with [ErrClosed].

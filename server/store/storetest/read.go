@@ -212,12 +212,13 @@ func closeWaits(t *testing.T, f *fixture) {
 }
 
 func closed(t *testing.T, f *fixture) {
+	start := f.revision()
 	f.commit(put("a", "1"))
 	watching := make(chan error, 1)
 	started := make(chan struct{})
 	go func() {
 		once := sync.OnceFunc(func() { close(started) })
-		watching <- f.store.Watch(f.ctx, 0, func([]store.Change) error {
+		watching <- f.store.Watch(f.ctx, start, func([]store.Change) error {
 			once()
 			return nil
 		})
@@ -234,7 +235,7 @@ func closed(t *testing.T, f *fixture) {
 	if _, err := f.store.Read(f.ctx, "", func(store.Record) error { return nil }); !errors.Is(err, store.ErrClosed) {
 		t.Errorf("Read: %v", err)
 	}
-	if err := f.store.Watch(f.ctx, 1, func([]store.Change) error { return nil }); !errors.Is(err, store.ErrClosed) {
+	if err := f.store.Watch(f.ctx, start, func([]store.Change) error { return nil }); !errors.Is(err, store.ErrClosed) {
 		t.Errorf("Watch: %v", err)
 	}
 }
@@ -255,7 +256,7 @@ func reopened(t *testing.T, f *fixture) {
 	}) {
 		t.Errorf("its records have changed: there are %d, were %d", len(after), len(before))
 	}
-	if got := f.commit(put("large", "1", at("large", large), at("empty", empty), at("k000007", 0))); got != revision+1 {
+	if got := f.commit(put("large", "1", at("large", large), at("empty", empty), at("k000007", 0))); got <= revision {
 		t.Errorf("the next transaction has revision %d after %d", got, revision)
 	}
 }
@@ -291,17 +292,15 @@ func closeUnderLoad(t *testing.T, f *fixture) {
 	f.close()
 	group.Wait()
 	f.reopen()
-	records, revision := f.read("")
-	sum := 0
+	records, _ := f.read("")
 	for _, r := range records {
 		var w int
 		fmt.Sscanf(r.Key[1:], "%d", &w)
-		sum += acknowledged[w]
 		if string(r.Value) != fmt.Sprint(acknowledged[w]) {
 			t.Errorf("%s=%s, acknowledged was %d", r.Key, r.Value, acknowledged[w])
 		}
 	}
-	if int(revision) != sum {
-		t.Errorf("the store has revision %d after %d acknowledged transactions", revision, sum)
+	if len(records) != 2*writers {
+		t.Errorf("the store has %d records", len(records))
 	}
 }
