@@ -83,6 +83,10 @@ func status(err error) error {
 		return &callError{code: codes.Unavailable, text: attestors.ErrUnavailable.Error()}
 	case errors.Is(err, store.ErrTooLarge):
 		return &callError{code: codes.InvalidArgument, text: fmt.Sprintf("what was to be stored is too large; a record may be %d bytes", store.MaxValue)}
+	case errors.Is(err, store.ErrNoQuorum):
+		return &callError{code: codes.Unavailable, text: "nothing can be written now: no majority of the servers can be reached, and whether this was written is not known; try again", cause: err}
+	case errors.Is(err, store.ErrFull):
+		return &callError{code: codes.Unavailable, text: "nothing can be written now: the store has no room left; the server's log says what to do", cause: err}
 	case errors.Is(err, store.ErrClosed):
 		return &callError{code: codes.Unavailable, text: "the server is stopping; try again"}
 	case errors.Is(err, context.Canceled):

@@ -36,6 +36,8 @@ func TestEveryErrorHasItsCode(t *testing.T) {
 		{&issue.InvalidError{Reason: "bad CSR"}, codes.InvalidArgument, "bad CSR"},
 		{fmt.Errorf("sign: %w", authority.ErrUnavailable), codes.Unavailable, "try again"},
 		{fmt.Errorf("commit: %w", store.ErrTooLarge), codes.InvalidArgument, "too large"},
+		{fmt.Errorf("commit: %w", store.ErrNoQuorum), codes.Unavailable, "no majority"},
+		{fmt.Errorf("commit: %w", store.ErrFull), codes.Unavailable, "no room"},
 		{store.ErrClosed, codes.Unavailable, "stopping"},
 		{context.Canceled, codes.Canceled, "cancelled"},
 		{fmt.Errorf("x: %w", context.DeadlineExceeded), codes.DeadlineExceeded, "deadline"},

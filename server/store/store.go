@@ -37,6 +37,11 @@ var (
 	// ErrCompacted: the changes after that revision are no longer known; read
 	// the state anew.
 	ErrCompacted = errors.New("store: revision is too old to watch from")
+	// ErrNoQuorum: too few of the servers that keep the store can be reached for
+	// it to take writes. Whether the transaction happens may be unknown.
+	ErrNoQuorum = errors.New("store: no majority of the servers that keep it can be reached")
+	// ErrFull: there is no room for what was to be written.
+	ErrFull = errors.New("store: there is no room left")
 	// ErrClosed: the store was closed.
 	ErrClosed = errors.New("store: closed")
 )
