@@ -17,6 +17,7 @@ func main() {
 		CheckServer:   server.Check,
 		RestoreServer: server.Restore,
 		ReencryptKeys: server.ReencryptKeys,
+		MigrateServer: server.Migrate,
 		RunAgent:      agent.Run,
 		CheckAgent:    agent.Check,
 		ServerLayout:  server.Layout,

@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/hallmark-id/hallmark/pkg/config"
+	"github.com/hallmark-id/hallmark/pkg/join"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
 	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/server/authority"
@@ -26,6 +27,11 @@ type Config struct {
 	// example example.org. It is part of every identity and cannot be changed
 	// later: another name needs another data directory.
 	TrustDomain string `yaml:"trust_domain" env:"expand"`
+
+	// Name is this server's, of those that share a store: small letters, digits,
+	// dots and hyphens. It does not change. Default: one that the first start
+	// chooses and keeps in data_dir.
+	Name string `yaml:"name" env:"expand"`
 
 	// Listen is the host:port on which agents and remote clients are served, with
 	// TLS. The default is reachable from this machine only. Port 0 takes a free
@@ -116,6 +122,7 @@ type CertificateConfig struct {
 // StoreConfig says where the registry is kept: one of its fields is set.
 type StoreConfig struct {
 	Badger *BadgerConfig `yaml:"badger"` // files on a local disk
+	Etcd   *EtcdConfig   `yaml:"etcd"`   // an etcd cluster, for several servers
 	Memory *MemoryConfig `yaml:"memory"` // lost when the server ends: for trials
 }
 
@@ -128,6 +135,42 @@ type BadgerConfig struct {
 	// 8388608 to 268435456. A larger one makes loading very many entries faster.
 	// Default 8388608.
 	MemTable int64 `yaml:"memtable"`
+}
+
+// EtcdConfig is a store that several servers share: embedded, unless endpoints
+// are given.
+type EtcdConfig struct {
+	// Embedded has each server run a member of the cluster itself.
+	Embedded *EmbeddedConfig `yaml:"embedded"`
+
+	// Endpoints of a cluster that is run apart, like https://etcd1:2379. It may
+	// be used for nothing else.
+	Endpoints []string `yaml:"endpoints" env:"expand"`
+	// CA is the file of the certificates by which the endpoints are known.
+	CA string `yaml:"ca" env:"expand"`
+	// Cert and Key are the files of this server's certificate for them. They may
+	// be replaced while it runs.
+	Cert string `yaml:"cert" env:"expand"`
+	Key  string `yaml:"key" env:"expand"`
+}
+
+// EmbeddedConfig is this server's member of a cluster that servers form.
+type EmbeddedConfig struct {
+	// Listen is the host:port on which the other servers reach this one's
+	// member, with TLS. Default: the host of listen, port 8082.
+	Listen string `yaml:"listen" env:"expand"`
+	// Advertise is the host:port that they dial; it does not change. Default:
+	// that of embedded.listen.
+	Advertise string `yaml:"advertise" env:"expand"`
+	// Dir is the directory of the member's files; nothing else may be in it.
+	// Default: etcd in data_dir.
+	Dir string `yaml:"dir" env:"expand"`
+	// Quota is how large the store may get, in bytes. Default 8589934592.
+	Quota int64 `yaml:"quota"`
+	// Join is the string that "hallmark cluster invite" printed on a server that
+	// is there. It is used once, at the first start; without it, that begins a
+	// new cluster.
+	Join string `yaml:"join" env:"expand"`
 }
 
 // KeysConfig says where private keys are kept: one of its fields is set.
@@ -248,6 +291,7 @@ type settings struct {
 	Config
 	td       spiffeid.TrustDomain
 	adminIDs []spiffeid.ID
+	join     *join.String // nil: none
 }
 
 // Defaults is the configuration of which nothing was set.
@@ -284,6 +328,7 @@ func load(src config.Source) (*settings, error) {
 	if s.Store.Badger != nil && s.Store.Badger.Dir == "" {
 		s.Store.Badger.Dir = filepath.Join(s.DataDir, "store")
 	}
+	s.fillEtcd()
 	if s.Keys == (KeysConfig{}) {
 		s.Keys.Disk = &DiskConfig{}
 	}
@@ -338,9 +383,21 @@ func (s *settings) check(src config.Source) error {
 	case len(s.AdminSocket) > peercred.MaxPath:
 		wrong("admin_socket", "admin_socket is %d bytes long and the kernel takes %d for a socket; choose a shorter path", len(s.AdminSocket), peercred.MaxPath)
 	}
-	if s.Store.Badger != nil && s.Store.Memory != nil {
-		wrong("store", "store names two engines; choose badger or memory")
+	if s.Name != "" {
+		if err := checkName(s.Name); err != nil {
+			wrong("name", "name: %v", err)
+		}
 	}
+	engines := 0
+	for _, named := range []bool{s.Store.Badger != nil, s.Store.Etcd != nil, s.Store.Memory != nil} {
+		if named {
+			engines++
+		}
+	}
+	if engines > 1 {
+		wrong("store", "store names %d engines; choose one of badger, etcd and memory", engines)
+	}
+	s.checkEtcd(wrong)
 	if b := s.Store.Badger; b != nil && b.MemTable != 0 && (b.MemTable < 8<<20 || b.MemTable > 256<<20) {
 		wrong("store.badger.memtable", "memtable is %d bytes; it is between %d and %d", b.MemTable, 8<<20, 256<<20)
 	}

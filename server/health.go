@@ -17,12 +17,11 @@ import (
 
 // readiness returns why a server cannot issue anything now, or nil. It is for
 // whoever asked, and of a server that runs until its context ends.
-func readiness(asked, running context.Context, st store.Store, authorities *authority.Authorities, keys apiv1.KeyManager) error {
+func readiness(asked, running context.Context, st *opened, authorities *authority.Authorities, keys apiv1.KeyManager) error {
 	if running.Err() != nil {
 		return errors.New("the server is stopping")
 	}
-	// A prefix of one record, which every store has.
-	if _, err := st.Read(asked, "trust-domain", func(store.Record) error { return nil }); err != nil {
+	if err := readable(asked, st); err != nil {
 		return fmt.Errorf("the store cannot be read: %w", err)
 	}
 	now := time.Now()
@@ -38,6 +37,18 @@ func readiness(asked, running context.Context, st store.Store, authorities *auth
 		return k.Available()
 	}
 	return nil
+}
+
+// readable returns why the store cannot be read, or nil.
+func readable(ctx context.Context, st *opened) error {
+	if st.shared != nil {
+		// Servers without a majority still issue: what they have in memory is
+		// enough. Were none of them ready, agents would be kept from all.
+		return st.shared.Ready(ctx)
+	}
+	// A prefix of one record, which every store has.
+	_, err := st.Read(ctx, "trust-domain", func(store.Record) error { return nil })
+	return err
 }
 
 // state is how a server is, for its metrics.

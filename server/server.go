@@ -11,7 +11,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -34,12 +33,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
-	"github.com/hallmark-id/hallmark/server/store/badger"
 )
-
-// name is this server's in the registry. A store that several servers share
-// will need one for each.
-const name = "main"
 
 // Run runs a server until the context ends (nil) or it cannot go on. It calls
 // ready once it serves. It logs to the standard error.
@@ -92,7 +86,11 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		defer published.Listener.Close()
 	}
 
-	st, err := s.openStore(log, counted)
+	name, err := s.serverName()
+	if err != nil {
+		return err
+	}
+	st, err := s.openStore(ctx, name, name, log, counted)
 	if err != nil {
 		return err
 	}
@@ -100,7 +98,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	if err := store.CheckRestored(ctx, st); err != nil {
 		return err
 	}
-	reg, err := registry.Open(ctx, registry.Options{Store: st, TrustDomain: s.td, Log: log})
+	reg, err := registry.Open(ctx, registry.Options{Store: st, TrustDomain: s.td, Leads: st.leads(), Log: log})
 	if err != nil {
 		return fmt.Errorf("open the registry: %w", err)
 	}
@@ -119,10 +117,13 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	defer stop()
 	below, base := errgroup.WithContext(base)
 	below.Go(func() error { return reg.Run(base) })
+	if st.member != nil {
+		below.Go(func() error { return st.member.Run(base) })
+	}
 	above, cancel := context.WithCancelCause(ctx)
 	defer context.AfterFunc(base, func() { cancel(context.Cause(base)) })()
 
-	authorities, err := s.openAuthorities(above, reg, keys, log)
+	authorities, err := s.openAuthorities(above, name, reg, keys, log)
 	if err == nil {
 		below.Go(func() error { return authorities.Run(base) })
 		pushes := feed.New(feed.Options{
@@ -130,7 +131,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 			Log: log, Metrics: counted,
 		})
 		issuer := s.newIssuer(authorities, log, counted)
-		served := s.newAPI(st, reg, authorities, issuer, evidence, pushes, log, level, counted, traces)
+		served := s.newAPI(st, name, reg, authorities, issuer, evidence, pushes, log, level, counted, traces)
 		fetches := federation.NewSchedule(federation.ScheduleOptions{
 			Relationships: federation.FromRegistry(reg), Refresh: served.RefreshFederated, Log: log, Metrics: counted,
 		})
@@ -140,8 +141,13 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		}
 		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities) })
 		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities, keys) })
+		if st.shared != nil {
+			below.Go(func() error {
+				return st.shared.Announce(base, s.announced(name, tcp), func() store.Revision { return reg.View().Revision() })
+			})
+		}
 		log.Info("server is ready", append(describe(reg, authorities),
-			"trust_domain", s.TrustDomain, "listen", tcp.Addr().String(), "admin_socket", s.AdminSocket,
+			"name", name, "trust_domain", s.TrustDomain, "listen", tcp.Addr().String(), "admin_socket", s.AdminSocket,
 			"version", version.String(), "took", time.Since(began).Round(time.Millisecond))...)
 		ready()
 		below.Go(func() error {
@@ -161,7 +167,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	return err
 }
 
-func (s *settings) openAuthorities(ctx context.Context, reg *registry.Registry, keys apiv1.KeyManager, log *slog.Logger) (*authority.Authorities, error) {
+func (s *settings) openAuthorities(ctx context.Context, name string, reg *registry.Registry, keys apiv1.KeyManager, log *slog.Logger) (*authority.Authorities, error) {
 	return authority.Open(ctx, authority.Options{
 		Registry:     reg,
 		Keys:         keys,
@@ -192,7 +198,7 @@ func (s *settings) newIssuer(authorities *authority.Authorities, log *slog.Logge
 	})
 }
 
-func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *authority.Authorities, issuer *issue.Issuer, evidence map[string]attestors.Server, pushes *feed.Feed, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics, traces *telemetry.Traces) *api.API {
+func (s *settings) newAPI(st *opened, name string, reg *registry.Registry, authorities *authority.Authorities, issuer *issue.Issuer, evidence map[string]attestors.Server, pushes *feed.Feed, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics, traces *telemetry.Traces) *api.API {
 	return api.New(api.Options{
 		Store:         st,
 		Registry:      reg,
@@ -200,6 +206,7 @@ func (s *settings) newAPI(st store.Store, reg *registry.Registry, authorities *a
 		Issuer:        issuer,
 		Feed:          pushes,
 		NodeAttestors: evidence,
+		Cluster:       st.cluster(name),
 		AdminIDs:      s.adminIDs,
 		Advertise:     s.Advertise,
 		Limits:        s.Limits.api(),
@@ -255,43 +262,9 @@ func describe(reg *registry.Registry, authorities *authority.Authorities) (attrs
 	return append(attrs, "entries", view.EntryCount(), "agents", view.NodeCount())
 }
 
-func (s *settings) openStore(log *slog.Logger, counted *metrics.Metrics) (store.Store, error) {
-	o := badger.Options{InMemory: true, Log: log, Metrics: counted}
-	if b := s.Store.Badger; b != nil {
-		o = badger.Options{Dir: b.Dir, MemTable: b.MemTable, Log: log, Metrics: counted}
-	}
-	st, err := badger.Open(o)
-	if errors.Is(err, os.ErrPermission) {
-		return nil, fmt.Errorf("%w; set data_dir to a directory that this user may write to", err)
-	}
-	return st, err
-}
-
 // Check checks a configuration, and the files of what is trusted that it names.
 // It starts nothing.
 func Check(src config.Source) error {
 	_, err := load(src)
 	return err
-}
-
-// Restore fills the empty store that a configuration names from a backup, and
-// returns how many records that had. The server must not run.
-func Restore(ctx context.Context, src config.Source, r io.Reader) (records int, err error) {
-	s, err := load(src)
-	if err != nil {
-		return 0, err
-	}
-	if s.Store.Memory != nil {
-		return 0, src.Errorf("store", "a store in memory cannot be restored: it would be lost at once")
-	}
-	log, err := s.Log.Logger(os.Stderr)
-	if err != nil {
-		return 0, err
-	}
-	st, err := s.openStore(log, nil)
-	if err != nil {
-		return 0, err
-	}
-	defer func() { err = errors.Join(err, st.Close()) }()
-	return store.Restore(ctx, st, r, registry.Restored(s.td, time.Now()))
 }

@@ -40,6 +40,9 @@ type Programs struct {
 	// many had it. It reads them with the secret in a file, if they are
 	// encrypted; without one the name is empty.
 	ReencryptKeys func(src config.Source, oldSecretFile string) (written, right int, err error)
+	// MigrateServer copies the store of a server that does not run into the empty
+	// one of another configuration.
+	MigrateServer func(ctx context.Context, from, to config.Source) (records int, err error)
 	// RunAgent runs an agent until the context ends or it fails. It calls
 	// ready once the Workload API answers.
 	RunAgent func(ctx context.Context, src config.Source, ready func()) error
@@ -149,7 +152,7 @@ func (a *app) rootCommand() *cobra.Command {
 		}
 	}
 	add(groupStart, a.devCommand(), a.demoCommand())
-	add(groupRun, a.serverCommand(), a.agentCommand())
+	add(groupRun, a.serverCommand(), a.agentCommand(), a.clusterCommand())
 	add(groupAdmin, a.entryCommand(), a.nodeCommand(), a.tokenCommand(), a.bundleCommand(), a.federationCommand(), a.importCommand(), a.authorityCommand(), a.svidCommand())
 	add(groupUse, a.fetchCommand(), a.validateCommand(), a.explainCommand())
 	add(groupOther, a.doctorCommand(), a.completionCommand(), a.versionCommand())

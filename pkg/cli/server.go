@@ -24,7 +24,7 @@ func (a *app) serverCommand() *cobra.Command {
 	return noun("server", "run and look after a server",
 		"A server rules a trust domain: it keeps the registry and signs identities.",
 		"  hallmark server run -c /etc/hallmark/server.yaml\n  hallmark server health\n  hallmark server backup hallmark.backup",
-		a.serverRun(), a.serverValidate(), a.schemaCommand("server", schema.Server), a.serverBackup(), a.serverRestore(), a.serverReencryptKeys(), a.serverHealth())
+		a.serverRun(), a.serverValidate(), a.schemaCommand("server", schema.Server), a.serverBackup(), a.serverRestore(), a.serverMigrate(), a.serverReencryptKeys(), a.serverHealth())
 }
 
 // configFlags are the file of a configuration and the flags that override it.
@@ -83,6 +83,7 @@ func (a *app) serverFlags(cmd *cobra.Command) *configFlags {
 	f.key(cmd, "trust-domain", "trust_domain", "`name` of the trust domain, like example.org")
 	f.key(cmd, "listen", "listen", "`HOST:PORT` to listen on for agents")
 	f.key(cmd, "advertise", "advertise", "`HOST:PORT` that agents dial (default that of --listen)")
+	f.key(cmd, "join", "store.etcd.embedded.join", "`STRING` from \"hallmark cluster invite\": join that cluster at the first start")
 	f.key(cmd, "data-dir", "data_dir", "`DIR` of the store and the keys")
 	f.key(cmd, "admin-socket", "admin_socket", "`PATH` of the socket for administration")
 	f.key(cmd, "log-level", "log.level", "`level`: debug, info, warn or error")
@@ -303,6 +304,43 @@ func (a *app) serverReencryptKeys() *cobra.Command {
 		return a.print(reencrypted{written, right}, func(w io.Writer) {
 			fmt.Fprintf(w, "wrote %s anew; %d had the right form already\n", count(written, "key file", "key files"), right)
 		})
+	}
+	return cmd
+}
+
+func (a *app) serverMigrate() *cobra.Command {
+	var from, to string
+	cmd := &cobra.Command{
+		Use:   "migrate --from FILE --to FILE",
+		Short: "move the store of a stopped server to another engine",
+		Long: "Migrate copies the store that one configuration names into the empty one that another\n" +
+			"names, and compares the two record by record. The server must not run. Its private\n" +
+			"keys stay where they are: let both configurations name the same keys.",
+		Example: "  hallmark server migrate --from badger.yaml --to etcd.yaml\n  hallmark server run -c etcd.yaml",
+		Args:    noArguments,
+	}
+	cmd.Flags().StringVar(&from, "from", "", "configuration `FILE` that names the store as it is")
+	cmd.Flags().StringVar(&to, "to", "", "configuration `FILE` that names the new store")
+	for _, flag := range []string{"from", "to"} {
+		fileFor(cmd, flag, "yaml", "yml")
+	}
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if from == "" || to == "" {
+			return usageError(errors.New("--from and --to name the two configurations"))
+		}
+		var sources [2]config.Source
+		for i, file := range []string{from, to} {
+			var err error
+			if sources[i], err = config.ReadFile(file); err != nil {
+				return err
+			}
+		}
+		records, err := a.programs.MigrateServer(cmd.Context(), sources[0], sources[1])
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(a.out, "copied and compared %s\n", count(records, "record", "records"))
+		return nil
 	}
 	return cmd
 }

@@ -108,15 +108,15 @@ func onlyHere(address string) bool {
 	return err == nil && (host == "localhost" || ip != nil && ip.IsLoopback())
 }
 
-// generateToken makes a join token and its join string.
-func generateToken(ctx context.Context, c *admin, ttl int32, alias *types.SPIFFEID, address string) (*tokenItem, error) {
+// joinString returns what a join string says of the server, without a token.
+func (c *admin) joinString(ctx context.Context, address string) (join.String, error) {
 	info, err := c.server().GetJoinInfo(ctx, &hallmarkv1.GetJoinInfoRequest{})
 	if err != nil {
-		return nil, rpcError("ask the server how agents reach it", err)
+		return join.String{}, rpcError("ask the server how it is reached", err)
 	}
 	td, err := spiffeid.TrustDomainFromString(info.TrustDomain)
 	if err != nil {
-		return nil, fmt.Errorf("the server's trust domain: %w", err)
+		return join.String{}, fmt.Errorf("the server's trust domain: %w", err)
 	}
 	s := join.String{TrustDomain: td, Server: info.Address}
 	if address != "" {
@@ -124,22 +124,39 @@ func generateToken(ctx context.Context, c *admin, ttl int32, alias *types.SPIFFE
 	}
 	for _, hash := range info.RootHashes {
 		if len(hash) != len(join.Root{}) {
-			return nil, fmt.Errorf("the server gave a root hash of %d bytes; it must have %d", len(hash), len(join.Root{}))
+			return join.String{}, fmt.Errorf("the server gave a root hash of %d bytes; it must have %d", len(hash), len(join.Root{}))
 		}
 		s.Roots = append(s.Roots, join.Root(hash))
+	}
+	return s, nil
+}
+
+func encodeJoin(s join.String) (string, error) {
+	encoded, err := s.Encode()
+	if err != nil {
+		return "", &failure{code: exitFailed, err: err,
+			remedy: "--address names the host and port by which the server is reached; \"advertise\" in its configuration sets it for all."}
+	}
+	return encoded, nil
+}
+
+// generateToken makes a join token and its join string.
+func generateToken(ctx context.Context, c *admin, ttl int32, alias *types.SPIFFEID, address string) (*tokenItem, error) {
+	s, err := c.joinString(ctx, address)
+	if err != nil {
+		return nil, err
 	}
 	token, err := c.agents().CreateJoinToken(ctx, &agentv1.CreateJoinTokenRequest{Ttl: ttl, AgentId: alias})
 	if err != nil {
 		return nil, rpcError("create a join token", err)
 	}
 	s.Token = token.Value
-	encoded, err := s.Encode()
+	encoded, err := encodeJoin(s)
 	if err != nil {
-		return nil, &failure{code: exitFailed, err: err,
-			remedy: "--address names the host and port by which agents reach the server; \"advertise\" in its configuration sets it for all."}
+		return nil, err
 	}
 	return &tokenItem{
-		Join: encoded, Token: token.Value, TrustDomain: td.Name(), Server: s.Server,
+		Join: encoded, Token: token.Value, TrustDomain: s.TrustDomain.Name(), Server: s.Server,
 		AgentID: idText(alias), ExpiresAt: timestamp(token.ExpiresAt),
 	}, nil
 }

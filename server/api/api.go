@@ -54,6 +54,7 @@ type Options struct {
 	Issuer        *issue.Issuer
 	Feed          *feed.Feed
 	NodeAttestors map[string]attestors.Server // by name; how nodes may attest
+	Cluster       *Cluster                    // nil: the server is alone
 	Federation    *federation.Client          // fetches foreign bundles; nil: one with the system's roots
 	AdminIDs      []spiffeid.ID               // administer besides the entries with admin set
 	Advertise     string                      // host:port that agents dial; empty: that of the TCP listener
@@ -75,6 +76,7 @@ type API struct {
 	issuer      *issue.Issuer
 	feed        *feed.Feed
 	attestors   map[string]attestors.Server
+	cluster     *Cluster
 	federation  *federation.Client
 	adminIDs    map[spiffeid.ID]bool
 	advertise   string
@@ -117,6 +119,7 @@ func New(o Options) *API {
 		issuer:      o.Issuer,
 		feed:        o.Feed,
 		attestors:   o.NodeAttestors,
+		cluster:     o.Cluster,
 		federation:  cmp.Or(o.Federation, &federation.Client{}),
 		adminIDs:    make(map[spiffeid.ID]bool),
 		advertise:   o.Advertise,
@@ -162,6 +165,7 @@ func New(o Options) *API {
 		svidv1.RegisterSVIDServer(s, &svidService{API: a})
 		trustdomainv1.RegisterTrustDomainServer(s, &trustDomainService{API: a})
 		localauthorityv1.RegisterLocalAuthorityServer(s, &authorityService{API: a})
+		hallmarkv1.RegisterClusterServiceServer(s, &clusterService{API: a})
 	}
 	hallmarkv1.RegisterFeedServiceServer(a.tcp, &feedService{API: a})
 	hallmarkv1.RegisterAdminServiceServer(a.admin, &adminService{API: a})

@@ -148,6 +148,11 @@ var methods = map[string]method{
 	hallmarkv1.AdminService_ListConnections_FullMethodName: {callers: local},
 	hallmarkv1.AdminService_GetJoinInfo_FullMethodName:     {callers: local},
 
+	hallmarkv1.ClusterService_ListServers_FullMethodName:  {callers: local},
+	hallmarkv1.ClusterService_Invite_FullMethodName:       {callers: local, audit: true},
+	hallmarkv1.ClusterService_Join_FullMethodName:         {callers: anyone, audit: true},
+	hallmarkv1.ClusterService_RemoveServer_FullMethodName: {callers: local, audit: true},
+
 	grpc_health_v1.Health_Check_FullMethodName:                             {callers: local},
 	grpc_health_v1.Health_List_FullMethodName:                              {callers: local},
 	grpc_health_v1.Health_Watch_FullMethodName:                             {callers: local, watches: true},

@@ -101,7 +101,7 @@ type State struct {
 var (
 	entries   = prometheus.NewDesc("hallmark_server_entries", "Registration entries.", nil, nil)
 	nodes     = prometheus.NewDesc("hallmark_server_nodes", "Nodes that have attested, banned ones among them.", nil, nil)
-	revision  = prometheus.NewDesc("hallmark_server_revision", "Revision of the registry; it grows by one with each transaction.", nil, nil)
+	revision  = prometheus.NewDesc("hallmark_server_revision", "Revision of the registry; it grows with each transaction.", nil, nil)
 	behind    = prometheus.NewDesc("hallmark_server_agents_behind", "Connected agents that have not yet acknowledged everything that was sent to them.", nil, nil)
 	authority = prometheus.NewDesc("hallmark_server_authority_expiry_timestamp_seconds", "When the active authority expires, in seconds since 1970, by kind; subtract time() for what is left.", []string{"kind"}, nil)
 )

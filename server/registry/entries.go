@@ -289,7 +289,9 @@ func (r *Registry) prune(ctx context.Context) {
 		case <-changed: // an entry may have come that ends before the timer
 		case <-timer.C:
 			pause = prunePause
-			if err := r.pruneOnce(ctx); err != nil && ctx.Err() == nil {
+			if !r.leads() { // another server does it; look again, it may have gone
+				pause = pruneFailed
+			} else if err := r.pruneOnce(ctx); err != nil && ctx.Err() == nil {
 				r.log.Warn("expired records could not be deleted; trying again", "error", err)
 				pause = pruneFailed
 			}

@@ -2,6 +2,7 @@ package registry_test
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -129,3 +130,5 @@ func (g *grouping) Watch(ctx context.Context, after store.Revision, yield func([
 		}
 	}
 }
+
+func (m *memory) Advance(context.Context, store.Revision) error { return errors.ErrUnsupported }

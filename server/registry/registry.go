@@ -54,14 +54,18 @@ const maxTries = 100
 type Options struct {
 	Store       store.Store
 	TrustDomain spiffeid.TrustDomain
-	Now         func() time.Time // nil: time.Now
-	Log         *slog.Logger     // nil: none
+	// Leads says whether this server is the one to delete what has expired, of
+	// several that share the store. Nil: it is alone.
+	Leads func() bool
+	Now   func() time.Time // nil: time.Now
+	Log   *slog.Logger     // nil: none
 }
 
 // Registry is the state of a trust domain.
 type Registry struct {
 	store store.Store
 	td    spiffeid.TrustDomain
+	leads func() bool
 	now   func() time.Time
 	log   *slog.Logger
 
@@ -85,12 +89,16 @@ func Open(ctx context.Context, o Options) (*Registry, error) {
 	r := &Registry{
 		store:   o.Store,
 		td:      o.TrustDomain,
+		leads:   o.Leads,
 		now:     o.Now,
 		log:     o.Log,
 		changed: make(chan struct{}),
 		subs:    make(map[spiffeid.ID]map[*Subscription]bool),
 
 		retrying: make(chan struct{}, 1),
+	}
+	if r.leads == nil {
+		r.leads = func() bool { return true }
 	}
 	if r.now == nil {
 		r.now = time.Now

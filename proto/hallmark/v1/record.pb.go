@@ -945,6 +945,52 @@ func (x *Federation) GetEndpointSpiffeId() string {
 	return ""
 }
 
+// Invitation lets one server join the cluster. Its key has the hash of the
+// secret.
+type Invitation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ExpiresAt     int64                  `protobuf:"varint,1,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"` // Unix seconds
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Invitation) Reset() {
+	*x = Invitation{}
+	mi := &file_hallmark_v1_record_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Invitation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Invitation) ProtoMessage() {}
+
+func (x *Invitation) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_record_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Invitation.ProtoReflect.Descriptor instead.
+func (*Invitation) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_record_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Invitation) GetExpiresAt() int64 {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return 0
+}
+
 var File_hallmark_v1_record_proto protoreflect.FileDescriptor
 
 const file_hallmark_v1_record_proto_rawDesc = "" +
@@ -1046,7 +1092,11 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"Federation\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12!\n" +
 	"\fendpoint_url\x18\x02 \x01(\tR\vendpointUrl\x12,\n" +
-	"\x12endpoint_spiffe_id\x18\x03 \x01(\tR\x10endpointSpiffeIdB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
+	"\x12endpoint_spiffe_id\x18\x03 \x01(\tR\x10endpointSpiffeId\"+\n" +
+	"\n" +
+	"Invitation\x12\x1d\n" +
+	"\n" +
+	"expires_at\x18\x01 \x01(\x03R\texpiresAtB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
 
 var (
 	file_hallmark_v1_record_proto_rawDescOnce sync.Once
@@ -1061,7 +1111,7 @@ func file_hallmark_v1_record_proto_rawDescGZIP() []byte {
 }
 
 var file_hallmark_v1_record_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hallmark_v1_record_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_hallmark_v1_record_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_hallmark_v1_record_proto_goTypes = []any{
 	(Authority_Kind)(0),   // 0: hallmark.v1.Authority.Kind
 	(Authority_State)(0),  // 1: hallmark.v1.Authority.State
@@ -1074,6 +1124,7 @@ var file_hallmark_v1_record_proto_goTypes = []any{
 	(*JWTAuthority)(nil),  // 8: hallmark.v1.JWTAuthority
 	(*Authority)(nil),     // 9: hallmark.v1.Authority
 	(*Federation)(nil),    // 10: hallmark.v1.Federation
+	(*Invitation)(nil),    // 11: hallmark.v1.Invitation
 }
 var file_hallmark_v1_record_proto_depIdxs = []int32{
 	2, // 0: hallmark.v1.Entry.selectors:type_name -> hallmark.v1.Selector
@@ -1101,7 +1152,7 @@ func file_hallmark_v1_record_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_record_proto_rawDesc), len(file_hallmark_v1_record_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   9,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

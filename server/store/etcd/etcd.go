@@ -9,10 +9,10 @@
 // Under its prefix, a record is "r/" and its key. "r" is the mark: it is
 // written with every transaction, so that the store has a revision for each,
 // whatever else is written to the cluster; its value is how far our revisions
-// are above etcd's (see [DB.Advance]). "w/" and the name of a server is that
-// server's own: its writer's last group, by which it finds out, after a silence
-// of the cluster, whether a group was written, and which keeps two processes
-// from writing under one name.
+// are above etcd's (see [DB.Advance]). "w/" and the name of a server holds its
+// writer's last group, by which it finds out, after a silence of the cluster,
+// whether a group was written, and which keeps two processes from writing under
+// one name. "s/" and its name is there as long as the server is.
 package etcd
 
 import (
@@ -73,10 +73,12 @@ type Options struct {
 type DB struct {
 	client  *clientv3.Client
 	prefix  string
+	name    string
 	log     *slog.Logger
 	metrics *metrics.Metrics
 
-	offset atomic.Int64 // of our revisions above etcd's
+	offset  atomic.Int64 // of our revisions above etcd's
+	servers servers
 
 	queue   chan *request
 	writer  writer
@@ -104,13 +106,14 @@ func Open(ctx context.Context, o Options) (*DB, error) {
 	db := &DB{
 		client:  o.Client,
 		prefix:  o.Prefix,
+		name:    o.Name,
 		log:     o.Log,
 		metrics: o.Metrics,
 		queue:   make(chan *request, 256),
 	}
 	db.base, db.stop = context.WithCancel(context.Background())
 	db.writer = writer{db: db, key: o.Prefix + "w/" + o.Name, instance: rand.Text()}
-	if err := db.start(ctx, o.Name); err != nil {
+	if err := db.start(ctx); err != nil {
 		db.stop()
 		return nil, errors.Join(err, o.Client.Close())
 	}
@@ -120,9 +123,9 @@ func Open(ctx context.Context, o Options) (*DB, error) {
 }
 
 // start makes what a new store lacks and takes over the writer's key.
-func (db *DB) start(ctx context.Context, name string) error {
-	if name == "" || strings.Contains(name, "/") {
-		return fmt.Errorf("store: %q is not the name of a server; it is not empty and has no slash", name)
+func (db *DB) start(ctx context.Context) error {
+	if db.name == "" || strings.Contains(db.name, "/") {
+		return fmt.Errorf("store: %q is not the name of a server; it is not empty and has no slash", db.name)
 	}
 	// A mark that is there stays as it is.
 	_, err := db.client.Txn(ctx).
