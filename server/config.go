@@ -28,9 +28,9 @@ type Config struct {
 	// later: another name needs another data directory.
 	TrustDomain string `yaml:"trust_domain" env:"expand"`
 
-	// Name is this server's, of those that share a store: small letters, digits,
-	// dots and hyphens. It does not change. Default: one that the first start
-	// chooses and keeps in data_dir.
+	// Name is this server's: small letters, digits, dots and hyphens. Of servers
+	// that share a store each has another, and keeps it. Default: main, or, with a
+	// store that is shared, one that the first start chooses and keeps in data_dir.
 	Name string `yaml:"name" env:"expand"`
 
 	// Listen is the host:port on which agents and remote clients are served, with

@@ -73,7 +73,10 @@ func (s *settings) openCopy(ctx context.Context, src config.Source, name string)
 	if err != nil {
 		return nil, err
 	}
-	own, err := s.serverNameOr(name)
+	own, err := s.serverName()
+	if name != "" {
+		own, err = s.goesOnAs(name)
+	}
 	if err != nil {
 		return nil, err
 	}

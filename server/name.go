@@ -11,8 +11,13 @@ import (
 	"strings"
 )
 
-// maxName is the length of a server's name; it is part of keys and certificates.
-const maxName = 63
+const (
+	// loneName is the name of a server that shares its store with no other.
+	loneName = "main"
+	// maxName is the length of a server's name; it is part of keys and
+	// certificates.
+	maxName = 63
+)
 
 var validName = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$`)
 
@@ -24,43 +29,61 @@ func checkName(name string) error {
 }
 
 // serverName returns the server's name in the registry: the configured one,
-// else the one that an earlier start has chosen and kept in the data directory.
-// A server that keeps nothing has one for this run.
-func (s *settings) serverName() (string, error) { return s.serverNameOr("") }
+// else the one that the data directory holds, else loneName; a server that
+// shares its store chooses one and keeps it.
+func (s *settings) serverName() (string, error) {
+	name, err := s.knownName()
+	switch {
+	case err != nil || name != "":
+		return name, err
+	case s.Store.Etcd == nil:
+		return loneName, nil
+	}
+	return s.keepName("server-" + strings.ToLower(rand.Text()[:10]))
+}
 
-// serverNameOr is serverName; at a first start, the name is the given one.
-func (s *settings) serverNameOr(chosen string) (string, error) {
+// goesOnAs is serverName of a server that had a name with another configuration.
+func (s *settings) goesOnAs(was string) (string, error) {
+	name, err := s.knownName()
+	if err != nil || name != "" {
+		return name, err
+	}
+	return s.keepName(was)
+}
+
+func (s *settings) nameFile() string { return filepath.Join(s.DataDir, "name") }
+
+// knownName returns the name that was configured or kept; empty: none.
+func (s *settings) knownName() (string, error) {
 	if s.Name != "" {
 		return s.Name, nil
 	}
-	if chosen == "" {
-		chosen = "server-" + strings.ToLower(rand.Text()[:10])
-	}
-	if s.Store.Memory != nil {
-		return chosen, nil
-	}
-	path := filepath.Join(s.DataDir, "name")
-	data, err := os.ReadFile(path)
-	if err == nil {
-		name := strings.TrimSpace(string(data))
+	data, err := os.ReadFile(s.nameFile())
+	switch name := strings.TrimSpace(string(data)); {
+	case errors.Is(err, fs.ErrNotExist):
+		return "", nil
+	case err != nil:
+		return "", fmt.Errorf("read the server's name: %w", err)
+	default:
 		if err := checkName(name); err != nil {
-			return "", fmt.Errorf("read the server's name from %s: %w; restore the file, or set name", path, err)
+			return "", fmt.Errorf("read the server's name from %s: %w; restore the file, or set name", s.nameFile(), err)
 		}
 		return name, nil
 	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		return "", fmt.Errorf("read the server's name: %w", err)
-	}
-	if err := os.MkdirAll(s.DataDir, 0o700); err != nil {
-		return "", fmt.Errorf("keep the server's name: %w; set data_dir to a directory that this user may write to", err)
-	}
+}
+
+func (s *settings) keepName(name string) (string, error) {
+	path := s.nameFile()
 	// Whole or not at all: half a name would be another server's.
-	err = os.WriteFile(path+".new", []byte(chosen+"\n"), 0o600)
+	err := os.MkdirAll(s.DataDir, 0o700)
+	if err == nil {
+		err = os.WriteFile(path+".new", []byte(name+"\n"), 0o600)
+	}
 	if err == nil {
 		err = os.Rename(path+".new", path)
 	}
 	if err != nil {
-		return "", fmt.Errorf("keep the server's name: %w", err)
+		return "", fmt.Errorf("keep the server's name: %w; set data_dir to a directory that this user may write to", err)
 	}
-	return chosen, nil
+	return name, nil
 }

@@ -73,6 +73,9 @@ func (s *clusterService) ListServers(context.Context, *hallmarkv1.ListServersReq
 	}
 	for _, p := range present {
 		server := byName[p.Name]
+		if server == nil && s.cluster.Member != nil {
+			continue // it has just been removed
+		}
 		if server == nil {
 			server = &hallmarkv1.ClusterServer{Name: p.Name}
 			resp.Servers = append(resp.Servers, server)

@@ -9,9 +9,10 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// etcdLog has etcd log to our log. What it says of its own course, and warns of,
-// is detail to us: servers that are away and writes that are slow are told of
-// elsewhere. What lasts is said once a minute.
+// etcdLog has etcd log to our log. What it says of its own course, warns of and
+// calls an error is detail to us: servers that are away and writes that fail are
+// told of elsewhere. What it cannot live with ends the process. What lasts is
+// said once a minute.
 func etcdLog(log *slog.Logger) *zap.Logger {
 	return zap.New(zapcore.NewSamplerWithOptions(&zapToSlog{log: log.With("component", "etcd")}, time.Minute, 1, 0))
 }
@@ -19,8 +20,8 @@ func etcdLog(log *slog.Logger) *zap.Logger {
 type zapToSlog struct{ log *slog.Logger }
 
 func slogLevel(l zapcore.Level) slog.Level {
-	if l >= zapcore.ErrorLevel {
-		return slog.LevelWarn // it goes on; what ends it is returned
+	if l > zapcore.ErrorLevel {
+		return slog.LevelError
 	}
 	return slog.LevelDebug
 }
