@@ -268,7 +268,7 @@ func TestAServerThatIsLeftAloneServesAndSaysThatItCannotWrite(t *testing.T) {
 		s.command("s2", "entry", "create", "--id", id, "--spiffe-id", "/"+id, "--parent-id", "/node", "--selector", fmt.Sprintf("unix:uid:%d", os.Getuid())).Run(t)
 	}
 	fetch := func(audience string) error {
-		_, stderr, code := harness.Command{Args: []string{"svid", "jwt", "--audience", audience, "--spiffe-id", "spiffe://example.org/web", "--socket", s.path("workload.sock")}}.Try(t)
+		_, stderr, code := harness.Command{Args: []string{"fetch", "jwt", "--audience", audience, "--spiffe-id", "spiffe://example.org/web", "--socket", s.path("workload.sock")}}.Try(t)
 		if code != 0 {
 			return fmt.Errorf("status %d: %s", code, stderr)
 		}
