@@ -148,10 +148,11 @@ type EtcdConfig struct {
 	Endpoints []string `yaml:"endpoints" env:"expand"`
 	// CA is the file of the certificates by which the endpoints are known.
 	CA string `yaml:"ca" env:"expand"`
-	// Cert and Key are the files of this server's certificate for them. They may
-	// be replaced while it runs.
+	// Cert is the file of this server's certificate for them. It may be replaced
+	// while the server runs.
 	Cert string `yaml:"cert" env:"expand"`
-	Key  string `yaml:"key" env:"expand"`
+	// Key is the file of the certificate's private key.
+	Key string `yaml:"key" env:"expand"`
 }
 
 // EmbeddedConfig is this server's member of a cluster that servers form.

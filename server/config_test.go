@@ -64,6 +64,15 @@ log:
 	if err != nil {
 		t.Error(err)
 	}
+	for _, store := range []string{
+		"etcd: {}",
+		"etcd: {embedded: {listen: '10.0.0.1:8082', advertise: 'ca-1:8082', dir: /var/lib/etcd, quota: 17179869184}}",
+		"etcd: {endpoints: ['https://a:2379', 'https://b:2379'], ca: /ca, cert: /cert, key: /key}",
+	} {
+		if err := server.Check(source("trust_domain: example.org\nname: ca-1.example\nstore: {" + store + "}\n")); err != nil {
+			t.Errorf("%s: %v", store, err)
+		}
+	}
 	if err := server.Check(source("trust_domain: example.org\nstore: {memory: {}}\nkeys: {memory: {}}\nnode_attestors: {}\n")); err != nil {
 		t.Error(err)
 	}
@@ -81,7 +90,17 @@ func TestWhatCannotBeMeantIsRefusedWithItsPlaceAndARemedy(t *testing.T) {
 		{"advertise: example.org:0", "is no address that an agent can dial"},
 		{"advertise: :8081", "is no address that an agent can dial"},
 		{"admin_socket: /" + strings.Repeat("x", 120), "admin_socket is 121 bytes long and the kernel takes 107"},
-		{"store: {badger: {}, memory: {}}", "choose badger or memory"},
+		{"store: {badger: {}, memory: {}}", "store names 2 engines; choose one of badger, etcd and memory"},
+		{"store: {etcd: {embedded: {}, endpoints: ['https://a:1']}}", "choose one"},
+		{"store: {etcd: {endpoints: ['etcd:2379']}}", `endpoint "etcd:2379" is none of etcd; write https://host:port`},
+		{"store: {etcd: {endpoints: ['http://etcd:2379']}}", "is not protected"},
+		{"store: {etcd: {endpoints: ['https://etcd:2379'], cert: /a}}", "needs both or none"},
+		{"store: {etcd: {embedded: {listen: nowhere}}}", "listen: address nowhere: missing port"},
+		{"store: {etcd: {embedded: {listen: '0.0.0.0:8082'}}}", "is no address that another server can dial"},
+		{"store: {etcd: {embedded: {quota: 1}}}", "quota is 1 bytes"},
+		{"store: {etcd: {embedded: {join: hallmark}}}", "join string is incomplete"},
+		{"name: One", `name: "One" is no name of a server`},
+		{"name: a/b", "is no name of a server"},
 		{"store: {badger: {memtable: 1}}", "memtable is 1 bytes"},
 		{"keys: {disk: {}, memory: {}}", "choose disk, kms or memory"},
 		{"keys: {disk: {encryption: {}}}", "server.yaml:2:27: encryption names no secret; set secret_file"},

@@ -23,6 +23,9 @@ func Layout(src config.Source) (config.Layout, error) {
 	if s.Store.Badger != nil {
 		l.DataDirs = append(l.DataDirs, s.Store.Badger.Dir)
 	}
+	if c := s.Store.Etcd; c != nil && c.Embedded != nil {
+		l.DataDirs = append(l.DataDirs, c.Embedded.Dir)
+	}
 	if s.Keys.Disk != nil {
 		l.DataDirs = append(l.DataDirs, s.Keys.Disk.Dir)
 	}

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/hallmark-id/hallmark/pkg/join"
 	"github.com/hallmark-id/hallmark/test/harness"
 )
 
@@ -389,7 +390,22 @@ func TestAServerLeavesAndIsNotLetInAgainByTheSameString(t *testing.T) {
 		t.Errorf("the server that stays cannot write: %v", err)
 	}
 	s.embedded(t, "s3")
-	_, stderr, code := harness.Command{Args: []string{"server", "run", "-c", s.path("s3.yaml"), "--join", invitation}}.Try(t)
+	stranger, err := join.Parse(strings.TrimSpace(s.command("s1", "cluster", "invite").Run(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range stranger.Roots {
+		stranger.Roots[i][0] ^= 1 // an invitation of another server of that name
+	}
+	wrong, err := stranger.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, stderr, code := harness.Command{Args: []string{"server", "run", "-c", s.path("s3.yaml"), "--join", wrong}}.Try(t)
+	if code == 0 || !strings.Contains(stderr, "none of its roots is pinned") {
+		t.Errorf("a server that the invitation does not pin: status %d\n%s", code, stderr)
+	}
+	_, stderr, code = harness.Command{Args: []string{"server", "run", "-c", s.path("s3.yaml"), "--join", invitation}}.Try(t)
 	if code == 0 || !strings.Contains(stderr, "invitation is not known, was used") {
 		t.Errorf("the invitation once more: status %d\n%s", code, stderr)
 	}

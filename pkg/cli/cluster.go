@@ -169,6 +169,7 @@ func (a *app) clusterLeave() *cobra.Command {
 	}
 	socket := socketFlag(cmd, serverSocket)
 	yes := yesFlag(cmd)
+	a.outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return a.removeServer(cmd, *socket, "", *yes) }
 	return cmd
 }
@@ -184,8 +185,14 @@ func (a *app) clusterRemove() *cobra.Command {
 	}
 	socket := socketFlag(cmd, serverSocket)
 	yes := yesFlag(cmd)
+	a.outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error { return a.removeServer(cmd, *socket, args[0], *yes) }
 	return cmd
+}
+
+// removedServer is what `cluster leave` and `cluster remove` print.
+type removedServer struct {
+	Removed string `json:"removed"`
 }
 
 // removeServer removes a server from the cluster; without a name, the one that
@@ -211,6 +218,7 @@ func (a *app) removeServer(cmd *cobra.Command, socket, name string, yes bool) er
 	if _, err := c.cluster().RemoveServer(ctx, &hallmarkv1.RemoveServerRequest{Name: name}); err != nil {
 		return rpcError("remove the server", err)
 	}
-	fmt.Fprintf(a.out, "%s is no longer a server of the cluster\n", printable(name))
-	return nil
+	return a.print(removedServer{name}, func(w io.Writer) {
+		fmt.Fprintf(w, "%s is no longer a server of the cluster\n", printable(name))
+	})
 }

@@ -308,6 +308,11 @@ func (a *app) serverReencryptKeys() *cobra.Command {
 	return cmd
 }
 
+// migrated is what `server migrate` prints.
+type migrated struct {
+	Records int `json:"records"`
+}
+
 func (a *app) serverMigrate() *cobra.Command {
 	var from, to string
 	cmd := &cobra.Command{
@@ -321,6 +326,7 @@ func (a *app) serverMigrate() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&from, "from", "", "configuration `FILE` that names the store as it is")
 	cmd.Flags().StringVar(&to, "to", "", "configuration `FILE` that names the new store")
+	a.outputFlag(cmd)
 	for _, flag := range []string{"from", "to"} {
 		fileFor(cmd, flag, "yaml", "yml")
 	}
@@ -339,8 +345,9 @@ func (a *app) serverMigrate() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		fmt.Fprintf(a.out, "copied and compared %s\n", count(records, "record", "records"))
-		return nil
+		return a.print(migrated{records}, func(w io.Writer) {
+			fmt.Fprintf(w, "copied and compared %s\n", count(records, "record", "records"))
+		})
 	}
 	return cmd
 }
