@@ -60,6 +60,9 @@ hallmark.v1.FeedService
 	agent: Follow
 hallmark.v1.AdminService
 	local: GetServer Backup ListAuthorities RotateAuthority ListConnections GetJoinInfo
+hallmark.v1.ClusterService
+	local: ListServers Invite RemoveServer
+	local admin agent downstream workload stranger none: Join
 not.a.Service
 	: Method
 spire.api.server.entry.v1.Entry

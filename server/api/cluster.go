@@ -114,9 +114,6 @@ func (s *clusterService) Join(ctx context.Context, req *hallmarkv1.JoinRequest) 
 	if err := s.limitAttesting(ctx); err != nil {
 		return nil, err
 	}
-	if s.cluster == nil || s.cluster.Member == nil {
-		return nil, clusterStatus(cluster.ErrNotInvited) // what there is, is not a stranger's to know
-	}
 	host, port, err := net.SplitHostPort(req.PeerAddress)
 	number, portErr := strconv.ParseUint(port, 10, 16)
 	switch {
@@ -124,6 +121,9 @@ func (s *clusterService) Join(ctx context.Context, req *hallmarkv1.JoinRequest) 
 		return nil, invalidArgument("%q is no name of a server", clip(req.Name))
 	case err != nil || portErr != nil || number == 0 || host == "" || len(req.PeerAddress) > maxPeerAddress || strings.ContainsAny(host, "/=,?#@ "):
 		return nil, invalidArgument("%q is not the host:port of a server's member", clip(req.PeerAddress))
+	}
+	if s.cluster == nil || s.cluster.Member == nil {
+		return nil, clusterStatus(cluster.ErrNotInvited) // what there is, is not a stranger's to know
 	}
 	admission, err := s.cluster.Member.Admit(ctx, s.store, req.Secret, req.Name, req.PeerAddress, s.now())
 	if err != nil {
