@@ -138,6 +138,12 @@ func subject(req, resp any) []slog.Attr {
 		return []slog.Attr{slog.String("new_level", r.NewLevel.String())}
 	case *hallmarkv1.RotateAuthorityRequest:
 		return []slog.Attr{slog.String("kind", r.Kind.String())}
+	case *hallmarkv1.InviteRequest:
+		return []slog.Attr{slog.Duration("ttl", time.Duration(r.Ttl)*time.Second)}
+	case *hallmarkv1.JoinRequest: // the secret is one
+		return []slog.Attr{slog.String("server", clip(r.Name)), slog.String("peer_address", clip(r.PeerAddress))}
+	case *hallmarkv1.RemoveServerRequest:
+		return []slog.Attr{slog.String("server", clip(r.Name))}
 	}
 	return nil
 }

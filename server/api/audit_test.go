@@ -110,7 +110,7 @@ func fill(m protoreflect.Message, depth int) {
 			continue
 		case protoreflect.StringKind:
 			v = protoreflect.ValueOfString("x")
-			if f.Name() == "token" {
+			if f.Name() == "token" || f.Name() == "secret" {
 				v = protoreflect.ValueOfString(secret)
 			}
 		case protoreflect.BytesKind:

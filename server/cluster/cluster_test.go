@@ -43,18 +43,22 @@ func TestAnInvitationIsGoodOnceAndUntilItExpires(t *testing.T) {
 		t.Fatalf("Invite: until %v, %v", expires, err)
 	}
 	for what, guess := range map[string]string{"none": "", "another": secret[1:] + "A", "its beginning": secret[:20]} {
-		if err := redeem(t.Context(), s, guess, now); !errors.Is(err, ErrNotInvited) {
+		if _, err := invited(t.Context(), s, guess, now); !errors.Is(err, ErrNotInvited) {
 			t.Errorf("secret that is %s: %v", what, err)
 		}
 	}
-	if err := redeem(t.Context(), s, secret, expires); !errors.Is(err, ErrNotInvited) {
+	if _, err := invited(t.Context(), s, secret, expires); !errors.Is(err, ErrNotInvited) {
 		t.Errorf("when it has expired: %v", err)
+	}
+	invitation, err := invited(t.Context(), s, secret, now)
+	if err != nil {
+		t.Fatal(err)
 	}
 	var used atomic.Int64
 	var group sync.WaitGroup
 	for range 10 {
 		group.Go(func() {
-			if err := redeem(t.Context(), s, secret, now); err == nil {
+			if err := redeem(t.Context(), s, invitation); err == nil {
 				used.Add(1)
 			} else if !errors.Is(err, ErrNotInvited) {
 				t.Error(err)
@@ -64,6 +68,9 @@ func TestAnInvitationIsGoodOnceAndUntilItExpires(t *testing.T) {
 	group.Wait()
 	if used.Load() != 1 {
 		t.Errorf("it was good %d times", used.Load())
+	}
+	if _, err := invited(t.Context(), s, secret, now); !errors.Is(err, ErrNotInvited) {
+		t.Errorf("once it was used: %v", err)
 	}
 }
 
@@ -187,6 +194,30 @@ func TestNobodyWithoutACertificateTalksToAMember(t *testing.T) {
 	}
 	if peers := m.Peers(); len(peers) != 1 {
 		t.Errorf("the members are %v", peers)
+	}
+}
+
+func TestAStrangerDoesNotLearnWhichServersThereAre(t *testing.T) {
+	m, err := Start(t.Context(), options(t, "one"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	s := memory(t)
+	for _, name := range []string{"one", "two"} {
+		if _, err := m.Admit(t.Context(), s, "a guess", name, "127.0.0.1:1", time.Now()); !errors.Is(err, ErrNotInvited) {
+			t.Errorf("as %s: %v", name, err)
+		}
+	}
+	secret, _, err := Invite(t.Context(), s, time.Now(), time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Admit(t.Context(), s, secret, "one", "127.0.0.1:1", time.Now()); !errors.Is(err, ErrNameTaken) {
+		t.Errorf("one that is invited, as one: %v", err)
+	}
+	if _, err := invited(t.Context(), s, secret, time.Now()); err != nil {
+		t.Errorf("with another name it cannot come any more: %v", err)
 	}
 }
 

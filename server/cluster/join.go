@@ -90,19 +90,24 @@ func take(r store.Record) store.Txn {
 	return store.Txn{If: []store.Condition{{Key: r.Key, Revision: r.Revision}}, Do: []store.Write{{Key: r.Key}}}
 }
 
-// redeem uses up an invitation.
-func redeem(ctx context.Context, s store.Store, secret string, now time.Time) error {
+// invited returns the open invitation of a secret.
+func invited(ctx context.Context, s store.Store, secret string, now time.Time) (store.Record, error) {
 	var found *store.Record
 	if _, err := s.Read(ctx, invitationKey(secret), func(r store.Record) error {
 		found = &r
 		return nil
 	}); err != nil {
-		return err
+		return store.Record{}, err
 	}
 	if found == nil || expired(*found, now) {
-		return ErrNotInvited
+		return store.Record{}, ErrNotInvited
 	}
-	err := s.Commit(ctx, take(*found))[0].Err
+	return *found, nil
+}
+
+// redeem uses up an invitation.
+func redeem(ctx context.Context, s store.Store, invitation store.Record) error {
+	err := s.Commit(ctx, take(invitation))[0].Err
 	if errors.Is(err, store.ErrConflict) { // another server was quicker
 		return ErrNotInvited
 	}
@@ -112,15 +117,19 @@ func redeem(ctx context.Context, s store.Store, secret string, now time.Time) er
 // Admit lets a server in that shows an invitation. It begins as a learner, which
 // has no vote: a server that does not come does not cost the majority.
 func (m *Member) Admit(ctx context.Context, s store.Store, secret, name, at string, now time.Time) (*Admission, error) {
+	invitation, err := invited(ctx, s, secret, now)
+	if err != nil { // first: a stranger does not learn which names there are
+		return nil, err
+	}
 	if slices.ContainsFunc(m.Peers(), func(p Peer) bool { return p.Name == name }) {
 		return nil, ErrNameTaken
 	}
-	if err := redeem(ctx, s, secret, now); err != nil {
+	if err := redeem(ctx, s, invitation); err != nil {
 		return nil, err
 	}
 	u := peerURL(at)
 	var added *clientv3.MemberAddResponse
-	err := m.change(ctx, func(ctx context.Context, c *clientv3.Client) (err error) {
+	err = m.change(ctx, func(ctx context.Context, c *clientv3.Client) (err error) {
 		added, err = c.MemberAddAsLearner(ctx, []string{u.String()})
 		return err
 	})

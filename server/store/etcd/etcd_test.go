@@ -29,7 +29,7 @@ func single(t testing.TB, quota int64) func() *clientv3.Client {
 	t.Helper()
 	c := embed.NewConfig()
 	c.Dir = t.TempDir()
-	c.LogLevel = "error"
+	c.LogLevel = "panic" // it calls its own end an error
 	c.ListenPeerUrls = []url.URL{{Scheme: "http", Host: "127.0.0.1:0"}}
 	c.AdvertisePeerUrls = c.ListenPeerUrls
 	c.InitialCluster = c.InitialClusterFromName(c.Name)

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/hallmark-id/hallmark/server/store"
@@ -334,6 +335,9 @@ func (w *writer) try(ctx context.Context, group []*txn) (held []bool, at int64, 
 		Then(ops...).
 		Else(clientv3.OpGet(w.key), clientv3.OpGet(db.mark())).
 		Commit()
+	if errors.Is(err, rpctypes.ErrNoSpace) {
+		return w.refused(ctx, group, after, err)
+	}
 	if err != nil {
 		return nil, 0, err
 	}
@@ -347,6 +351,20 @@ func (w *writer) try(ctx context.Context, group []*txn) (held []bool, at int64, 
 		return held, w.at, nil
 	}
 	return w.overtaken(ctx, group, after, r)
+}
+
+// refused finds out whether a group was written that etcd had no room for: the
+// request that fills it is refused, and carried out all the same.
+func (w *writer) refused(ctx context.Context, group []*txn, after int64, why error) (held []bool, at int64, err error) {
+	r, err := w.db.client.Txn(ctx).Then(clientv3.OpGet(w.key), clientv3.OpGet(w.db.mark())).Commit()
+	if err != nil {
+		return nil, 0, err
+	}
+	held, at, err = w.overtaken(ctx, group, after, r)
+	if err == errAgain {
+		err = why
+	}
+	return held, at, err
 }
 
 // errAgain: the group was not written; another try may write it.
