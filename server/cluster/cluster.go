@@ -249,10 +249,14 @@ func (m *Member) Remove(ctx context.Context, name string) error {
 	case len(peers) == 1:
 		return ErrLast
 	}
-	return m.change(ctx, func(ctx context.Context, c *clientv3.Client) error {
+	err := m.change(ctx, func(ctx context.Context, c *clientv3.Client) error {
 		_, err := c.MemberRemove(ctx, peers[i].ID)
 		return err
 	})
+	if err != nil && m.etcd.Server.IsIDRemoved(peers[i].ID) { // this one, which ended before it was answered
+		return nil
+	}
+	return err
 }
 
 // change makes a change of the members, again while the cluster is not ready for
