@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/hallmark-id/hallmark/agent"
+	"github.com/hallmark-id/hallmark/bench"
 	"github.com/hallmark-id/hallmark/pkg/cli"
 	"github.com/hallmark-id/hallmark/server"
 )
@@ -22,5 +23,7 @@ func main() {
 		CheckAgent:    agent.Check,
 		ServerLayout:  server.Layout,
 		AgentLayout:   agent.Layout,
+		BenchEntries:  bench.Entries,
+		BenchAgents:   bench.Agents,
 	}))
 }

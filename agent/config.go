@@ -18,7 +18,6 @@ import (
 	"github.com/hallmark-id/hallmark/agent/node"
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/docker"
-	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/k8s"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
@@ -183,7 +182,7 @@ var nodeAttestors = []struct {
 		if c.JoinToken == nil {
 			return nil, nil
 		}
-		return joinTokenAttestor(c.JoinToken.Token)
+		return node.JoinToken(c.JoinToken.Token)
 	}},
 	{"node_attestor.x509pop", func(c *NodeAttestorConfig) (*node.Attestor, error) {
 		if c.X509PoP == nil {
@@ -231,19 +230,6 @@ var nodeAttestors = []struct {
 		}
 		return &node.Attestor{Name: k8spsat.Name, Agent: a}, nil
 	}},
-}
-
-func joinTokenAttestor(token string) (*node.Attestor, error) {
-	a, err := jointoken.NewAgent(token)
-	if err != nil {
-		return nil, err
-	}
-	path := node.AgentPathPrefix + jointoken.Name + "/" + token
-	return &node.Attestor{
-		Name:  jointoken.Name,
-		Agent: a,
-		Spent: func(id spiffeid.ID) bool { return id.Path() == path },
-	}, nil
 }
 
 // workloadAttestors is the table of what processes can be attested by, as
@@ -500,7 +486,7 @@ func (s *settings) checkAttestors(wrong wrongFunc) {
 	}
 	if s.join != nil {
 		var err error
-		if s.node, err = joinTokenAttestor(s.join.Token); err != nil {
+		if s.node, err = node.JoinToken(s.join.Token); err != nil {
 			wrong("join", "join: %v", err)
 		}
 	}

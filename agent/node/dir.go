@@ -28,7 +28,8 @@ const (
 
 const maxFile = 4 << 20 // bytes; far more than either file has
 
-// dir is the data directory of one agent.
+// dir is the data directory of one agent. The zero value is none: what is saved
+// is forgotten.
 type dir struct {
 	path string
 	lock *os.File
@@ -65,10 +66,18 @@ func openDir(path string) (*dir, error) {
 }
 
 // close gives the lock back.
-func (d *dir) close() error { return d.lock.Close() }
+func (d *dir) close() error {
+	if d.lock == nil {
+		return nil
+	}
+	return d.lock.Close()
+}
 
 // read returns a file's content, or nil if there is none.
 func (d *dir) read(name string) ([]byte, error) {
+	if d.path == "" {
+		return nil, nil
+	}
 	f, err := os.Open(filepath.Join(d.path, name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -90,6 +99,9 @@ func (d *dir) read(name string) ([]byte, error) {
 // write replaces a file: after a crash at any moment there is the old content
 // or the new one, whole.
 func (d *dir) write(name string, data []byte) error {
+	if d.path == "" {
+		return nil
+	}
 	f, err := os.CreateTemp(d.path, "."+name+".*") // mode 0600
 	if err != nil {
 		return err
@@ -198,12 +210,23 @@ func parseSVID(data []byte) (*svid, error) {
 }
 
 func (d *dir) removeSVID() error {
-	err := os.Remove(filepath.Join(d.path, svidFile))
+	if err := d.remove(svidFile); err != nil {
+		return fmt.Errorf("remove identity: %w", err)
+	}
+	return nil
+}
+
+// remove removes a file, if there is one.
+func (d *dir) remove(name string) error {
+	if d.path == "" {
+		return nil
+	}
+	err := os.Remove(filepath.Join(d.path, name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("remove identity: %w", err)
+		return err
 	}
 	return d.sync()
 }

@@ -4,10 +4,7 @@ import (
 	"bytes"
 	"crypto/x509"
 	"encoding/pem"
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"time"
@@ -68,9 +65,7 @@ func sameKey(a, b *x509.Certificate) bool {
 func (d *dir) saveDisowned(certs []*x509.Certificate) error {
 	var err error
 	if len(certs) == 0 {
-		if err = os.Remove(filepath.Join(d.path, disownedFile)); errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
+		err = d.remove(disownedFile)
 	} else {
 		var b bytes.Buffer
 		for _, cert := range certs {

@@ -31,6 +31,7 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
 	"github.com/hallmark-id/hallmark/attestors"
+	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/join"
 	"github.com/hallmark-id/hallmark/pkg/telemetry"
@@ -67,11 +68,30 @@ type Attestor struct {
 	Spent func(id spiffeid.ID) bool
 }
 
+// JoinToken makes the attestor that gives a join token. It fails if the token
+// cannot be one.
+func JoinToken(token string) (*Attestor, error) {
+	a, err := jointoken.NewAgent(token)
+	if err != nil {
+		return nil, err
+	}
+	path := AgentPathPrefix + jointoken.Name + "/" + token
+	return &Attestor{
+		Name:  jointoken.Name,
+		Agent: a,
+		Spent: func(id spiffeid.ID) bool { return id.Path() == path },
+	}, nil
+}
+
 // Options of [Open].
 type Options struct {
 	TrustDomain spiffeid.TrustDomain
 	Server      string // host:port
 	Dir         string // data directory; made if it does not exist
+
+	// InMemory keeps key, SVID and bundle in memory alone, until Run ends: for
+	// simulated agents. Dir must be empty.
+	InMemory bool
 
 	// Attestor may be nil if an identity is on disk.
 	Attestor *Attestor
@@ -165,9 +185,12 @@ func Open(o Options) (*Node, error) {
 	if err := o.validate(); err != nil {
 		return nil, err
 	}
-	d, err := openDir(o.Dir)
-	if err != nil {
-		return nil, err
+	d := &dir{}
+	if !o.InMemory {
+		var err error
+		if d, err = openDir(o.Dir); err != nil {
+			return nil, err
+		}
 	}
 	n := &Node{
 		o: o, dir: d,
@@ -203,6 +226,9 @@ func (o *Options) validate() error {
 	}
 	if _, _, err := net.SplitHostPort(o.Server); err != nil {
 		return fmt.Errorf("server address %q is not host:port", o.Server)
+	}
+	if o.InMemory && o.Dir != "" {
+		return errors.New("a node that is kept in memory has no data directory")
 	}
 	return nil
 }

@@ -22,6 +22,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/hallmark-id/hallmark/pkg/config"
+	"github.com/hallmark-id/hallmark/pkg/sizing"
 )
 
 // Programs are the long-running parts of Hallmark that commands start. Their
@@ -51,6 +52,9 @@ type Programs struct {
 	// ServerLayout and AgentLayout check a configuration too, and return what it
 	// says of the machine.
 	ServerLayout, AgentLayout func(src config.Source) (config.Layout, error)
+	// BenchEntries and BenchAgents measure a server by its number of entries
+	// and of connected agents.
+	BenchEntries, BenchAgents func(ctx context.Context, plan sizing.Plan) (*sizing.Report, error)
 }
 
 // Main runs the command that the process's arguments name and returns the exit
@@ -155,7 +159,7 @@ func (a *app) rootCommand() *cobra.Command {
 	add(groupRun, a.serverCommand(), a.agentCommand(), a.clusterCommand())
 	add(groupAdmin, a.entryCommand(), a.nodeCommand(), a.tokenCommand(), a.bundleCommand(), a.federationCommand(), a.importCommand(), a.authorityCommand(), a.svidCommand())
 	add(groupUse, a.fetchCommand(), a.validateCommand(), a.explainCommand())
-	add(groupOther, a.doctorCommand(), a.completionCommand(), a.versionCommand())
+	add(groupOther, a.doctorCommand(), a.completionCommand(), a.versionCommand(), a.benchCommand())
 	inOrder(root)
 	return root
 }
