@@ -29,9 +29,11 @@ func Agents(ctx context.Context, plan sizing.Plan) (_ *sizing.Report, err error)
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
-	if err := s.create(ctx, s.newEntry("/bench/shared", fleetPath)); err != nil {
+	shared := s.newEntry("/shared", fleetPath)
+	if err := s.create(ctx, shared); err != nil {
 		return nil, err
 	}
+	defer func() { err = errors.Join(err, s.remove(context.WithoutCancel(ctx), shared.Id)) }()
 	f := &crowd{fleet: newFleet(ctx, s, fleetPath), report: report}
 	defer func() { err = errors.Join(err, f.close(context.WithoutCancel(ctx))) }()
 	empty, err := s.usage()
@@ -91,7 +93,7 @@ func (f *crowd) plan() sizing.Plan { return f.server.plan }
 func (f *crowd) changes(ctx context.Context) error {
 	var applied, acknowledged []time.Duration
 	for range f.plan().Samples {
-		e := f.server.newEntry("/bench/change", fleetPath)
+		e := f.server.newEntry("/change", fleetPath)
 		for _, step := range []struct {
 			shows func(held.Change) bool
 			do    func() error

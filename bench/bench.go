@@ -31,13 +31,12 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/version"
 )
 
-// IDs under which everything stands that a measurement registers.
+// What a measurement registers stands under these, below a path of its own.
 const (
-	nodesPath    = "/bench/node"     // parents of entries that concern nobody connected
-	syncPath     = "/bench/sync"     // the node that syncs as SPIRE's agents do
-	fleetPath    = "/bench/fleet"    // every simulated agent
-	workloadPath = "/bench/workload" // the node of the workload
-	idPrefix     = "bench-"          // of entries
+	nodesPath    = "/node"     // parents of entries that concern nobody connected
+	syncPath     = "/sync"     // the node that syncs as SPIRE's agents do
+	fleetPath    = "/fleet"    // every simulated agent
+	workloadPath = "/workload" // the node of the workload
 )
 
 // begin checks a plan and opens its server.
@@ -66,7 +65,7 @@ func (s *server) note(format string, args ...any) {
 // newEntry makes an entry that names its own workload.
 func (s *server) newEntry(path, parent string) *types.Entry {
 	return &types.Entry{
-		Id: idPrefix + uuid.NewString(), SpiffeId: s.id(path), ParentId: s.id(parent),
+		Id: uuid.NewString(), SpiffeId: s.id(path), ParentId: s.id(parent),
 		Selectors: []*types.Selector{{Type: "unix", Value: "uid:4294967294"}},
 	}
 }
@@ -117,7 +116,7 @@ func (s *server) probed(ctx context.Context, f func() error) (took []time.Durati
 		ticker := time.NewTicker(probeEvery)
 		defer ticker.Stop()
 		for {
-			e := s.newEntry("/bench/probe", nodesPath+"/probe")
+			e := s.newEntry("/probe", nodesPath+"/probe")
 			began := time.Now()
 			if err := s.create(ctx, e); err != nil {
 				return err

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path"
 	"time"
 
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
@@ -103,13 +104,15 @@ func (r *registry) entry(i int) *types.Entry {
 	team, name := fmt.Sprintf("team-%d", i%200), fmt.Sprintf("service-%d", i)
 	return &types.Entry{
 		Id:       r.entryID(i),
-		SpiffeId: r.id("/bench/ns/" + team + "/sa/" + name), ParentId: r.id(parent),
+		SpiffeId: r.id("/ns/" + team + "/sa/" + name), ParentId: r.id(parent),
 		Selectors: []*types.Selector{{Type: "k8s", Value: "ns:" + team}, {Type: "k8s", Value: "sa:" + name}, {Type: "k8s", Value: "container-name:main"}},
 	}
 }
 
 // entryID is as long as the IDs that the server makes.
-func (r *registry) entryID(i int) string { return fmt.Sprintf("%s%030d", idPrefix, i) }
+func (r *registry) entryID(i int) string {
+	return fmt.Sprintf("bench-%s-%021d", path.Base(r.below), i)
+}
 
 // fill creates entries until there are n, and others beside them one at a time.
 func (r *registry) fill(ctx context.Context, n int) error {

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/prometheus/procfs"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -44,6 +45,7 @@ type server struct {
 	conn   *grpc.ClientConn
 	pid    int
 	td     spiffeid.TrustDomain
+	below  string      // path of everything that this measurement registers
 	join   join.String // but for the token
 
 	cmd    *exec.Cmd // nil: it is not ours
@@ -53,7 +55,7 @@ type server struct {
 
 // open starts a server, or reaches the one that the plan names.
 func open(ctx context.Context, plan sizing.Plan) (_ *server, err error) {
-	s := &server{plan: plan, socket: plan.AdminSocket}
+	s := &server{plan: plan, socket: plan.AdminSocket, below: "/bench/" + uuid.NewString()[:8]}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.close())
@@ -230,8 +232,9 @@ func (s *server) admin() hallmarkv1.AdminServiceClient {
 func (s *server) entries() entryv1.EntryClient { return entryv1.NewEntryClient(s.conn) }
 func (s *server) agents() agentv1.AgentClient  { return agentv1.NewAgentClient(s.conn) }
 
+// id returns a SPIFFE ID of this measurement.
 func (s *server) id(path string) *types.SPIFFEID {
-	return &types.SPIFFEID{TrustDomain: s.td.Name(), Path: path}
+	return &types.SPIFFEID{TrustDomain: s.td.Name(), Path: s.below + path}
 }
 
 // token makes a join token that gives its agent a further SPIFFE ID.
@@ -260,7 +263,7 @@ func (s *server) newNode(ctx context.Context, alias string) (*node.Node, error) 
 
 // evict has the server forget an agent.
 func (s *server) evict(ctx context.Context, id spiffeid.ID) error {
-	_, err := s.agents().DeleteAgent(ctx, &agentv1.DeleteAgentRequest{Id: s.id(id.Path())})
+	_, err := s.agents().DeleteAgent(ctx, &agentv1.DeleteAgentRequest{Id: &types.SPIFFEID{TrustDomain: id.TrustDomain().Name(), Path: id.Path()}})
 	if err != nil && status.Code(err) != codes.NotFound {
 		return fmt.Errorf("evict %s: %w", id, err)
 	}

@@ -96,7 +96,8 @@ func (w *workload) close(ctx context.Context) error {
 }
 
 func (w *workload) spiffeID(name string) string {
-	return "spiffe://" + w.server.td.Name() + workloadPath + "/" + name
+	id := w.server.id(workloadPath + "/" + name)
+	return "spiffe://" + id.TrustDomain + id.Path
 }
 
 // entry makes an entry for this process.

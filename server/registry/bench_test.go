@@ -136,6 +136,20 @@ func BenchmarkIsAuthorized(b *testing.B) {
 	}
 }
 
+// BenchmarkIsAuthorizedByASharedID asks for an entry of an ID that many nodes
+// have, as those have that joined with tokens for the same one.
+func BenchmarkIsAuthorizedByASharedID(b *testing.B) {
+	r := start(b, newStore(b), nil)
+	shared := sharing(b, r, 10_000)
+	v, node, now := r.View(), agentID("sharer-9999"), time.Now()
+	b.ReportAllocs()
+	for b.Loop() {
+		if !v.IsAuthorized(node, shared, now) {
+			b.Fatal("not authorized")
+		}
+	}
+}
+
 // BenchmarkChange is one entry's change among 100,000 and 1,000 push streams,
 // from the write to the stream that is told.
 func BenchmarkChange(b *testing.B) {

@@ -39,6 +39,14 @@ func newIndex[T any](less func(a, b T) bool) index[T] {
 
 func (x *index[T]) set(item T) { x.work.Set(item); x.dirty = true }
 
+// load fills an empty index with items in its order.
+func (x *index[T]) load(sorted []T) {
+	for _, item := range sorted {
+		x.work.Load(item)
+	}
+	x.dirty = true
+}
+
 func (x *index[T]) delete(item T) {
 	if _, ok := x.work.Delete(item); ok {
 		x.dirty = true
@@ -145,21 +153,28 @@ func (f *fold) apply(rec store.Record) error {
 	return nil
 }
 
+func entryFromRecord(rec store.Record) (*storedEntry, error) {
+	var r hallmarkv1.Entry
+	if err := proto.Unmarshal(rec.Value, &r); err != nil {
+		return nil, err
+	}
+	parsed, err := entry.FromRecord(&r)
+	if err != nil {
+		return nil, err
+	}
+	if len(parsed.Selectors) == 0 {
+		return nil, errors.New("entry has no selectors")
+	}
+	return &storedEntry{Entry: *parsed, revision: rec.Revision}, nil
+}
+
 func (f *fold) applyEntry(id string, rec store.Record) error {
 	var e *storedEntry
 	if rec.Value != nil {
-		var r hallmarkv1.Entry
-		if err := proto.Unmarshal(rec.Value, &r); err != nil {
+		var err error
+		if e, err = entryFromRecord(rec); err != nil {
 			return err
 		}
-		parsed, err := entry.FromRecord(&r)
-		if err != nil {
-			return err
-		}
-		if len(parsed.Selectors) == 0 {
-			return errors.New("entry has no selectors")
-		}
-		e = &storedEntry{Entry: *parsed, revision: rec.Revision}
 	}
 	old, _ := f.entries.work.Get(&storedEntry{Entry: entry.Entry{ID: id}})
 	if e == nil && old == nil {

@@ -155,7 +155,17 @@ func TestRandomChangesAgreeWithTheDefinition(t *testing.T) {
 			s := unpruned{newStore(t)}
 			c := &clock{}
 			r := start(t, s, c.Now)
-			randomWalk(t, rand.New(rand.NewPCG(seed, 0)), c, r, r, 300, 1, func() {})
+			var midway *registry.Registry // loads what is there, then follows
+			steps := 0
+			randomWalk(t, rand.New(rand.NewPCG(seed, 0)), c, r, r, 300, 1, func() {
+				if steps++; steps == 150 {
+					midway = start(t, s, c.Now)
+				}
+			})
+			converge(t, midway)
+			if got, want := describe(midway.View(), c.Now()), describe(r.View(), c.Now()); got != want {
+				t.Errorf("loaded midway:\n%s\nfolded:\n%s", got, want)
+			}
 			again, err := registry.Open(t.Context(), registry.Options{Store: s, TrustDomain: td, Now: c.Now})
 			if err != nil {
 				t.Fatal(err)

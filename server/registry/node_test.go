@@ -10,6 +10,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/pkg/selector"
 	"github.com/hallmark-id/hallmark/server/registry"
 )
@@ -158,5 +159,48 @@ func TestInvalidNodesAreRefused(t *testing.T) {
 	}
 	if err := r.DeleteNode(t.Context(), agentID("none")); kindOf(err) != registry.NotFound {
 		t.Errorf("delete an unknown node: %v", err)
+	}
+}
+
+// sharing makes nodes that all have one further ID, and an entry under that.
+func sharing(t testing.TB, r *registry.Registry, nodes int) *entry.Entry {
+	t.Helper()
+	var aliases []*entry.Entry
+	for i := range nodes {
+		id := agentID(fmt.Sprintf("sharer-%04d", i))
+		put(t, r, newNode(fmt.Sprintf("sharer-%04d", i)))
+		aliases = append(aliases, newEntry("/shared", id, registry.SpiffeIDSelector(id).String()))
+	}
+	createAll(t, r, aliases)
+	shared := newEntry("/of-all", id("/shared"), "unix:uid:1")
+	createAll(t, r, []*entry.Entry{shared})
+	for e := range r.View().EntriesBySPIFFEID(shared.SPIFFEID) {
+		return e
+	}
+	t.Fatal("the shared entry is not there")
+	return nil
+}
+
+func TestAnEntryIsOfEveryNodeThatSharesItsParent(t *testing.T) {
+	r := start(t, newStore(t), nil)
+	shared := sharing(t, r, 200)
+	put(t, r, newNode("stranger"))
+	v := r.View()
+	for i := range 200 {
+		if node := agentID(fmt.Sprintf("sharer-%04d", i)); !v.IsAuthorized(node, shared, epoch) {
+			t.Errorf("%s is not authorized", node)
+		}
+	}
+	if v.IsAuthorized(agentID("stranger"), shared, epoch) {
+		t.Error("a node that does not share the ID is authorized")
+	}
+	last := agentID("sharer-0199")
+	for e := range v.EntriesByParent(last) {
+		if err := r.DeleteEntries(t.Context(), []string{e.ID})[0]; err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r.View().IsAuthorized(last, shared, epoch) {
+		t.Error("a node that does not share the ID any more is authorized")
 	}
 }

@@ -134,25 +134,6 @@ func (r *Registry) claim(ctx context.Context) error {
 	return err
 }
 
-func (r *Registry) load(ctx context.Context) error {
-	f := newFold()
-	rev, err := r.store.Read(ctx, "", func(rec store.Record) error {
-		if err := f.apply(rec); err != nil {
-			return fmt.Errorf("record %q cannot be read: %w; restore a backup, or run the version that wrote it", rec.Key, err)
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	r.fold = f
-	r.view.Store(r.fold.publish(rev, r.td))
-	if r.told == nil { // opened
-		r.told = r.View()
-	}
-	return nil
-}
-
 // TrustDomain returns the trust domain that the registry is for.
 func (r *Registry) TrustDomain() spiffeid.TrustDomain { return r.td }
 

@@ -237,11 +237,12 @@ func (v *View) holders(e *storedEntry, note func(spiffeid.ID)) {
 		return
 	}
 	always := time.Time{} // before any end: an ancestor that has ended concerns its nodes still
-	v.ancestors(e.ParentID, always, func(p spiffeid.ID, alias *storedEntry) bool {
-		if alias != nil {
-			v.matching(alias, note)
-		} else {
+	v.ancestors(e.ParentID, always, func(p spiffeid.ID, named *storedEntry) bool {
+		switch {
+		case named == nil:
 			note(p)
+		case named.IsAlias():
+			v.matching(named, note)
 		}
 		return true
 	})

@@ -226,37 +226,50 @@ func (v *View) Authorized(node spiffeid.ID, now time.Time) []*entry.Entry {
 	if n == nil || n.Banned {
 		return nil
 	}
-	parents := []spiffeid.ID{node}
-	for alias := range v.aliasesOf(n, now) {
-		parents = append(parents, alias.SPIFFEID)
-	}
 	var out []*entry.Entry
 	var ends []int // of the runs in out that are in order
-	seen := make(map[spiffeid.ID]bool, len(parents))
-	for len(parents) > 0 {
-		p := parents[len(parents)-1]
-		parents = parents[:len(parents)-1]
-		if seen[p] {
-			continue
-		}
-		seen[p] = true
+	for p := range v.standsFor(n, now) {
 		for e := range v.EntriesByParent(p) {
 			if !e.Expired(now) {
 				out = append(out, e)
 			}
 		}
 		ends = append(ends, len(out))
-		v.interior.Ascend(&storedEntry{Entry: entry.Entry{ParentID: p}}, func(e *storedEntry) bool {
-			if e.ParentID != p {
-				return false
-			}
-			if !e.Expired(now) {
-				parents = append(parents, e.SPIFFEID)
-			}
-			return true
-		})
 	}
 	return mergeRuns(out, ends)
+}
+
+// standsFor yields the IDs whose entries a node is authorized for: its own,
+// those of its aliases, and on down. It costs as much as there are, and entries
+// whose own SPIFFE IDs are parents.
+func (v *View) standsFor(n *Node, now time.Time) iter.Seq[spiffeid.ID] {
+	return func(yield func(spiffeid.ID) bool) {
+		parents := []spiffeid.ID{n.ID}
+		for alias := range v.aliasesOf(n, now) {
+			parents = append(parents, alias.SPIFFEID)
+		}
+		seen := make(map[spiffeid.ID]bool, len(parents))
+		for len(parents) > 0 {
+			p := parents[len(parents)-1]
+			parents = parents[:len(parents)-1]
+			if seen[p] {
+				continue
+			}
+			seen[p] = true
+			if !yield(p) {
+				return
+			}
+			v.interior.Ascend(&storedEntry{Entry: entry.Entry{ParentID: p}}, func(e *storedEntry) bool {
+				if e.ParentID != p {
+					return false
+				}
+				if !e.Expired(now) {
+					parents = append(parents, e.SPIFFEID)
+				}
+				return true
+			})
+		}
+	}
 }
 
 // mergeRuns puts entries in the order of their IDs that consist of runs, each
@@ -317,24 +330,36 @@ func firstSelectorPivot(s selector.Selector) *storedEntry {
 }
 
 // IsAuthorized reports whether a node is authorized for an entry at a time. It
-// gives the same answer as looking for the entry in [View.Authorized], and
-// costs as much as the entry has ancestors.
+// gives the same answer as looking for the entry in [View.Authorized]. It costs
+// as much as the entry has ancestors, if they are few, and else as much as the
+// node stands for: where thousands of nodes share an ID, that is little.
 func (v *View) IsAuthorized(node spiffeid.ID, e *entry.Entry, now time.Time) bool {
 	n := v.Node(node)
 	if n == nil || n.Banned || e.Expired(now) {
 		return false
 	}
-	found := false
-	v.ancestors(e.ParentID, now, func(p spiffeid.ID, alias *storedEntry) bool {
-		found = p == node || alias != nil && alias.Selectors.SubsetOf(n.match)
-		return !found
+	const fewAncestors = 64
+	found, looked := false, 0
+	v.ancestors(e.ParentID, now, func(p spiffeid.ID, named *storedEntry) bool {
+		found = p == node || named != nil && named.IsAlias() && named.Selectors.SubsetOf(n.match)
+		looked++
+		return !found && looked < fewAncestors
 	})
-	return found
+	if found || looked < fewAncestors {
+		return found
+	}
+	for p := range v.standsFor(n, now) {
+		if p == e.ParentID {
+			return true
+		}
+	}
+	return false
 }
 
 // ancestors calls yield for a parent ID and every one above it, and with each
-// node alias that has one of them as its SPIFFE ID, until yield returns false.
-func (v *View) ancestors(parent spiffeid.ID, now time.Time, yield func(p spiffeid.ID, alias *storedEntry) bool) {
+// entry that has one of them as its SPIFFE ID, node aliases among them, until
+// yield returns false.
+func (v *View) ancestors(parent spiffeid.ID, now time.Time, yield func(p spiffeid.ID, named *storedEntry) bool) {
 	queue := []spiffeid.ID{parent}
 	var seen map[spiffeid.ID]bool // made when a second level is reached
 	for len(queue) > 0 {
@@ -351,16 +376,16 @@ func (v *View) ancestors(parent spiffeid.ID, now time.Time, yield func(p spiffei
 			if e.SPIFFEID != p {
 				return false
 			}
-			switch {
-			case e.Expired(now):
-			case e.IsAlias():
-				more = yield(p, e)
-			default:
+			if e.Expired(now) {
+				return true
+			}
+			if !e.IsAlias() {
 				if seen == nil {
 					seen = make(map[spiffeid.ID]bool)
 				}
 				queue = append(queue, e.ParentID)
 			}
+			more = yield(p, e)
 			return more
 		})
 		if !more {
