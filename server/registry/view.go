@@ -290,11 +290,18 @@ func mergeRuns(entries []*entry.Entry, ends []int) []*entry.Entry {
 			}
 			start += len(a) + len(b)
 			for len(a) > 0 && len(b) > 0 {
-				if a[0].ID < b[0].ID {
-					merged, a = append(merged, a[0]), a[1:]
-				} else {
-					merged, b = append(merged, b[0]), b[1:]
+				if len(a) < len(b) {
+					a, b = b, a
 				}
+				before := 0             // of the longer, what comes before the first of the shorter
+				if len(a) > 16*len(b) { // a node's alias has a thousand entries, the node itself one
+					before, _ = slices.BinarySearchFunc(a, b[0].ID, func(e *entry.Entry, id string) int { return strings.Compare(e.ID, id) })
+				}
+				for before < len(a) && a[before].ID < b[0].ID {
+					before++
+				}
+				merged, a = append(merged, a[:before]...), a[before:]
+				merged, b = append(merged, b[0]), b[1:]
 			}
 			merged = append(append(merged, a...), b...)
 			mergedEnds = append(mergedEnds, len(merged))
