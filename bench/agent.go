@@ -20,8 +20,8 @@ import (
 const (
 	// joining is how many agents attest at once: enough to keep both ends busy.
 	joining = 32
-	// patience bounds every wait for what takes milliseconds or seconds.
-	patience = 5 * time.Minute
+	// patience bounds every wait: ten thousand agents attest in minutes.
+	patience = 15 * time.Minute
 )
 
 // fleet is simulated agents: the real identity, connection and feed of an

@@ -10,6 +10,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/entry"
+	"github.com/hallmark-id/hallmark/pkg/selector"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/store"
 )
@@ -165,7 +166,46 @@ func entryFromRecord(rec store.Record) (*storedEntry, error) {
 	if len(parsed.Selectors) == 0 {
 		return nil, errors.New("entry has no selectors")
 	}
+	if err := compact(parsed); err != nil {
+		return nil, err
+	}
 	return &storedEntry{Entry: *parsed, revision: rec.Revision}, nil
+}
+
+// compact lays the strings of an entry beside each other. A million entries
+// have ten million strings, each of which the collector would look at in every
+// round, and which fill their places in memory badly.
+func compact(e *entry.Entry) error {
+	size := len(e.ID) + len(e.SPIFFEID.String())
+	for _, s := range e.Selectors {
+		size += len(s.Type) + len(s.Value)
+	}
+	text := make([]byte, 0, size)
+	text = append(append(text, e.ID...), e.SPIFFEID.String()...)
+	for i, s := range e.Selectors {
+		if i == 0 || s.Type != e.Selectors[i-1].Type { // most have selectors of one type
+			text = append(text, s.Type...)
+		}
+		text = append(text, s.Value...)
+	}
+	rest := string(text)
+	cut := func(like string) (part string) {
+		part, rest = rest[:len(like)], rest[len(like):]
+		return part
+	}
+	e.ID = cut(e.ID)
+	var err error
+	if e.SPIFFEID, err = spiffeid.FromString(cut(e.SPIFFEID.String())); err != nil {
+		return err
+	}
+	typ := ""
+	for i, s := range e.Selectors {
+		if i == 0 || s.Type != typ {
+			typ = cut(s.Type)
+		}
+		e.Selectors[i] = selector.Selector{Type: typ, Value: cut(s.Value)}
+	}
+	return nil
 }
 
 func (f *fold) applyEntry(id string, rec store.Record) error {
