@@ -99,9 +99,10 @@ func (a *app) nodeList() *cobra.Command {
 	var attestor string
 	var banned bool
 	cmd := &cobra.Command{
-		Use:     "list",
-		Short:   "list nodes",
-		Long:    "List prints the nodes that attested, and which of them are connected to this server.",
+		Use:   "list",
+		Short: "list nodes",
+		Long: "List prints the nodes that attested, and which of them are connected to this server,\n" +
+			"with the revision of the registry up to which they have acknowledged all changes.",
 		Example: "  hallmark node list\n  hallmark node list --banned\n  hallmark node list -o json | jq -r '.[] | select(.connected | not).id'",
 		Args:    noArguments,
 	}
@@ -137,13 +138,17 @@ func (a *app) nodeList() *cobra.Command {
 			return nil
 		}
 		return a.print(items, func(w io.Writer) {
-			t := table{style: a.style, header: []string{"AGENT", "STATE", "SVID EXPIRES", "VERSION", "ADDRESS"}}
+			t := table{style: a.style, header: []string{"AGENT", "STATE", "REVISION", "SVID EXPIRES", "VERSION", "ADDRESS"}}
 			for _, n := range items {
 				expires := "never"
 				if n.ExpiresAt != nil {
 					expires = a.relative(*n.ExpiresAt)
 				}
-				t.add(painted(a.style.bold, n.ID), painted(a.paintState(n.State), n.State), text(expires), text(n.AgentVersion), text(n.Address))
+				revision := ""
+				if n.Connected {
+					revision = fmt.Sprint(n.AcknowledgedRevision)
+				}
+				t.add(painted(a.style.bold, n.ID), painted(a.paintState(n.State), n.State), text(revision), text(expires), text(n.AgentVersion), text(n.Address))
 			}
 			io.WriteString(w, t.String())
 		})
