@@ -9,10 +9,12 @@ import (
 	"slices"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
 	realagent "github.com/hallmark-id/hallmark/agent"
+	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/pkg/config"
 )
 
@@ -22,7 +24,7 @@ type workload struct {
 	server *server
 	client *workloadapi.Client
 	base   *types.Entry // held all the time, so that the stream goes on
-	parent string
+	agent  spiffeid.ID  // of the agent
 	stop   context.CancelFunc
 	ended  chan struct{}
 	failed error // why the agent ended; set before ended is closed
@@ -51,7 +53,11 @@ func newWorkload(ctx context.Context, s *server) (_ *workload, err error) {
 		return nil, err
 	}
 	socket := filepath.Join(dir, "workload.sock")
-	w := &workload{server: s, ended: make(chan struct{}), updates: make(chan update, 16)}
+	agent, err := spiffeid.FromSegments(s.td, "spire", "agent", jointoken.Name, j.Token)
+	if err != nil {
+		return nil, err
+	}
+	w := &workload{server: s, agent: agent, ended: make(chan struct{}), updates: make(chan update, 16)}
 	ctx, w.stop = context.WithCancel(ctx)
 	defer func() {
 		if err != nil {
@@ -89,10 +95,13 @@ func (w *workload) close(ctx context.Context) error {
 	if w.client != nil {
 		err = w.client.Close()
 	}
-	if w.base != nil && !w.server.own() {
+	if w.server.own() {
+		return err // it goes with all it has
+	}
+	if w.base != nil {
 		err = errors.Join(err, w.server.remove(ctx, w.base.Id))
 	}
-	return err
+	return errors.Join(err, w.server.evict(ctx, w.agent))
 }
 
 func (w *workload) spiffeID(name string) string {

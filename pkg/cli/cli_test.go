@@ -30,6 +30,7 @@ func TestMain(m *testing.M) {
 				RunServer: runServer, CheckServer: checkServer, RestoreServer: restoreServer, ReencryptKeys: reencryptKeys,
 				RunAgent: runAgent, CheckAgent: checkAgent,
 				ServerLayout: serverLayout, AgentLayout: agentLayout,
+				BenchEntries: runBench("entries"), BenchAgents: runBench("agents"),
 			}))
 		},
 		// What scripts run inside of `hallmark dev --`.
