@@ -23,6 +23,7 @@ const (
 )
 
 // Agents measures a server at each of the plan's numbers of connected agents.
+// With an error it returns what was measured before.
 func Agents(ctx context.Context, plan sizing.Plan) (_ *sizing.Report, err error) {
 	s, report, err := begin(ctx, plan, "agents")
 	if err != nil {
@@ -40,9 +41,10 @@ func Agents(ctx context.Context, plan sizing.Plan) (_ *sizing.Report, err error)
 	if err != nil {
 		return nil, err
 	}
-	for _, n := range plan.Sizes {
+	for i, n := range plan.Sizes {
 		if err := f.measure(ctx, n, empty.memory); err != nil {
-			return nil, fmt.Errorf("with %d agents: %w", n, err)
+			report.Cut(i)
+			return report, fmt.Errorf("with %d agents: %w", n, err)
 		}
 	}
 	return report, nil

@@ -22,7 +22,8 @@ const (
 	syncs    = 20      // how often it does
 )
 
-// Entries measures a server at each of the plan's numbers of entries.
+// Entries measures a server at each of the plan's numbers of entries. With an
+// error it returns what was measured before.
 func Entries(ctx context.Context, plan sizing.Plan) (_ *sizing.Report, err error) {
 	s, report, err := begin(ctx, plan, "entries")
 	if err != nil {
@@ -36,9 +37,10 @@ func Entries(ctx context.Context, plan sizing.Plan) (_ *sizing.Report, err error
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, w.close(context.WithoutCancel(ctx))) }()
-	for _, n := range plan.Sizes {
+	for i, n := range plan.Sizes {
 		if err := r.measure(ctx, n, w); err != nil {
-			return nil, fmt.Errorf("with %d entries: %w", n, err)
+			report.Cut(i)
+			return report, fmt.Errorf("with %d entries: %w", n, err)
 		}
 	}
 	return report, nil

@@ -88,16 +88,16 @@ func (a *app) benchOf(k benchKind) *cobra.Command {
 			return err
 		}
 		defer func() { err = errors.Join(err, os.RemoveAll(plan.Dir)) }()
-		report, err := k.run(cmd.Context(), plan)
-		if err != nil {
-			return err
+		report, failed := k.run(cmd.Context(), plan)
+		if report == nil || len(report.Sizes) == 0 {
+			return failed
 		}
-		if plot != "" {
+		if plot != "" { // of what there is, also if it came to an end too soon
 			if err := writePlot(plot, report); err != nil {
-				return err
+				return errors.Join(failed, err)
 			}
 		}
-		return a.print(report, func(w io.Writer) { io.WriteString(w, a.benchTable(report).String()) })
+		return errors.Join(failed, a.print(report, func(w io.Writer) { io.WriteString(w, a.benchTable(report).String()) }))
 	}
 	return cmd
 }

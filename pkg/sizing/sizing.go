@@ -95,6 +95,17 @@ func (r *Report) Add(title, unit, line string, value float64) {
 	f.Lines[j].Values = append(f.Lines[j].Values, value)
 }
 
+// Cut leaves of a report what was measured at its first n sizes.
+func (r *Report) Cut(n int) {
+	r.Sizes = r.Sizes[:n:n]
+	for i := range r.Figures {
+		for j := range r.Figures[i].Lines {
+			l := &r.Figures[i].Lines[j]
+			l.Values = l.Values[:min(n, len(l.Values))]
+		}
+	}
+}
+
 // AddTimes adds the median, the 99th percentile and the largest of some times,
 // in milliseconds.
 func (r *Report) AddTimes(title string, times []time.Duration) {

@@ -86,6 +86,18 @@ func TestLinesGrowWithTheSizes(t *testing.T) {
 	}
 }
 
+func TestAReportIsCutToItsFirstSizes(t *testing.T) {
+	r := report(1, 2)
+	r.Cut(1)
+	for _, f := range r.Figures {
+		for _, l := range f.Lines {
+			if len(r.Sizes) != 1 || len(l.Values) != 1 {
+				t.Errorf("%d sizes, and %v of %s", len(r.Sizes), l.Values, l.Name)
+			}
+		}
+	}
+}
+
 func TestThePictureShowsEveryValueWithinItsAxes(t *testing.T) {
 	for name, values := range map[string][]float64{
 		"several": {0.001, 0.002, 5}, "one size": {7}, "nothing but zero": {0, 0}, "large": {1e9, 2e9},
