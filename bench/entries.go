@@ -82,7 +82,7 @@ func (r *registry) measure(ctx context.Context, n int, w *workload) error {
 		return nil
 	}
 	r.note("%d entries: restarting the server", n)
-	_, took, err := r.restart(ctx)
+	took, err := r.restart(ctx)
 	if err != nil {
 		return err
 	}
