@@ -1,6 +1,10 @@
 package api
 
-import "google.golang.org/grpc"
+import (
+	"context"
+
+	"google.golang.org/grpc"
+)
 
 // Services returns what is registered on the TCP listener and on the admin
 // socket.
@@ -15,3 +19,6 @@ func Methods() (names []string) {
 	}
 	return names
 }
+
+// NewTurns returns what begins one of n turns.
+func NewTurns(n int) func(context.Context) (end func(), err error) { return make(turns, n).begin }

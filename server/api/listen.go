@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -104,9 +105,15 @@ type tlsCredentials struct {
 }
 
 func (a *API) tlsCredentials() credentials.TransportCredentials {
+	turns := make(turns, turnsPerCPU*runtime.GOMAXPROCS(0))
 	return &tlsCredentials{
 		TransportCredentials: credentials.NewTLS(&tls.Config{
 			MinVersion: tls.VersionTLS13,
+			GetConfigForClient: func(hello *tls.ClientHelloInfo) (_ *tls.Config, err error) {
+				c := hello.Conn.(*clientConn) // which our listener made
+				c.endTurn, err = turns.begin(hello.Context())
+				return nil, err
+			},
 			ClientAuth: tls.RequestClientCert,
 			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 				return a.issuer.ServerTLS()
@@ -122,6 +129,8 @@ func (a *API) tlsCredentials() credentials.TransportCredentials {
 
 // ServerHandshake finds out what the client is.
 func (t *tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	client := raw.(*clientConn) // which our listener made
+	defer client.waits()
 	conn, info, err := t.TransportCredentials.ServerHandshake(raw)
 	if err != nil {
 		return nil, nil, err
@@ -129,8 +138,7 @@ func (t *tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 	p := newTLSPeer(info.(credentials.TLSInfo), raw.RemoteAddr().String())
 	now := t.api.now()
 	if p.leaf == nil || now.After(p.leaf.NotAfter) || p.verify(t.api.registry.View().Bundle(t.api.td), now) != nil {
-		c := raw.(*clientConn) // which our listener made
-		if !c.restrict(&t.anonymous, t.api.limits.Load().maxAnonymous()) {
+		if !client.restrict(&t.anonymous, t.api.limits.Load().maxAnonymous()) {
 			return nil, nil, errors.New("there are too many connections without an X509-SVID")
 		}
 	}
@@ -222,6 +230,8 @@ type clientConn struct {
 	open *atomic.Int64 // connections, of which this is one
 	once sync.Once
 
+	endTurn func() // of its handshake, which is being computed; nil: it is not
+
 	// Set when the handshake has shown that the client has no valid X509-SVID.
 	anonymous *atomic.Int64 // connections of that kind, of which this is one
 	end       *time.Timer
@@ -240,8 +250,18 @@ func (c *clientConn) restrict(anonymous *atomic.Int64, most int64) bool {
 	return true
 }
 
+// waits ends the turn of the connection's handshake, if it has one: what comes
+// next is the client's.
+func (c *clientConn) waits() {
+	if c.endTurn != nil {
+		c.endTurn()
+		c.endTurn = nil
+	}
+}
+
 // Read reads from the connection until an anonymous client has sent too much.
 func (c *clientConn) Read(b []byte) (int, error) {
+	c.waits()
 	if c.anonymous == nil {
 		return c.Conn.Read(b)
 	}
