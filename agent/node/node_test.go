@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -18,7 +19,6 @@ import (
 
 	"github.com/hallmark-id/hallmark/agent/node"
 	"github.com/hallmark-id/hallmark/agent/node/nodetest"
-	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 )
 
@@ -67,13 +67,11 @@ func reattesting(t *testing.T) *world {
 
 func joinToken(t *testing.T, token string) *node.Attestor {
 	t.Helper()
-	a, err := jointoken.NewAgent(token)
+	a, err := node.JoinToken(token)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &node.Attestor{Name: jointoken.Name, Agent: a, Spent: func(id spiffeid.ID) bool {
-		return id.Path() == "/spire/agent/join_token/"+token
-	}}
+	return a
 }
 
 // testAttestor proves the name of a node, and answers challenges.
@@ -185,6 +183,28 @@ func TestANodeJoinsAndSurvivesARestartWithoutAttestingAgain(t *testing.T) {
 		}
 		if n := w.CallCount("AttestAgent"); n != 1 {
 			t.Errorf("attested %d times, want once", n)
+		}
+	})
+}
+
+func TestANodeThatIsKeptInMemoryLeavesNothingOnDisk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := joining(t)
+		dir := w.options.Dir
+		w.options.InMemory = true
+		_, err := node.Open(w.options)
+		wantError(t, err, "kept in memory", "data directory")
+		w.options.Dir = ""
+		n := w.run(t)
+		first := n.connected(t)
+		time.Sleep(40 * time.Minute)
+		synctest.Wait()
+		if l := n.connected(t); l == first || w.CallCount("RenewAgent") == 0 {
+			t.Error("the SVID was not renewed")
+		}
+		n.stop()
+		if files, _ := filepath.Glob(filepath.Join(dir, "*")); len(files) != 0 {
+			t.Errorf("there are %v", files)
 		}
 	})
 }
