@@ -36,7 +36,6 @@ type workload struct {
 type update struct {
 	ids []string // SPIFFE IDs
 	at  time.Time
-	err error
 }
 
 func newWorkload(ctx context.Context, s *server) (_ *workload, err error) {
