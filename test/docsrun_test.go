@@ -301,7 +301,7 @@ var volatile = []*regexp.Regexp{
 	regexp.MustCompile(`\((now|~)\)`),
 	regexp.MustCompile(`\bdevel\S*|\bv\d\S*|\(devel\)`), // versions
 	regexp.MustCompile(`\b[\d,.]+ (B|kB|KiB|MB|MiB|bytes)\b`),
-	regexp.MustCompile(`(?i)\b(process|revision) +\d+`),
+	regexp.MustCompile(`(?i)\b(process|revision|connected) +\d+`),
 	regexp.MustCompile(`(127\.0\.0\.1|192\.0\.2\.1):\d{5}`),
 }
 
