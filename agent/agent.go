@@ -78,7 +78,7 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 	var h *held.Held
 	n, err := node.Open(node.Options{
 		TrustDomain: s.td,
-		Server:      s.Server,
+		Server:      s.Server, OtherServers: s.OtherServers,
 		Dir:         s.DataDir,
 		Attestor:    s.node,
 		TrustBundle: s.trust,
@@ -197,7 +197,7 @@ type server interface {
 // connection is how the agent stands with its server: in step, or the reason
 // that comes first.
 func connection(n node.Status, f feed.Status) admin.Connection {
-	c := admin.Connection{AgentID: n.ID, SVIDExpiresAt: n.ExpiresAt, Connected: f.InStep, SyncedAt: f.SyncedAt, LastError: n.LastError}
+	c := admin.Connection{AgentID: n.ID, SVIDExpiresAt: n.ExpiresAt, Server: n.Server, Connected: f.InStep, SyncedAt: f.SyncedAt, LastError: n.LastError}
 	if c.LastError == nil {
 		c.LastError = f.LastError
 	}

@@ -5,10 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/netip"
 	"os"
-	"strconv"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -40,8 +37,15 @@ type Config struct {
 	// example example.org. Default: that of the join string.
 	TrustDomain string `yaml:"trust_domain" env:"expand"`
 
-	// Server is the host:port of the server. Default: that of the join string.
+	// Server is the host:port of a server. A name may stand for several. Default:
+	// that of the join string.
 	Server string `yaml:"server" env:"expand"`
+
+	// OtherServers are further servers of the trust domain, host:port each: where
+	// to go when that one is away. A server tells the agent where the others are,
+	// which is kept in data_dir, so that this is needed for the first start alone.
+	// At most 64. Default: none.
+	OtherServers []string `yaml:"other_servers" env:"expand"`
 
 	// DataDir is the directory of the agent's own identity, which it makes with
 	// mode 0700. It belongs to this agent alone. Default
@@ -380,25 +384,18 @@ func (s *settings) checkServer(wrong wrongFunc) {
 	case s.Server == "":
 		s.Server = s.join.Server
 	default:
-		if err := checkAddress(s.Server); err != nil {
+		if err := node.CheckAddress(s.Server); err != nil {
 			wrong("server", "server: %v", err)
 		}
 	}
-}
-
-// checkAddress checks that an agent can dial an address.
-func checkAddress(address string) error {
-	host, port, err := net.SplitHostPort(address)
-	if err != nil {
-		return fmt.Errorf("%q is not host:port, for example hallmark.example.org:8081", address)
+	if len(s.OtherServers) > node.MaxServers {
+		wrong("other_servers", "other_servers has %d; the most is %d", len(s.OtherServers), node.MaxServers)
 	}
-	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
-		return fmt.Errorf("%q has no port between 1 and 65535", address)
+	for i, address := range s.OtherServers {
+		if err := node.CheckAddress(address); err != nil {
+			wrong(fmt.Sprint("other_servers.", i), "other_servers: %v", err)
+		}
 	}
-	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
-		return fmt.Errorf("%q names no host; write the name or the IP address of the server's machine", address)
-	}
-	return nil
 }
 
 // checkTrust finds out why a server is to be trusted: there is one reason at

@@ -33,6 +33,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
+	"github.com/hallmark-id/hallmark/server/store/etcd"
 )
 
 // Run runs a server until the context ends (nil) or it cannot go on. It calls
@@ -142,8 +143,11 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities) })
 		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities, keys) })
 		if st.shared != nil {
+			self := s.announced(name, tcp)
+			tell := func(list []etcd.Server) { pushes.SetServers(addresses(list)) }
+			tell([]etcd.Server{self})
 			below.Go(func() error {
-				return st.shared.Announce(base, s.announced(name, tcp), func() store.Revision { return reg.View().Revision() })
+				return st.shared.Announce(base, self, func() store.Revision { return reg.View().Revision() }, tell)
 			})
 		}
 		log.Info("server is ready", append(describe(reg, authorities),

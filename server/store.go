@@ -149,6 +149,19 @@ func (s *settings) announced(name string, tcp net.Listener) etcd.Server {
 	return etcd.Server{Name: name, Address: cmp.Or(s.Advertise, tcp.Addr().String()), Version: version.String(), Since: time.Now().Truncate(time.Second)}
 }
 
+// addresses are those of servers that agents can dial: one that listens
+// everywhere and does not say where it is reached has none.
+func addresses(list []etcd.Server) (dialed []string) {
+	for _, s := range list {
+		if host, err := hostPort(s.Address); err == nil {
+			if ip, err := netip.ParseAddr(host); host != "" && (err != nil || !ip.IsUnspecified()) {
+				dialed = append(dialed, s.Address)
+			}
+		}
+	}
+	return dialed
+}
+
 // openStore opens the store that is configured, of the server of a name, for a
 // writer: two of one name cannot have it open.
 func (s *settings) openStore(ctx context.Context, name, writer string, log *slog.Logger, counted *metrics.Metrics) (*opened, error) {

@@ -60,6 +60,7 @@ const (
 type Connection struct {
 	AgentID       spiffeid.ID         // zero until attested
 	SVIDExpiresAt time.Time           // of the node's own SVID
+	Server        string              // host:port of the server that it is or was last connected to; empty: none yet
 	Connected     bool                // the push stream is open and in step
 	LastError     error               // why it is not
 	SyncedAt      time.Time           // when what is held was last what the server says; zero: never
@@ -71,7 +72,7 @@ type Connection struct {
 type Options struct {
 	Listener    net.Listener // of a Unix socket; [peercred.Listen] with one of the modes
 	TrustDomain spiffeid.TrustDomain
-	Server      string // host:port
+	Server      string // host:port that is configured
 	Held        *held.Held
 	Attestor    *workload.Attestor
 	Connection  func() Connection
@@ -148,7 +149,7 @@ func (s *Server) GetStatus(context.Context, *hallmarkv1.GetStatusRequest) (*hall
 	r := &hallmarkv1.GetStatusResponse{
 		TrustDomain: s.o.TrustDomain.Name(),
 		Version:     version.String(),
-		Server:      s.o.Server,
+		Server:      cmp.Or(c.Server, s.o.Server),
 		Connected:   c.Connected,
 		Revision:    s.o.Held.Revision(),
 		Entries:     int32(entries),

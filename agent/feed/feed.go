@@ -42,6 +42,7 @@ const (
 type Node interface {
 	Link(ctx context.Context) (*node.Link, error)
 	SetBundle(b *bundle.Bundle) error
+	SetServers(addresses []string)
 }
 
 // Held is what the feed needs of agent/held.
@@ -111,6 +112,9 @@ func (f *Feed) Run(ctx context.Context) error {
 		steadySince, err := f.follow(ctx, link)
 		done := link.Done()
 		link.Report(err)
+		if status.Code(err) == codes.Unavailable { // it is going away, or behind the others
+			link.Elsewhere(err)
+		}
 		link.Release()
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -220,6 +224,9 @@ func (f *Feed) apply(s step, want []byte) error {
 	}
 	for _, err := range s.errors {
 		f.o.Log.Error("server sent what this agent cannot read; it goes on without", "error", err)
+	}
+	if s.servers != nil {
+		f.o.Node.SetServers(s.servers.Addresses)
 	}
 	f.unread.take(&s)
 	// The node's bundle goes first: what is signed because of this change is

@@ -26,6 +26,7 @@ type step struct {
 	change  held.Change
 	records int
 	bytes   int
+	servers *hallmarkv1.Servers // nil: nothing was said of them
 
 	unread []*hallmarkv1.Entry // entries that this agent cannot read
 	errors []error             // why, and what else was left out
@@ -48,6 +49,9 @@ func (s *step) add(r *hallmarkv1.FollowResponse) error {
 	c := &s.change
 	c.Complete = c.Complete || r.Complete
 	c.Revision = r.Revision
+	if r.Servers != nil {
+		s.servers = r.Servers
+	}
 	for _, record := range r.Entries {
 		e, err := entry.FromRecord(record)
 		if err != nil {

@@ -103,6 +103,7 @@ func (n *Node) obtain(ctx context.Context) (*svid, *trust, error) {
 	}
 	result, err := n.prove(ctx, l, csr)
 	if err != nil {
+		n.leave(l)
 		return nil, nil, n.attestError(err)
 	}
 	s, err := n.checkSVID(result.GetSvid(), key, t, spiffeid.ID{})

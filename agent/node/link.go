@@ -48,7 +48,9 @@ type Link struct {
 	svid *svid // nil on the connection for attestation
 	conn *grpc.ClientConn
 	wire *wire
+	to   target
 
+	others bool                // there was more than this server to try
 	server []*x509.Certificate // the chain that it presented when the link began
 	began  time.Time
 
@@ -87,6 +89,14 @@ func (l *Link) Release() {
 // Break ends the link because of err, which its user noticed: the node makes a
 // new one.
 func (l *Link) Break(err error) { l.finish(err) }
+
+// Elsewhere ends the link because of err, if there is another server to go to
+// than this one, which cannot serve its user now.
+func (l *Link) Elsewhere(err error) {
+	if l.node.several(l) {
+		l.finish(err)
+	}
+}
 
 // Report tells the node of the error of a call on this link. If it is the
 // server's word that the agent itself is expired, unknown, superseded or
@@ -225,24 +235,22 @@ func (n *Node) linkSoon(ctx context.Context) (*Link, error) {
 // connect makes a link with the node's SVID to a server that the bundle of the
 // moment vouches for.
 func (n *Node) connect(ctx context.Context, s *svid) (*Link, error) {
-	config := n.tlsConfig()
-	config.VerifyConnection = func(state tls.ConnectionState) error {
-		return n.verifyServer(state.PeerCertificates, n.trusted())
-	}
-	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-		return s.tls(), nil
-	}
-	l, _, err := n.dial(ctx, config, s)
-	if err != nil {
-		return nil, fmt.Errorf("connect to server %s: %w", n.o.Server, err)
-	}
-	return l, nil
+	return n.reach(ctx, func(ctx context.Context, to target) (*Link, error) {
+		config := n.tlsConfig(to)
+		config.VerifyConnection = func(state tls.ConnectionState) error {
+			return n.verifyServer(state.PeerCertificates, n.trusted())
+		}
+		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			return s.tls(), nil
+		}
+		return n.dial(ctx, to, config, s)
+	})
 }
 
 // tlsConfig is what both kinds of connection have in common. It verifies
 // nothing of the server; the caller must.
-func (n *Node) tlsConfig() *tls.Config {
-	host, _, _ := net.SplitHostPort(n.o.Server)
+func (n *Node) tlsConfig(to target) *tls.Config {
+	host, _, _ := net.SplitHostPort(to.name)
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
 		NextProtos: []string{"h2"},
@@ -256,29 +264,33 @@ func (n *Node) tlsConfig() *tls.Config {
 
 // dial makes one TLS connection and a gRPC client that uses this connection and
 // no other: what was verified of it holds for every call.
-func (n *Node) dial(ctx context.Context, config *tls.Config, s *svid) (*Link, []*x509.Certificate, error) {
-	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
-	defer cancel()
-	raw, err := n.o.Dial(ctx, n.o.Server)
+func (n *Node) dial(ctx context.Context, to target, config *tls.Config, s *svid) (*Link, error) {
+	wait := dialTimeout
+	if !to.last {
+		wait = hopTimeout
+	}
+	dialing, cancel := context.WithTimeout(ctx, wait)
+	raw, err := n.o.Dial(dialing, to.address)
+	cancel()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	secured := tls.Client(raw, config)
 	if err := secured.HandshakeContext(ctx); err != nil {
 		raw.Close()
-		return nil, nil, err
+		return nil, err
 	}
 	state := secured.ConnectionState()
 	if state.NegotiatedProtocol != "h2" {
 		raw.Close()
-		return nil, nil, errors.New("server does not speak HTTP/2; is this the address of a Hallmark server?")
+		return nil, errors.New("server does not speak HTTP/2; is this the address of a Hallmark server?")
 	}
 	w := &wire{Conn: secured}
 	options := append(n.o.Traces.DialOptions(untraced),
 		grpc.WithContextDialer(w.once),
 		// TLS is done already, by the connection itself.
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithAuthority(n.o.Server),
+		grpc.WithAuthority(to.name),
 		grpc.WithUserAgent("hallmark-agent/"+version.String()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
 		grpc.WithMaxHeaderListSize(maxHeaders),
@@ -286,10 +298,10 @@ func (n *Node) dial(ctx context.Context, config *tls.Config, s *svid) (*Link, []
 		grpc.WithDisableServiceConfig(),
 		grpc.WithNoProxy(),
 	)
-	conn, err := grpc.NewClient("passthrough:///"+n.o.Server, options...)
+	conn, err := grpc.NewClient("passthrough:///"+to.address, options...)
 	if err != nil {
 		w.Close()
-		return nil, nil, err
+		return nil, err
 	}
 	// In TLS 1.3 the server may refuse the client's certificate after the
 	// client's handshake is done; its first HTTP/2 frame says it did not.
@@ -299,17 +311,17 @@ func (n *Node) dial(ctx context.Context, config *tls.Config, s *svid) (*Link, []
 			conn.Close()
 			w.Close()
 			if ctx.Err() != nil {
-				return nil, nil, ctx.Err()
+				return nil, ctx.Err()
 			}
-			return nil, nil, w.failure("server closed the connection")
+			return nil, w.failure("server closed the connection")
 		}
 	}
-	l := &Link{node: n, svid: s, conn: conn, wire: w, server: state.PeerCertificates, began: n.o.Now(), done: make(chan struct{})}
+	l := &Link{node: n, svid: s, conn: conn, wire: w, to: to, server: state.PeerCertificates, began: n.o.Now(), done: make(chan struct{})}
 	watching, stop := context.WithCancel(context.Background())
 	l.stop = stop
 	n.watchers.Add(1)
 	go l.watch(watching)
-	return l, state.PeerCertificates, nil
+	return l, nil
 }
 
 // wire is a connection that gRPC gets once, and that remembers why it failed.

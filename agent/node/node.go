@@ -86,8 +86,11 @@ func JoinToken(token string) (*Attestor, error) {
 // Options of [Open].
 type Options struct {
 	TrustDomain spiffeid.TrustDomain
-	Server      string // host:port
-	Dir         string // data directory; made if it does not exist
+	Server      string // host:port; a name may stand for several servers
+	// OtherServers are further ones, host:port each. Those that a server tells of
+	// come on top of them.
+	OtherServers []string
+	Dir          string // data directory; made if it does not exist
 
 	// InMemory keeps key, SVID and bundle in memory alone, until Run ends: for
 	// simulated agents. Dir must be empty.
@@ -109,8 +112,11 @@ type Options struct {
 
 	// Dial opens a connection to an address; nil is TCP.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
-	Now  func() time.Time // nil is time.Now
-	Log  *slog.Logger     // nil is silent
+	// Lookup returns the IP addresses of a host. Nil is that of the system, or
+	// none if there is a Dial.
+	Lookup func(ctx context.Context, host string) ([]string, error)
+	Now    func() time.Time // nil is time.Now
+	Log    *slog.Logger     // nil is silent
 
 	Traces *telemetry.Traces // nil: none
 }
@@ -119,7 +125,8 @@ type Options struct {
 type Status struct {
 	ID        spiffeid.ID // zero until attested
 	ExpiresAt time.Time   // of the node's SVID
-	Connected bool        // to the server
+	Connected bool        // to a server
+	Server    string      // host:port of the server that it is connected to, else of the last
 	LastError error       // why it is not connected, or why the last renewal failed; else nil
 }
 
@@ -132,6 +139,11 @@ type Node struct {
 	bundled  chan struct{} // the bundle changed; at most one waits
 	watchers sync.WaitGroup
 
+	// Run's own.
+	stay, left string    // addresses of the server to stay with, or to try last
+	renewals   Backoff   // of asking for the next SVID
+	renewAgain time.Time // when to ask the next server; zero: when it is time
+
 	mu      sync.Mutex
 	svid    *svid         // nil until attested
 	last    spiffeid.ID   // of the latest valid SVID; zero if there was none
@@ -141,6 +153,7 @@ type Node struct {
 	downAt  time.Time     // when there was last a working link, or Run began
 	lastErr error
 	closed  bool
+	servers []string // that the server told of
 }
 
 // trust is a bundle with the form that verification wants. It does not change
@@ -180,6 +193,9 @@ func Open(o Options) (*Node, error) {
 	if o.Dial == nil {
 		o.Dial = func(ctx context.Context, address string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "tcp", address)
+		}
+		if o.Lookup == nil {
+			o.Lookup = net.DefaultResolver.LookupHost
 		}
 	}
 	if err := o.validate(); err != nil {
@@ -224,8 +240,10 @@ func (o *Options) validate() error {
 	if len(ways) > 1 {
 		return fmt.Errorf("%s exclude each other; choose one way to trust the server", strings.Join(ways, " and "))
 	}
-	if _, _, err := net.SplitHostPort(o.Server); err != nil {
-		return fmt.Errorf("server address %q is not host:port", o.Server)
+	for _, address := range append([]string{o.Server}, o.OtherServers...) {
+		if err := CheckAddress(address); err != nil {
+			return fmt.Errorf("server: %w", err)
+		}
 	}
 	if o.InMemory && o.Dir != "" {
 		return errors.New("a node that is kept in memory has no data directory")
@@ -235,6 +253,9 @@ func (o *Options) validate() error {
 
 // load takes over what is on disk and checks that there is a way forward.
 func (n *Node) load() error {
+	if err := n.loadServers(); err != nil {
+		return err
+	}
 	b, err := n.dir.loadBundle(n.o.TrustDomain)
 	if err != nil {
 		return err
@@ -357,7 +378,7 @@ func (n *Node) step(ctx context.Context, backoff *Backoff) error {
 	}
 	link, err := n.connect(ctx, s)
 	if errors.Is(err, errStranger) && n.mayStartAnew() {
-		n.o.Log.Warn("nobody whom this node knows vouches for the server; starting anew from what was configured", "server", n.o.Server, "error", err)
+		n.o.Log.Warn("nobody whom this node knows vouches for the server; starting anew from what was configured", "error", err)
 		if err := n.attest(ctx); err != nil {
 			return err
 		}
@@ -368,9 +389,11 @@ func (n *Node) step(ctx context.Context, backoff *Backoff) error {
 		return err
 	}
 	n.publish(link)
-	n.o.Log.Info("connected to the server", "server", n.o.Server, "agent_id", s.id)
+	n.o.Log.Info("connected to the server", "server", link.to.String(), "agent_id", s.id)
 	since := n.o.Now()
-	err = n.tend(ctx, link)
+	if err = n.tend(ctx, link); err != nil {
+		n.leave(link)
+	}
 	if n.o.Now().Sub(since) >= stableAfter {
 		backoff.Reset()
 	}
@@ -387,8 +410,12 @@ func (n *Node) mayStartAnew() bool {
 // tend looks after a link and its SVID. It returns nil when the node has an
 // SVID that is not this link's, or none that is valid.
 func (n *Node) tend(ctx context.Context, link *Link) error {
-	var backoff Backoff
 	renewAt := link.svid.renewAt
+	if n.renewAgain.IsZero() {
+		n.renewals.Reset()
+	} else {
+		renewAt = n.renewAgain
+	}
 	if n.tainted(link.svid) && !link.svid.tainted {
 		renewAt = n.o.Now()
 	}
@@ -440,7 +467,12 @@ func (n *Node) tend(ctx context.Context, link *Link) error {
 			}
 			if err != nil {
 				n.fail("could not renew the node's SVID; trying again", err)
-				renewAt = now.Add(backoff.Next())
+				renewAt = now.Add(n.renewals.Next())
+				if n.several(link) { // it may be cut off from the others, which can
+					n.renewAgain = renewAt
+					link.finish(err)
+					return err
+				}
 				break
 			}
 			n.adopt(s)
@@ -477,6 +509,7 @@ func (n *Node) adopt(s *svid) {
 	if err := n.dir.saveSVID(s); err != nil {
 		n.o.Log.Error("could not save the node's identity; after a restart the node must attest again", "error", err)
 	}
+	n.renewAgain = time.Time{}
 	n.mu.Lock()
 	n.svid, n.last = s, s.id
 	n.lastErr = nil
@@ -500,12 +533,16 @@ func (n *Node) fail(what string, err error) {
 	n.mu.Lock()
 	repeated := n.lastErr != nil && n.lastErr.Error() == err.Error()
 	n.lastErr = err
+	server := n.o.Server
+	if n.link != nil {
+		server = n.link.to.name
+	}
 	n.mu.Unlock()
 	level := slog.LevelWarn
 	if repeated {
 		level = slog.LevelDebug
 	}
-	n.o.Log.Log(context.Background(), level, what, "server", n.o.Server, "error", err)
+	n.o.Log.Log(context.Background(), level, what, "server", server, "error", err)
 }
 
 func (n *Node) identity() *svid {
@@ -531,6 +568,9 @@ func (n *Node) Status() Status {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	s := Status{Connected: n.link.alive(), LastError: n.lastErr}
+	if n.link != nil {
+		s.Server = n.link.to.name
+	}
 	if n.svid != nil {
 		s.ID, s.ExpiresAt = n.svid.id, n.svid.expiresAt
 	}

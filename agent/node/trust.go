@@ -188,12 +188,15 @@ func (n *Node) vouched(l *Link) error {
 func (n *Node) bootstrap(ctx context.Context) (*Link, *trust, error) {
 	// Nothing is verified during the handshake: the roots that a join string
 	// pins come with the bundle.
-	l, chain, err := n.dial(ctx, n.tlsConfig(), nil)
+	l, err := n.reach(ctx, func(ctx context.Context, to target) (*Link, error) {
+		return n.dial(ctx, to, n.tlsConfig(to), nil)
+	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("connect to server %s: %w", n.o.Server, err)
+		return nil, nil, err
 	}
-	t, err := n.authenticate(ctx, l, chain)
+	t, err := n.authenticate(ctx, l, l.server)
 	if err != nil {
+		n.leave(l)
 		l.finish(err)
 		return nil, nil, err
 	}
@@ -215,7 +218,7 @@ func (n *Node) authenticate(ctx context.Context, l *Link, chain []*x509.Certific
 	}
 	insecure := n.o.Insecure && n.trusted() == nil
 	if !trusted && n.o.Join == nil && !insecure {
-		return nil, n.distrust(doubt)
+		return nil, n.distrust(l, doubt)
 	}
 	b, err := n.getBundle(ctx, l)
 	if err != nil {
@@ -226,19 +229,19 @@ func (n *Node) authenticate(ctx context.Context, l *Link, chain []*x509.Certific
 	case n.o.Join != nil:
 		pinned, err := pinnedPart(n.trusted().withoutDisowned(b), n.o.Join)
 		if err != nil {
-			return nil, n.distrust(err)
+			return nil, n.distrust(l, err)
 		}
 		if err := n.verifyServer(chain, newTrust(pinned)); err != nil {
-			return nil, n.distrust(err)
+			return nil, n.distrust(l, err)
 		}
 	default:
-		n.o.Log.Warn("INSECURE: the server is not authenticated on this first contact, as insecure_bootstrap says; whoever answers at its address is trusted from now on", "server", n.o.Server)
+		n.o.Log.Warn("INSECURE: the server is not authenticated on this first contact, as insecure_bootstrap says; whoever answers at its address is trusted from now on", "server", l.to.String())
 	}
 	// Whoever vouched for the server, its own bundle must too: the next
 	// connection is verified by that alone.
 	t := newTrust(b)
 	if err := n.verifyServer(chain, t); err != nil {
-		return nil, n.distrust(fmt.Errorf("by its own bundle: %w", err))
+		return nil, n.distrust(l, fmt.Errorf("by its own bundle: %w", err))
 	}
 	return t, nil
 }
@@ -258,8 +261,8 @@ func (n *Node) anchors() []*trust {
 // distrust says what to do about a server that is not the expected one. On a
 // node that has had no identity yet its operator must act; one that serves
 // workloads waits for the right server to come back.
-func (n *Node) distrust(err error) error {
-	err = fmt.Errorf("server %s is not to be trusted, nothing secret was sent to it: %w", n.o.Server, err)
+func (n *Node) distrust(l *Link, err error) error {
+	err = fmt.Errorf("server %s is not to be trusted, nothing secret was sent to it: %w", l.to, err)
 	if n.lastID().IsZero() {
 		return &fatalError{err}
 	}

@@ -40,6 +40,8 @@ func (s *feedService) Follow(stream hallmarkv1.FeedService_FollowServer) error {
 		return callErrorf(codes.Aborted, "%v", err)
 	case errors.Is(err, feed.ErrSlow):
 		return callErrorf(codes.DeadlineExceeded, "%v", err)
+	case errors.Is(err, feed.ErrBehind):
+		return callErrorf(codes.Unavailable, "%v", err)
 	case errors.Is(err, feed.ErrProtocol):
 		return invalidArgument("%v", err)
 	}

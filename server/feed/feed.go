@@ -31,6 +31,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -52,6 +53,10 @@ const (
 	SendTimeout = 60 * time.Second
 	// HelloTimeout is how long an agent has for its first message.
 	HelloTimeout = 10 * time.Second
+	// CatchUpTime is how long a server that shares its store may need to show
+	// what an agent has from another one. Agents go on to the next after it.
+	CatchUpTime = 3 * time.Second
+	catchUpPoll = 10 * time.Millisecond
 
 	maxMessage = 256 << 10 // bytes of one message, unless one record is larger
 	maxVersion = 255       // characters of an agent's version
@@ -69,6 +74,9 @@ var (
 	// ErrReplaced: the agent has opened another stream, which takes the place of
 	// this one.
 	ErrReplaced = errors.New("the agent has opened another stream")
+	// ErrBehind: the agent has seen changes that this server has not, from another
+	// one.
+	ErrBehind = errors.New("this server is behind what the agent has from another; try that one")
 	// ErrProtocol: the agent sent what makes no sense. It is wrapped.
 	ErrProtocol = errors.New("malformed message of the agent")
 )
@@ -90,7 +98,8 @@ type Feed struct {
 	now      func() time.Time
 	log      *slog.Logger
 	metrics  *metrics.Metrics
-	running  sync.WaitGroup // goroutines of streams
+	running  sync.WaitGroup                     // goroutines of streams
+	servers  atomic.Pointer[hallmarkv1.Servers] // nil: this one is alone
 
 	mu      sync.Mutex
 	streams map[spiffeid.ID]*stream // one a node
@@ -123,6 +132,19 @@ func New(o Options) *Feed {
 		f.metrics = metrics.New(nil)
 	}
 	return f
+}
+
+// SetServers says where the servers are that share the store, this one among
+// them: host:port of each. All agents are told.
+func (f *Feed) SetServers(addresses []string) {
+	addresses = slices.Compact(slices.Sorted(slices.Values(addresses)))
+	if before := f.servers.Load(); before != nil && slices.Equal(before.Addresses, addresses) {
+		return
+	}
+	f.servers.Store(&hallmarkv1.Servers{Addresses: addresses})
+	for _, s := range f.all() {
+		s.lookAgain()
+	}
 }
 
 // Wait waits until no goroutine of a stream is left. Call it once the

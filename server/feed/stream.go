@@ -44,8 +44,9 @@ type stream struct {
 	look        chan struct{} // asks push to look at everything up to now
 	hello       chan *hallmarkv1.FollowRequest
 
-	held held           // push's own
-	by   *bundle.Bundle // push's own; that against which the agent's SVID was verified
+	held held                // push's own
+	by   *bundle.Bundle      // push's own; that against which the agent's SVID was verified
+	told *hallmarkv1.Servers // push's own; what the agent knows of the servers
 
 	mu       sync.Mutex
 	version  string         // of the agent
@@ -141,7 +142,7 @@ func (s *stream) push(ctx context.Context, g Stream) error {
 	s.sub = s.feed.registry.Subscribe(s.node)
 	defer s.sub.Close()
 	s.feed.enter(s)
-	w := &writer{ctx: ctx, stream: g, running: &s.feed.running, admitted: s.admitted, message: &hallmarkv1.FollowResponse{}}
+	w := &writer{ctx: ctx, stream: g, running: &s.feed.running, admitted: s.admitted, servers: s.servers, message: &hallmarkv1.FollowResponse{}}
 
 	// Whatever is noted after this view is sent as a change of it.
 	view, _ := s.sub.Take()
@@ -171,7 +172,7 @@ func (s *stream) push(ctx context.Context, g Stream) error {
 			return err
 		}
 		said, err := s.change(view, delta, w)
-		if err == nil && beat && !said {
+		if err == nil && !said && (beat || s.told != s.feed.servers.Load()) {
 			said, err = true, w.beat(view.Revision(), s.held.sum)
 		}
 		if err != nil {
@@ -242,10 +243,16 @@ func (s *stream) start(view *registry.View, hello *hallmarkv1.FollowRequest, w *
 	if err := s.trusted(view); err != nil {
 		return err
 	}
+	has := store.Revision(hello.Revision)
+	if has > view.Revision() && s.feed.servers.Load() != nil {
+		var err error
+		if view, err = s.catchUp(w.ctx, has); err != nil {
+			return err
+		}
+	}
 	rev := view.Revision()
 	s.held = newHeld(view.TrustDomain())
 	w.complete, w.defaults = true, s.feed.defaults
-	has := store.Revision(hello.Revision)
 	// The digest says whether the agent holds this very set. A revision that is
 	// ahead of the store's means that the store was set back: numbers and times
 	// may then agree by chance.
@@ -260,6 +267,37 @@ func (s *stream) start(view *registry.View, hello *hallmarkv1.FollowRequest, w *
 		return err
 	}
 	return w.finish(rev, s.held.sum)
+}
+
+// catchUp waits until this server shows what the agent has from another one. To
+// send it the older set would bring back what was deleted.
+func (s *stream) catchUp(ctx context.Context, to store.Revision) (*registry.View, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, CatchUpTime, ErrBehind)
+	defer cancel()
+	poll := time.NewTicker(catchUpPoll)
+	defer poll.Stop()
+	for {
+		view, _ := s.sub.Take()
+		if view.Revision() >= to {
+			return view, s.admitted()
+		}
+		select {
+		case <-poll.C:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// servers returns where the servers are, if the agent has not been told; else
+// nil.
+func (s *stream) servers() *hallmarkv1.Servers {
+	now := s.feed.servers.Load()
+	if now == s.told {
+		return nil
+	}
+	s.told = now
+	return now
 }
 
 // change sends what a delta means for the agent. said is whether that was
@@ -356,6 +394,14 @@ func (s *stream) wake() {
 	s.waiting = nil
 }
 
+// lookAgain has push look at everything up to now.
+func (s *stream) lookAgain() {
+	select {
+	case s.look <- struct{}{}:
+	default:
+	}
+}
+
 func (s *stream) inStep(rev store.Revision) (in, closed bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -381,10 +427,7 @@ func (s *stream) await(ctx context.Context, rev store.Revision) (bool, error) {
 		c := make(chan struct{})
 		s.waiting = append(s.waiting, c)
 		s.mu.Unlock()
-		select {
-		case s.look <- struct{}{}: // it may not be concerned, and not know
-		default:
-		}
+		s.lookAgain() // it may not be concerned, and not know
 		select {
 		case <-c:
 		case <-ctx.Done():

@@ -17,8 +17,9 @@ import (
 type writer struct {
 	ctx      context.Context // of the stream
 	stream   Stream
-	running  *sync.WaitGroup // goroutines that send
-	admitted func() error    // asked before each message: the agent may leave the one before unread for long
+	running  *sync.WaitGroup            // goroutines that send
+	admitted func() error               // asked before each message: the agent may leave the one before unread for long
+	servers  func() *hallmarkv1.Servers // asked for the last message of a change
 
 	complete bool                 // the next message begins a complete set
 	defaults *hallmarkv1.Defaults // for the next message
@@ -77,6 +78,7 @@ func (w *writer) room(size int) error {
 func (w *writer) finish(rev store.Revision, sum digest.Sum) error {
 	w.message.Revision = int64(rev)
 	w.message.Digest = sum[:]
+	w.message.Servers = w.servers()
 	return w.send()
 }
 

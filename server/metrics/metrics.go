@@ -29,6 +29,7 @@ type Metrics struct {
 
 	Commits       prometheus.Counter // transactions
 	CommitSeconds prometheus.Histogram
+	Majority      prometheus.Gauge
 }
 
 // New makes the metrics and registers them. A nil registerer registers
@@ -75,7 +76,12 @@ func New(r prometheus.Registerer) *Metrics {
 			Help:    "How long commits to the store took, synced; transactions that come together share one.",
 			Buckets: telemetry.LatencyBuckets,
 		}),
+		Majority: make.NewGauge(prometheus.GaugeOpts{
+			Name: "hallmark_server_store_majority",
+			Help: "1 while a majority of the servers that keep the store can be reached, 0 while none can: then nothing can be changed, and what is known is served. Of a server that is alone it is 1.",
+		}),
 	}
+	m.Majority.Set(1)
 	make.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "hallmark_server_build_info",
 		Help: "1, with the version of the program.",

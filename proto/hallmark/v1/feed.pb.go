@@ -105,7 +105,11 @@ type FollowResponse struct {
 	Digest []byte `protobuf:"bytes,8,opt,name=digest,proto3" json:"digest,omitempty"`
 	// The trust domain's default lifetimes, so that an agent knows what an
 	// entry without its own means; set when complete.
-	Defaults      *Defaults `protobuf:"bytes,9,opt,name=defaults,proto3" json:"defaults,omitempty"`
+	Defaults *Defaults `protobuf:"bytes,9,opt,name=defaults,proto3" json:"defaults,omitempty"`
+	// Where the trust domain's servers are, if several rule it: set on the first
+	// message with more false, and when it has changed. The agent may open its
+	// stream on any of them.
+	Servers       *Servers `protobuf:"bytes,10,opt,name=servers,proto3" json:"servers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -203,6 +207,57 @@ func (x *FollowResponse) GetDefaults() *Defaults {
 	return nil
 }
 
+func (x *FollowResponse) GetServers() *Servers {
+	if x != nil {
+		return x.Servers
+	}
+	return nil
+}
+
+type Servers struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Addresses     []string               `protobuf:"bytes,1,rep,name=addresses,proto3" json:"addresses,omitempty"` // host:port
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Servers) Reset() {
+	*x = Servers{}
+	mi := &file_hallmark_v1_feed_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Servers) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Servers) ProtoMessage() {}
+
+func (x *Servers) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_feed_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Servers.ProtoReflect.Descriptor instead.
+func (*Servers) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_feed_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Servers) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
 type Defaults struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	X509SvidTtl   int32                  `protobuf:"varint,1,opt,name=x509_svid_ttl,json=x509SvidTtl,proto3" json:"x509_svid_ttl,omitempty"` // seconds
@@ -213,7 +268,7 @@ type Defaults struct {
 
 func (x *Defaults) Reset() {
 	*x = Defaults{}
-	mi := &file_hallmark_v1_feed_proto_msgTypes[2]
+	mi := &file_hallmark_v1_feed_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -225,7 +280,7 @@ func (x *Defaults) String() string {
 func (*Defaults) ProtoMessage() {}
 
 func (x *Defaults) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_feed_proto_msgTypes[2]
+	mi := &file_hallmark_v1_feed_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -238,7 +293,7 @@ func (x *Defaults) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Defaults.ProtoReflect.Descriptor instead.
 func (*Defaults) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_feed_proto_rawDescGZIP(), []int{2}
+	return file_hallmark_v1_feed_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Defaults) GetX509SvidTtl() int32 {
@@ -263,7 +318,7 @@ const file_hallmark_v1_feed_proto_rawDesc = "" +
 	"\rFollowRequest\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\fR\x06digest\x12#\n" +
-	"\ragent_version\x18\x03 \x01(\tR\fagentVersion\"\xca\x02\n" +
+	"\ragent_version\x18\x03 \x01(\tR\fagentVersion\"\xfa\x02\n" +
 	"\x0eFollowResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x1a\n" +
 	"\bcomplete\x18\x02 \x01(\bR\bcomplete\x12\x12\n" +
@@ -273,7 +328,11 @@ const file_hallmark_v1_feed_proto_rawDesc = "" +
 	"\abundles\x18\x06 \x03(\v2\x13.hallmark.v1.BundleR\abundles\x12!\n" +
 	"\fgone_bundles\x18\a \x03(\tR\vgoneBundles\x12\x16\n" +
 	"\x06digest\x18\b \x01(\fR\x06digest\x121\n" +
-	"\bdefaults\x18\t \x01(\v2\x15.hallmark.v1.DefaultsR\bdefaults\"P\n" +
+	"\bdefaults\x18\t \x01(\v2\x15.hallmark.v1.DefaultsR\bdefaults\x12.\n" +
+	"\aservers\x18\n" +
+	" \x01(\v2\x14.hallmark.v1.ServersR\aservers\"'\n" +
+	"\aServers\x12\x1c\n" +
+	"\taddresses\x18\x01 \x03(\tR\taddresses\"P\n" +
 	"\bDefaults\x12\"\n" +
 	"\rx509_svid_ttl\x18\x01 \x01(\x05R\vx509SvidTtl\x12 \n" +
 	"\fjwt_svid_ttl\x18\x02 \x01(\x05R\n" +
@@ -293,25 +352,27 @@ func file_hallmark_v1_feed_proto_rawDescGZIP() []byte {
 	return file_hallmark_v1_feed_proto_rawDescData
 }
 
-var file_hallmark_v1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
+var file_hallmark_v1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
 var file_hallmark_v1_feed_proto_goTypes = []any{
 	(*FollowRequest)(nil),  // 0: hallmark.v1.FollowRequest
 	(*FollowResponse)(nil), // 1: hallmark.v1.FollowResponse
-	(*Defaults)(nil),       // 2: hallmark.v1.Defaults
-	(*Entry)(nil),          // 3: hallmark.v1.Entry
-	(*Bundle)(nil),         // 4: hallmark.v1.Bundle
+	(*Servers)(nil),        // 2: hallmark.v1.Servers
+	(*Defaults)(nil),       // 3: hallmark.v1.Defaults
+	(*Entry)(nil),          // 4: hallmark.v1.Entry
+	(*Bundle)(nil),         // 5: hallmark.v1.Bundle
 }
 var file_hallmark_v1_feed_proto_depIdxs = []int32{
-	3, // 0: hallmark.v1.FollowResponse.entries:type_name -> hallmark.v1.Entry
-	4, // 1: hallmark.v1.FollowResponse.bundles:type_name -> hallmark.v1.Bundle
-	2, // 2: hallmark.v1.FollowResponse.defaults:type_name -> hallmark.v1.Defaults
-	0, // 3: hallmark.v1.FeedService.Follow:input_type -> hallmark.v1.FollowRequest
-	1, // 4: hallmark.v1.FeedService.Follow:output_type -> hallmark.v1.FollowResponse
-	4, // [4:5] is the sub-list for method output_type
-	3, // [3:4] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	4, // 0: hallmark.v1.FollowResponse.entries:type_name -> hallmark.v1.Entry
+	5, // 1: hallmark.v1.FollowResponse.bundles:type_name -> hallmark.v1.Bundle
+	3, // 2: hallmark.v1.FollowResponse.defaults:type_name -> hallmark.v1.Defaults
+	2, // 3: hallmark.v1.FollowResponse.servers:type_name -> hallmark.v1.Servers
+	0, // 4: hallmark.v1.FeedService.Follow:input_type -> hallmark.v1.FollowRequest
+	1, // 5: hallmark.v1.FeedService.Follow:output_type -> hallmark.v1.FollowResponse
+	5, // [5:6] is the sub-list for method output_type
+	4, // [4:5] is the sub-list for method input_type
+	4, // [4:4] is the sub-list for extension type_name
+	4, // [4:4] is the sub-list for extension extendee
+	0, // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_hallmark_v1_feed_proto_init() }
@@ -326,7 +387,7 @@ func file_hallmark_v1_feed_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_feed_proto_rawDesc), len(file_hallmark_v1_feed_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   3,
+			NumMessages:   4,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -18,6 +18,9 @@ const (
 	presence = 10
 	// presentEvery is how often each says that it is there.
 	presentEvery = 3 * time.Second
+	// alone is after how many times that it could not there is no majority: a
+	// new leader is there before.
+	alone = 2
 )
 
 // Server is one of those that have the store open.
@@ -38,8 +41,9 @@ type servers struct {
 }
 
 // Announce tells the other servers of this one, and finds out who they are,
-// until the context ends. Shown says which revision the server shows.
-func (db *DB) Announce(ctx context.Context, self Server, shown func() store.Revision) error {
+// until the context ends. Shown says which revision the server shows; seen is
+// told who is there, after each look.
+func (db *DB) Announce(ctx context.Context, self Server, shown func() store.Revision, seen func([]Server)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(db.base, cancel)()
@@ -54,14 +58,26 @@ func (db *DB) Announce(ctx context.Context, self Server, shown func() store.Revi
 	}()
 	ticker := time.NewTicker(presentEvery)
 	defer ticker.Stop()
-	said := store.Revision(-1)
+	said, failures := store.Revision(-1), 0
 	for {
 		self.Revision = shown()
 		held, err := db.present(ctx, self, lease, self.Revision != said)
 		if err == nil {
 			lease, said = held, self.Revision
-		} else {
+			if failures >= alone {
+				db.log.Info("a majority of the servers can be reached again: changes are taken")
+			}
+			failures = 0
+			db.metrics.Majority.Set(1)
+			if list, err := db.Servers(); err == nil {
+				seen(list)
+			}
+		} else if ctx.Err() == nil {
 			said = -1
+			if failures++; failures == alone {
+				db.log.Error("no majority of the servers can be reached: nothing can be changed, no node attests or renews; what is known is served", "error", describe(err))
+				db.metrics.Majority.Set(0)
+			}
 			db.log.Debug("the other servers could not be told that this one is there", "error", err)
 		}
 		select {
