@@ -134,11 +134,17 @@ func (s *servers) dial(t *testing.T, name string) *grpc.ClientConn {
 }
 
 func create(ctx context.Context, client entryv1.EntryClient, id string) error {
+	return createFor(ctx, client, id, "uid:4242")
+}
+
+// createFor creates an entry, of the node that is called so, for a process that
+// a selector of unix names.
+func createFor(ctx context.Context, client entryv1.EntryClient, id, process string) error {
 	resp, err := client.BatchCreateEntry(ctx, &entryv1.BatchCreateEntryRequest{Entries: []*types.Entry{{
 		Id:        id,
 		SpiffeId:  &types.SPIFFEID{TrustDomain: "example.org", Path: "/w/" + id},
 		ParentId:  &types.SPIFFEID{TrustDomain: "example.org", Path: "/node"},
-		Selectors: []*types.Selector{{Type: "unix", Value: "uid:4242"}},
+		Selectors: []*types.Selector{{Type: "unix", Value: process}},
 	}}})
 	if err != nil {
 		return err
@@ -291,6 +297,7 @@ func TestAServerThatIsLeftAloneServesAndSaysThatItCannotWrite(t *testing.T) {
 	if took := time.Since(began); code == 0 || !strings.Contains(stderr, "no majority") || took > 15*time.Second {
 		t.Errorf("entry create: status %d after %v\n%s", code, took, stderr)
 	}
+	s.processes["s1"].WaitOutput(t, "no majority of the servers can be reached: nothing can be changed")
 	harness.Eventually(t, "the servers that are away", func(context.Context) error {
 		for _, l := range s.list(t, "s1") {
 			if l.Name != "s1" && l.Present {
@@ -305,6 +312,7 @@ func TestAServerThatIsLeftAloneServesAndSaysThatItCannotWrite(t *testing.T) {
 	harness.Eventually(t, "a write with a majority again", func(ctx context.Context) error {
 		return create(ctx, entryv1.NewEntryClient(s.dial(t, "s1")), "again")
 	})
+	s.processes["s1"].WaitOutput(t, "a majority of the servers can be reached again")
 	harness.Eventually(t, "the write at the other server", func(context.Context) error {
 		if !s.entries(t, "s2")["again"] {
 			return fmt.Errorf("it is not there")

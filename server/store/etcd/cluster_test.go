@@ -15,13 +15,17 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	dto "github.com/prometheus/client_model/go"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/store"
 	"github.com/hallmark-id/hallmark/server/store/etcd"
 	"github.com/hallmark-id/hallmark/test/harness"
@@ -271,6 +275,70 @@ func TestWithoutAMajorityWritesFailInTimeAndGoOnAfterwards(t *testing.T) {
 			break
 		}
 	}
+}
+
+// TestServersKnowWhoIsThereAndWhetherTheyAreAMajority is about what operators
+// and agents are told.
+func TestServersKnowWhoIsThereAndWhetherTheyAreAMajority(t *testing.T) {
+	x := startExternal(t, 3)
+	counted := metrics.New(nil)
+	majority := func() float64 {
+		var m dto.Metric
+		if err := counted.Majority.Write(&m); err != nil {
+			t.Fatal(err)
+		}
+		return m.GetGauge().GetValue()
+	}
+	var mu sync.Mutex
+	var there []string
+	announce := func(name string, seen func([]etcd.Server)) (stop func()) {
+		db := open(t, etcd.Options{Client: x.client(), Prefix: "p/", Name: name, Metrics: counted})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_ = db.Announce(ctx, etcd.Server{Name: name, Address: name + ".test:8081"}, func() store.Revision { return 1 }, seen)
+		}()
+		stop = sync.OnceFunc(func() { cancel(); <-done })
+		t.Cleanup(stop)
+		return stop
+	}
+	announce("a", func(list []etcd.Server) {
+		mu.Lock()
+		defer mu.Unlock()
+		there = there[:0]
+		for _, s := range list {
+			there = append(there, s.Address)
+		}
+	})
+	leave := announce("b", func([]etcd.Server) {})
+	are := func(want ...string) func(context.Context) error {
+		return func(context.Context) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if !slices.Equal(there, want) {
+				return fmt.Errorf("there are %v", there)
+			}
+			return nil
+		}
+	}
+	is := func(want float64) func(context.Context) error {
+		return func(context.Context) error {
+			if got := majority(); got != want {
+				return fmt.Errorf("the metric is %v", got)
+			}
+			return nil
+		}
+	}
+	harness.Eventually(t, "both", are("a.test:8081", "b.test:8081"))
+	leave()
+	harness.Eventually(t, "the other has left", are("a.test:8081"))
+	harness.Eventually(t, "a majority", is(1))
+	x.kill(0)
+	x.kill(1)
+	harness.Eventually(t, "no majority", is(0))
+	x.start(0)
+	harness.Eventually(t, "a majority again", is(1))
 }
 
 func TestAClientWithoutACertificateIsRefused(t *testing.T) {
