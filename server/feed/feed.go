@@ -56,7 +56,6 @@ const (
 	// CatchUpTime is how long a server that shares its store may need to show
 	// what an agent has from another one. Agents go on to the next after it.
 	CatchUpTime = 3 * time.Second
-	catchUpPoll = 10 * time.Millisecond
 
 	maxMessage = 256 << 10 // bytes of one message, unless one record is larger
 	maxVersion = 255       // characters of an agent's version
@@ -74,9 +73,9 @@ var (
 	// ErrReplaced: the agent has opened another stream, which takes the place of
 	// this one.
 	ErrReplaced = errors.New("the agent has opened another stream")
-	// ErrBehind: the agent has seen changes that this server has not, from another
-	// one.
-	ErrBehind = errors.New("this server is behind what the agent has from another; try that one")
+	// ErrBehind: the agent has seen changes that this server has not, and the store
+	// does not answer. It is wrapped.
+	ErrBehind = errors.New("this server is behind what the agent has from another; try one that reaches the others")
 	// ErrProtocol: the agent sent what makes no sense. It is wrapped.
 	ErrProtocol = errors.New("malformed message of the agent")
 )

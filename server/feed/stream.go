@@ -244,17 +244,17 @@ func (s *stream) start(view *registry.View, hello *hallmarkv1.FollowRequest, w *
 		return err
 	}
 	has := store.Revision(hello.Revision)
-	if has > view.Revision() && s.feed.servers.Load() != nil {
-		var err error
-		if view, err = s.catchUp(w.ctx, has); err != nil {
+	if has > view.Revision() {
+		if err := s.catchUp(w.ctx); err != nil {
 			return err
 		}
+		view, _ = s.sub.Take()
 	}
 	rev := view.Revision()
 	s.held = newHeld(view.TrustDomain())
 	w.complete, w.defaults = true, s.feed.defaults
 	// The digest says whether the agent holds this very set. A revision that is
-	// ahead of the store's means that the store was set back: numbers and times
+	// still ahead of the store's means that the store was set back: numbers and times
 	// may then agree by chance.
 	first := s.held.difference(view, s.node, s.feed.now())
 	if has > 0 && has <= rev && string(hello.Digest) == string(s.held.sum[:]) {
@@ -269,24 +269,16 @@ func (s *stream) start(view *registry.View, hello *hallmarkv1.FollowRequest, w *
 	return w.finish(rev, s.held.sum)
 }
 
-// catchUp waits until this server shows what the agent has from another one. To
-// send it the older set would bring back what was deleted.
-func (s *stream) catchUp(ctx context.Context, to store.Revision) (*registry.View, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, CatchUpTime, ErrBehind)
+// catchUp makes sure that this server shows all that any server has written. If
+// an agent comes from another one, to send it an older set would bring back what
+// was deleted.
+func (s *stream) catchUp(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, CatchUpTime)
 	defer cancel()
-	poll := time.NewTicker(catchUpPoll)
-	defer poll.Stop()
-	for {
-		view, _ := s.sub.Take()
-		if view.Revision() >= to {
-			return view, s.admitted()
-		}
-		select {
-		case <-poll.C:
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
+	if err := s.feed.registry.CatchUp(ctx); err != nil {
+		return fmt.Errorf("%w (%v)", ErrBehind, err)
 	}
+	return nil
 }
 
 // servers returns where the servers are, if the agent has not been told; else

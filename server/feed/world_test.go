@@ -25,6 +25,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/registry"
+	"github.com/hallmark-id/hallmark/server/store"
 	"github.com/hallmark-id/hallmark/server/store/badger"
 )
 
@@ -44,10 +45,15 @@ type world struct {
 }
 
 func newWorld(t testing.TB) *world {
+	return newWorldOver(t, func(s store.Store) store.Store { return s })
+}
+
+// newWorldOver is newWorld over what is made of its store.
+func newWorldOver(t testing.TB, over func(store.Store) store.Store) *world {
 	t.Helper()
 	db, err := badger.Open(badger.Options{InMemory: true})
 	must(t, err)
-	reg, err := registry.Open(t.Context(), registry.Options{Store: db, TrustDomain: td})
+	reg, err := registry.Open(t.Context(), registry.Options{Store: over(db), TrustDomain: td})
 	must(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup

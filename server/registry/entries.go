@@ -200,7 +200,7 @@ func (r *Registry) writeEntries(ctx context.Context, writes []entryWrite, wanted
 		if len(conflicts) == 0 {
 			break
 		}
-		if err := r.catchUp(ctx); err != nil {
+		if err := r.CatchUp(ctx); err != nil {
 			return failAll(writes, err)
 		}
 		if wanted != nil {
@@ -217,7 +217,7 @@ func (r *Registry) writeEntries(ctx context.Context, writes []entryWrite, wanted
 		if err := turn.wait(ctx, r); err != nil {
 			return failAll(writes, err)
 		}
-		if err := r.catchUp(ctx); err != nil { // with what came while it waited
+		if err := r.CatchUp(ctx); err != nil { // with what came while it waited
 			return failAll(writes, err)
 		}
 	}

@@ -244,8 +244,8 @@ func (r *Registry) await(ctx context.Context, rev store.Revision) (*View, error)
 	}
 }
 
-// catchUp waits until the view shows all that the store had when it was called.
-func (r *Registry) catchUp(ctx context.Context) error {
+// CatchUp waits until the view shows all that the store had when it was called.
+func (r *Registry) CatchUp(ctx context.Context) error {
 	rev, err := r.store.Read(ctx, trustDomainKey, func(store.Record) error { return nil })
 	if err == nil {
 		_, err = r.await(ctx, rev)
@@ -301,7 +301,7 @@ func (r *Registry) change(ctx context.Context, build func(*View) (store.Txn, err
 		if err := turn.wait(ctx, r); err != nil {
 			return nil, err
 		}
-		if err := r.catchUp(ctx); err != nil {
+		if err := r.CatchUp(ctx); err != nil {
 			return nil, err
 		}
 	}
