@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -149,7 +150,8 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	w.node, err = node.Open(node.Options{
-		TrustDomain: nodetest.TrustDomain, Server: nodetest.Address, Dir: t.TempDir(), Dial: w.Dial,
+		TrustDomain: nodetest.TrustDomain, Server: nodetest.Address, Dir: t.TempDir(),
+		Dial: func(ctx context.Context, _ string) (net.Conn, error) { return w.Dial(ctx, nodetest.Address) }, // whichever it goes to
 		Join: w.Join("token"), Attestor: &node.Attestor{Name: jointoken.Name, Agent: attestor},
 	})
 	if err != nil {
@@ -369,6 +371,32 @@ func TestAnAgentResumesFromWhereItWasWhenTheServerComesBack(t *testing.T) {
 		synctest.Wait() // until the feed has noted what it acknowledged
 		if s := w.feed.Status(); got != 7 || !s.InStep || s.SyncedAt.Before(start) {
 			t.Errorf("acknowledged %d; %+v", got, s)
+		}
+	})
+}
+
+func TestAnAgentGoesToAServerThatItWasToldOfWhenItsOwnCannotServeIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		c := w.accept(t)
+		own := w.ownBundle(t)
+		servers := &hallmarkv1.Servers{Addresses: []string{nodetest.Address, "other.test:1"}}
+		c.send(t, &response{Revision: 9, Complete: true, Bundles: []*hallmarkv1.Bundle{own}, Digest: sum(own), Servers: servers})
+		c.acked(t)
+		began := time.Now()
+		c.end <- status.Error(codes.Unavailable, "it is behind")
+		c = w.accept(t)
+		if got, took := w.node.Status().Server, time.Since(began); got != "other.test:1" || took >= time.Second {
+			t.Errorf("after %v it is at %s", took, got)
+		}
+		if c.hello.Revision != 9 {
+			t.Errorf("there it says that it has revision %d", c.hello.Revision)
+		}
+		c.send(t, &response{Revision: 9, Digest: sum(own), Servers: servers})
+		c.acked(t)
+		c.end <- status.Error(codes.Internal, "a fault") // of the stream alone
+		if w.accept(t); w.node.Status().Server != "other.test:1" {
+			t.Errorf("it went to %s", w.node.Status().Server)
 		}
 	})
 }
