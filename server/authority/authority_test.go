@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"errors"
 	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -245,6 +246,20 @@ func TestAFirstStartMakesAndActivatesAnAuthorityOfEachKind(t *testing.T) {
 	again, err := a.X509()
 	if err != nil || again != x {
 		t.Error("the same authority came as another pointer")
+	}
+}
+
+func TestNoIDBeginsLikeAFlag(t *testing.T) {
+	seen := map[string]bool{}
+	for first := range 256 {
+		id := authority.IDOf(append([]byte{byte(first)}, make([]byte, 31)...))
+		if strings.HasPrefix(id, "-") {
+			t.Errorf("%q", id)
+		}
+		seen[id] = true
+	}
+	if len(seen) < 252 { // those of four begin with an underscore instead
+		t.Errorf("%d IDs of 256 keys", len(seen))
 	}
 }
 

@@ -329,7 +329,7 @@ func (a *Authorities) publish(ctx context.Context, kind registry.AuthorityKind, 
 		if err != nil {
 			return nil, err
 		}
-		r.ID = base64.RawURLEncoding.EncodeToString(thumbprint)
+		r.ID = idOf(thumbprint)
 	}
 
 	var replaced []*registry.Authority
@@ -560,4 +560,14 @@ func (a *Authorities) deleteKey(name string) {
 	if err != nil && !errors.Is(err, apiv1.NotFoundError{}) {
 		a.log.Warn("cannot delete the key of a former authority", "key", name, "error", err)
 	}
+}
+
+// idOf returns the ID of an authority by its key's thumbprint, as text. It does
+// not begin with a dash: on a command line it would be taken for a flag.
+func idOf(thumbprint []byte) string {
+	id := base64.RawURLEncoding.EncodeToString(thumbprint)
+	if id[0] == '-' {
+		id = "_" + id[1:]
+	}
+	return id
 }
