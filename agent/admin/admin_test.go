@@ -32,6 +32,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/selector"
 	"github.com/hallmark-id/hallmark/pkg/version"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
+	"github.com/hallmark-id/hallmark/test/harness"
 )
 
 func must(t *testing.T, err error) {
@@ -59,10 +60,18 @@ func (l *lines) Write(p []byte) (int, error) {
 	return l.b.Write(p)
 }
 
-func (l *lines) has(text string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.Contains(l.b.String(), text)
+// waitFor waits until the log has a text: what is sent to a client may reach it
+// before the log has it.
+func (l *lines) waitFor(t testing.TB, text string) {
+	t.Helper()
+	harness.Eventually(t, "a line of the log", func(context.Context) error {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if !strings.Contains(l.b.String(), text) {
+			return fmt.Errorf("the log lacks %q", text)
+		}
+		return nil
+	})
 }
 
 type agent struct {
