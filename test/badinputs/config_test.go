@@ -33,7 +33,7 @@ var configs = []struct {
 	{"server", "advertise everything", "trust_domain: a\nadvertise: 0.0.0.0:8081\n", []string{"no address that an agent can dial", "write its host and port"}},
 	{"server", "empty data_dir", "trust_domain: a\ndata_dir: \"\"\n", []string{"data_dir is empty", "the default is"}},
 	{"server", "socket path too long", "trust_domain: a\nadmin_socket: /" + strings.Repeat("a", 120) + "\n", []string{"121 bytes long", "choose a shorter path"}},
-	{"server", "two stores", "trust_domain: a\nstore: {badger: {}, memory: {}}\n", []string{"names two engines", "choose badger or memory"}},
+	{"server", "two stores", "trust_domain: a\nstore: {badger: {}, memory: {}}\n", []string{"names 2 engines", "choose one of badger, etcd and memory"}},
 	{"server", "two key managers", "trust_domain: a\nkeys: {disk: {}, memory: {}}\n", []string{"names more than one key manager", "choose disk, kms or memory"}},
 	{"server", "tiny memtable", "trust_domain: a\nstore: {badger: {memtable: 1}}\n", []string{"memtable is 1 bytes", "between"}},
 	{"server", "unknown key type", "trust_domain: a\nx509: {key_type: dsa}\n", []string{"dsa", "ec-p256"}},
