@@ -38,6 +38,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
 	"github.com/hallmark-id/hallmark/pkg/selector"
+	"github.com/hallmark-id/hallmark/test/harness"
 )
 
 // agent is a Workload API on a socket, what it serves, and a client of it.
@@ -571,9 +572,12 @@ func TestWhatAProcessIsGivenIsLoggedOnceAndWithoutTheSecret(t *testing.T) {
 		token = m.Svids[0].Svid
 	}
 	for _, text := range []string{`msg="X509-SVIDs given" pid=`, `msg="JWT-SVIDs given" pid=`} {
-		for end := time.Now().Add(10 * time.Second); a.log.count(text) == 0 && time.Now().Before(end); {
-			time.Sleep(time.Millisecond) // what is sent is logged after
-		}
+		harness.Eventually(t, text, func(context.Context) error { // what is sent is logged after
+			if a.log.count(text) == 0 {
+				return errors.New("it is not in the log")
+			}
+			return nil
+		})
 		if n := a.log.count(text); n != 1 {
 			t.Errorf("%s is %d times in the log, want once", text, n)
 		}
