@@ -299,7 +299,7 @@ var volatile = []*regexp.Regexp{
 	regexp.MustCompile(`\b\d{20,}\b`),   // serial numbers
 	regexp.MustCompile(`\b(in )?\d+(\.\d+)?(ns|µs|ms|s|m|h|d)( ?\d+[smhd])*( ago)?\b`),
 	regexp.MustCompile(`\((now|~)\)`),
-	regexp.MustCompile(`\bdevel\S*|\bv\d\S*|\(devel\)`), // versions
+	regexp.MustCompile(`\bdevel\S*|\bv\d\S*|\(devel\)|\b\d+\.\d+\.\d+-\d{14}-[0-9a-f]{12}(\+dirty)?`), // versions
 	regexp.MustCompile(`\b[\d,.]+ (B|kB|KiB|MB|MiB|bytes)\b`),
 	regexp.MustCompile(`(?i)\b(process|revision|connected) +\d+`),
 	regexp.MustCompile(`(127\.0\.0\.1|192\.0\.2\.1):\d{5}`),

@@ -176,6 +176,11 @@ func TestALeaderThatDiesTakesNothingAcknowledgedAlong(t *testing.T) {
 			from[w] = acknowledged[w].Load()
 		}
 		harness.Eventually(t, "writers make progress", func(context.Context) error {
+			select {
+			case err := <-ended:
+				t.Fatalf("a writer has given up: %v", err)
+			default:
+			}
 			for w := range writers {
 				if now := acknowledged[w].Load(); now < from[w]+n {
 					return fmt.Errorf("writer %d is at %d, was at %d", w, now, from[w])
