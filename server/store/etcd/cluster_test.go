@@ -102,6 +102,34 @@ func (x *external) leader(c *clientv3.Client) int {
 	return 0
 }
 
+// rejoined waits until a member that was started again follows the leader: until
+// then the other two are no majority without each other.
+func (x *external) rejoined(c *clientv3.Client, i int) {
+	x.t.Helper()
+	harness.Eventually(x.t, "a member comes back", func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		var at uint64
+		for n, endpoint := range x.Endpoints {
+			s, err := c.Status(ctx, endpoint)
+			switch {
+			case err != nil:
+				return err
+			case n != i:
+				at = max(at, s.RaftAppliedIndex)
+			}
+		}
+		s, err := c.Status(ctx, x.Endpoints[i])
+		switch {
+		case err != nil:
+			return err
+		case s.Leader == 0 || s.RaftAppliedIndex < at:
+			return fmt.Errorf("it is at %d of %d", s.RaftAppliedIndex, at)
+		}
+		return nil
+	})
+}
+
 // certificates makes a CA, and one certificate for members and clients.
 func certificates(t *testing.T, dir string) (ca, cert, key string) {
 	t.Helper()
@@ -196,6 +224,7 @@ func TestALeaderThatDiesTakesNothingAcknowledgedAlong(t *testing.T) {
 		x.kill(leader)
 		t.Logf("the leader was killed; all wrote again after %v", until(3).Round(time.Millisecond))
 		x.start(leader)
+		x.rejoined(probe, leader)
 	}
 	until(20)
 	stop()
