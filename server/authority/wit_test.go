@@ -3,7 +3,6 @@ package authority_test
 import (
 	"context"
 	"crypto"
-	"encoding/base64"
 	"errors"
 	"slices"
 	"testing"
@@ -104,8 +103,8 @@ func TestWITSVID_W04_W33_EachKeyOfTheBundleHasAnIDOfItsOwn(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if want := base64.RawURLEncoding.EncodeToString(thumbprint); k.KeyID != want {
-			t.Errorf("key ID is %s, want the thumbprint %s", k.KeyID, want)
+		if want := authority.IDOf(thumbprint); k.KeyID != want {
+			t.Errorf("key ID is %s, want %s of the thumbprint", k.KeyID, want)
 		}
 	}
 	if len(b.JWTAuthorities) != 6 || len(b.WITAuthorities) != 6 {

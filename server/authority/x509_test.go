@@ -10,7 +10,6 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/base64"
 	"encoding/hex"
 	"encoding/pem"
 	"math/big"
@@ -177,8 +176,8 @@ func TestAuthorityIDs_X509IsTheSubjectKeyIDAndJWTTheThumbprint_JW06(t *testing.T
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := base64.RawURLEncoding.EncodeToString(thumbprint); j.ID != want {
-		t.Errorf("JWT authority ID is %s, want %s", j.ID, want)
+	if want := authority.IDOf(thumbprint); j.ID != want {
+		t.Errorf("JWT authority ID is %s, want %s of the thumbprint", j.ID, want)
 	}
 }
 
