@@ -58,6 +58,10 @@ func (r *registry) measure(ctx context.Context, n int, w *workload) error {
 	if err := r.fill(ctx, n); err != nil {
 		return err
 	}
+	r.note("%d entries: waiting until what was written is merged", n)
+	if err := r.atRest(ctx); err != nil {
+		return err
+	}
 	r.note("%d entries: from a change to the workload, %d times", n, r.plan.Samples)
 	created, deleted, err := w.follow(ctx, r.plan.Samples)
 	if err != nil {

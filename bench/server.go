@@ -302,3 +302,16 @@ func (s *server) cost(f func() error) (time.Duration, error) {
 	after, err := s.usage()
 	return after.cpu - before.cpu, err
 }
+
+// atRest waits until the server has little to do, as after the merging of what
+// was written in bulk. It gives up after a minute: another may keep it busy.
+func (s *server) atRest(ctx context.Context) error {
+	const look, little = time.Second, 0.05 // of a core
+	for range time.Minute / look {
+		cost, err := s.cost(func() error { return sleep(ctx, look) })
+		if err != nil || cost.Seconds() < little*look.Seconds() {
+			return err
+		}
+	}
+	return nil
+}

@@ -52,6 +52,13 @@ const (
 	// directory that was written with another one.
 	format = 1
 
+	// Sorting and merging costs a large store more than writing does. Fewer levels
+	// and larger tables halve that: a million entries are in two levels below
+	// the newest tables, and those are merged when there are many.
+	baseLevel    = 128 << 20
+	baseTable    = 8 << 20
+	newestTables = 15
+
 	// checkEvery is the number of records that Read passes on between two looks
 	// at its context.
 	checkEvery = 256
@@ -200,6 +207,10 @@ func badgerOptions(o Options) badgerdb.Options {
 	b.MemTableSize = o.MemTable
 	b.NumMemtables = 2 // one that fills while one or two are written out
 	b.NumCompactors = 2
+	b.BaseLevelSize = baseLevel
+	b.BaseTableSize = baseTable
+	b.NumLevelZeroTables = newestTables
+	b.NumLevelZeroTablesStall = 3 * newestTables // writes wait
 	b.ValueThreshold = valueThreshold
 	b.ValueLogFileSize = logFile
 	b.Compression = options.None // records are small and mostly keys; saves the block cache
