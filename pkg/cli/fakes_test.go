@@ -443,7 +443,7 @@ func (s *fakeServer) MintWITSVID(_ context.Context, r *svidv1.MintWITSVIDRequest
 
 func (s *fakeServer) GetServer(context.Context, *hallmarkv1.GetServerRequest) (*hallmarkv1.GetServerResponse, error) {
 	return &hallmarkv1.GetServerResponse{
-		TrustDomain: "example.org", Version: "1.2.3", Revision: 42, Address: "127.0.0.1:8081",
+		TrustDomain: "example.org", Version: "1.2.3", Revision: 42, Digest: []byte{1, 2}, Address: "127.0.0.1:8081",
 		StartedAt: time.Now().Add(-2*time.Hour - 500*time.Millisecond).Unix(),
 	}, nil
 }

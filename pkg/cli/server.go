@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -359,6 +360,7 @@ type serverHealth struct {
 	Address     string     `json:"address"`
 	Version     string     `json:"version"`
 	Revision    int64      `json:"revision"`
+	Digest      string     `json:"digest"` // of what it knows, hexadecimal
 	StartedAt   *time.Time `json:"started_at"`
 }
 
@@ -390,7 +392,7 @@ func (a *app) serverHealth() *cobra.Command {
 		}
 		item := serverHealth{
 			Status: strings.ToLower(health.Status.String()), TrustDomain: info.TrustDomain, Address: info.Address,
-			Version: info.Version, Revision: info.Revision, StartedAt: timestamp(info.StartedAt),
+			Version: info.Version, Revision: info.Revision, Digest: hex.EncodeToString(info.Digest), StartedAt: timestamp(info.StartedAt),
 		}
 		serving := health.Status == grpc_health_v1.HealthCheckResponse_SERVING
 		if err := a.print(item, func(w io.Writer) {

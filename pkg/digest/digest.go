@@ -1,5 +1,6 @@
 // Package digest sums up what an agent holds, so that server and agent can
-// compare it in sixteen bytes.
+// compare it in sixteen bytes; and what a server knows, so that servers that
+// share a store can be compared.
 //
 // A [Sum] is a set's digest: the 128-bit sum of a hash of each member. It does
 // not depend on the order in which members came, and a member is taken out as
@@ -39,6 +40,16 @@ func (s *Sum) AddBundle(name string, seq uint64) { s.add(bundle(name, seq)) }
 // SubBundle takes out a bundle that was put in with the same values.
 func (s *Sum) SubBundle(name string, seq uint64) { s.sub(bundle(name, seq)) }
 
+// AddRecord puts a record of a store into the set: its key and the revision that
+// wrote it.
+func (s *Sum) AddRecord(key string, revision int64) { s.add(record(key, revision)) }
+
+// SubRecord takes out a record that was put in with the same values.
+func (s *Sum) SubRecord(key string, revision int64) { s.sub(record(key, revision)) }
+
+// Merge puts in all members of another set, which has none of this one's.
+func (s *Sum) Merge(other Sum) { s.add(other.get()) }
+
 // String returns the sum in hexadecimal, for logs.
 func (s Sum) String() string { return hex.EncodeToString(s[:]) }
 
@@ -62,6 +73,15 @@ func bundle(name string, seq uint64) number {
 	b = append(b, name...)
 	b = append(b, 0)
 	b = strconv.AppendUint(b, seq, 10)
+	return hash(b)
+}
+
+func record(key string, revision int64) number {
+	b := make([]byte, 0, 128)
+	b = append(b, "record\x00"...)
+	b = append(b, key...)
+	b = append(b, 0)
+	b = strconv.AppendInt(b, revision, 10)
 	return hash(b)
 }
 

@@ -26,10 +26,13 @@ type adminService struct {
 
 // GetServer says what this server is.
 func (s *adminService) GetServer(context.Context, *hallmarkv1.GetServerRequest) (*hallmarkv1.GetServerResponse, error) {
+	view := s.registry.View()
+	digest := view.Digest()
 	return &hallmarkv1.GetServerResponse{
 		TrustDomain: s.td.Name(),
 		Version:     version.String(),
-		Revision:    int64(s.registry.View().Revision()),
+		Revision:    int64(view.Revision()),
+		Digest:      digest[:],
 		StartedAt:   s.started.Unix(),
 		Address:     s.address,
 	}, nil

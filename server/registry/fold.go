@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
+	"github.com/hallmark-id/hallmark/pkg/digest"
 	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/pkg/selector"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
@@ -25,6 +26,8 @@ type fold struct {
 	bundles                                                    index[*storedBundle]
 	authorities                                                index[*Authority]
 	federations                                                index[*Federation]
+
+	digest digest.Sum // of all records in them
 }
 
 // index is a working tree and its last published copy.
@@ -81,6 +84,7 @@ func newFold() fold {
 func (f *fold) publish(rev store.Revision, td spiffeid.TrustDomain) *View {
 	return &View{
 		revision:    rev,
+		digest:      f.digest,
 		td:          td,
 		entries:     f.entries.publish(),
 		byParent:    f.byParent.publish(),
@@ -100,6 +104,66 @@ func (f *fold) publish(rev store.Revision, td spiffeid.TrustDomain) *View {
 // apply folds one written record. Keys of no known prefix are another
 // version's, and none of ours.
 func (f *fold) apply(rec store.Record) error {
+	before := f.revisionOf(rec.Key)
+	if err := f.put(rec); err != nil {
+		return err
+	}
+	if before > 0 {
+		f.digest.SubRecord(rec.Key, int64(before))
+	}
+	if now := f.revisionOf(rec.Key); now > 0 {
+		f.digest.AddRecord(rec.Key, int64(now))
+	}
+	return nil
+}
+
+// revisionOf returns the revision that wrote a record, or 0 if it is not there
+// or none of ours.
+func (f *fold) revisionOf(key string) store.Revision {
+	prefix, rest, _ := strings.Cut(key, "/")
+	switch prefix + "/" {
+	case entryPrefix:
+		if e, ok := f.entries.work.Get(&storedEntry{Entry: entry.Entry{ID: rest}}); ok {
+			return e.revision
+		}
+	case nodePrefix:
+		id, err := spiffeid.FromString(rest)
+		if n, ok := f.nodes.work.Get(&Node{ID: id}); err == nil && ok {
+			return n.revision
+		}
+	case tokenPrefix:
+		if t, ok := f.tokens.work.Get(&storedToken{key: key}); ok {
+			return t.revision
+		}
+	case bundlePrefix:
+		td, err := spiffeid.TrustDomainFromString(rest)
+		if b, ok := f.bundles.work.Get(&storedBundle{Bundle: &bundle.Bundle{TrustDomain: td}}); err == nil && ok {
+			return b.revision
+		}
+	case federationPrefix:
+		td, err := spiffeid.TrustDomainFromString(rest)
+		if r, ok := f.federations.work.Get(&Federation{TrustDomain: td}); err == nil && ok {
+			return r.revision
+		}
+	case authorityPrefix:
+		if a := f.authority(key); a != nil {
+			return a.revision
+		}
+	}
+	return 0
+}
+
+// authority returns the one of a key, or nil.
+func (f *fold) authority(key string) *Authority {
+	for _, a := range f.authorities.work.Items() { // a handful
+		if authorityKey(a) == key {
+			return a
+		}
+	}
+	return nil
+}
+
+func (f *fold) put(rec store.Record) error {
 	prefix, rest, _ := strings.Cut(rec.Key, "/")
 	switch prefix + "/" {
 	case entryPrefix:
@@ -138,10 +202,8 @@ func (f *fold) apply(rec store.Record) error {
 		return f.applyFederation(rest, rec)
 	case authorityPrefix:
 		if rec.Value == nil {
-			for _, a := range f.authorities.work.Items() { // a handful
-				if authorityKey(a) == rec.Key {
-					f.authorities.delete(a)
-				}
+			if a := f.authority(rec.Key); a != nil {
+				f.authorities.delete(a)
 			}
 			return nil
 		}

@@ -11,6 +11,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/hallmark-id/hallmark/pkg/digest"
 	"github.com/hallmark-id/hallmark/server/store"
 )
 
@@ -27,15 +28,17 @@ func (r *Registry) load(ctx context.Context) error {
 	decoding, ctx := errgroup.WithContext(ctx)
 	decoding.SetLimit(runtime.GOMAXPROCS(0))
 	var groups [][]*storedEntry
+	var digests []*digest.Sum // of each group
 	var records []store.Record
 	decode := func() {
-		group, out := records, make([]*storedEntry, len(records))
-		groups, records = append(groups, out), make([]store.Record, 0, decodeGroup)
+		group, out, sum := records, make([]*storedEntry, len(records)), new(digest.Sum)
+		groups, digests, records = append(groups, out), append(digests, sum), make([]store.Record, 0, decodeGroup)
 		decoding.Go(func() (err error) { // waits for its turn: what is read is bounded
 			for i, rec := range group {
 				if out[i], err = entryFromRecord(rec); err != nil {
 					return unreadable(rec, err)
 				}
+				sum.AddRecord(rec.Key, int64(rec.Revision))
 			}
 			return nil
 		})
@@ -62,6 +65,9 @@ func (r *Registry) load(ctx context.Context) error {
 		return err
 	}
 	f.loadEntries(slices.Concat(groups...))
+	for _, sum := range digests {
+		f.digest.Merge(*sum)
+	}
 	r.fold = f
 	r.view.Store(r.fold.publish(rev, r.td))
 	if r.told == nil { // opened

@@ -150,6 +150,7 @@ func describe(v *registry.View, now time.Time) string {
 	for _, a := range v.Authorities() {
 		fmt.Fprintf(&b, "authority %s %s %s\n", a.Server, a.ID, a.State)
 	}
+	fmt.Fprintf(&b, "digest %s\n", v.Digest())
 	return b.String()
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/tidwall/btree"
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
+	"github.com/hallmark-id/hallmark/pkg/digest"
 	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/pkg/selector"
 	"github.com/hallmark-id/hallmark/server/store"
@@ -22,6 +23,7 @@ import (
 // concurrent use.
 type View struct {
 	revision    store.Revision
+	digest      digest.Sum
 	td          spiffeid.TrustDomain
 	entries     tree[*storedEntry] // by ID
 	byParent    tree[*storedEntry] // by parent ID, ID
@@ -90,6 +92,10 @@ func lessNodeSelector(a, b nodeSelector) bool {
 
 // Revision returns the revision that the view shows.
 func (v *View) Revision() store.Revision { return v.revision }
+
+// Digest sums up which records the view has, each by its key and the revision
+// that wrote it. Two views of one revision have the same, on whichever server.
+func (v *View) Digest() digest.Sum { return v.digest }
 
 // TrustDomain returns the trust domain that the registry is for.
 func (v *View) TrustDomain() spiffeid.TrustDomain { return v.td }

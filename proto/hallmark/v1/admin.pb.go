@@ -58,12 +58,15 @@ func (*GetServerRequest) Descriptor() ([]byte, []int) {
 }
 
 type GetServerResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
-	Version       string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
-	Revision      int64                  `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
-	StartedAt     int64                  `protobuf:"varint,4,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"` // Unix seconds
-	Address       string                 `protobuf:"bytes,5,opt,name=address,proto3" json:"address,omitempty"`                       // of the TCP listener, host:port
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	Version     string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	Revision    int64                  `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
+	StartedAt   int64                  `protobuf:"varint,4,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"` // Unix seconds
+	Address     string                 `protobuf:"bytes,5,opt,name=address,proto3" json:"address,omitempty"`                       // of the TCP listener, host:port
+	// What the server knows at its revision, summed up in 16 bytes: servers that
+	// share a store have the same at the same revision.
+	Digest        []byte `protobuf:"bytes,6,opt,name=digest,proto3" json:"digest,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -131,6 +134,13 @@ func (x *GetServerResponse) GetAddress() string {
 		return x.Address
 	}
 	return ""
+}
+
+func (x *GetServerResponse) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
 }
 
 type BackupRequest struct {
@@ -770,14 +780,15 @@ var File_hallmark_v1_admin_proto protoreflect.FileDescriptor
 const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"\x17hallmark/v1/admin.proto\x12\vhallmark.v1\x1a\x18hallmark/v1/record.proto\"\x12\n" +
-	"\x10GetServerRequest\"\xa5\x01\n" +
+	"\x10GetServerRequest\"\xbd\x01\n" +
 	"\x11GetServerResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x1a\n" +
 	"\brevision\x18\x03 \x01(\x03R\brevision\x12\x1d\n" +
 	"\n" +
 	"started_at\x18\x04 \x01(\x03R\tstartedAt\x12\x18\n" +
-	"\aaddress\x18\x05 \x01(\tR\aaddress\"\x0f\n" +
+	"\aaddress\x18\x05 \x01(\tR\aaddress\x12\x16\n" +
+	"\x06digest\x18\x06 \x01(\fR\x06digest\"\x0f\n" +
 	"\rBackupRequest\"T\n" +
 	"\x0eBackupResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\x12\x1a\n" +
