@@ -12,11 +12,13 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 
 	"github.com/hallmark-id/hallmark/pkg/version"
@@ -26,6 +28,15 @@ import (
 const (
 	// dialTimeout bounds TCP, TLS and the first frames of HTTP/2 together.
 	dialTimeout = 15 * time.Second
+	// A connection on which nothing has come for aliveAfter is asked whether it is
+	// still there, and ends without an answer within aliveWait.
+	aliveAfter = 15 * time.Second
+	aliveWait  = 5 * time.Second
+	// Where there is another server, a call that has no answer after doubtAfter
+	// has its server asked something small. If that has no answer within doubtWait
+	// either, the server hangs, and the call goes to another.
+	doubtAfter = 2 * time.Second
+	doubtWait  = 2 * time.Second
 	// maxMessage is the largest message taken from the server: a step of the
 	// feed, or a whole batch of 500 SVIDs with RSA chains.
 	maxMessage = 16 << 20
@@ -96,6 +107,28 @@ func (l *Link) Elsewhere(err error) {
 	if l.node.several(l) {
 		l.finish(err)
 	}
+}
+
+var errHangs = errors.New("server does not answer, though it is connected")
+
+// do makes a call, which ends when the link does because its server hangs.
+func (l *Link) do(ctx context.Context, call func(context.Context, grpc.ClientConnInterface) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	doubt := time.AfterFunc(doubtAfter, func() {
+		if !l.node.several(l) {
+			return
+		}
+		asking, done := context.WithTimeout(ctx, doubtWait)
+		defer done()
+		_, err := bundlev1.NewBundleClient(l.conn).GetBundle(asking, &bundlev1.GetBundleRequest{OutputMask: &types.BundleMask{}})
+		if status.Code(err) == codes.DeadlineExceeded && ctx.Err() == nil {
+			l.finish(errHangs)
+			cancel()
+		}
+	})
+	defer doubt.Stop()
+	return call(ctx, l.conn)
 }
 
 // Report tells the node of the error of a call on this link. If it is the
@@ -295,6 +328,7 @@ func (n *Node) dial(ctx context.Context, to target, config *tls.Config, s *svid)
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
 		grpc.WithMaxHeaderListSize(maxHeaders),
 		grpc.WithIdleTimeout(0),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: aliveAfter, Timeout: aliveWait}),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithNoProxy(),
 	)

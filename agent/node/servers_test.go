@@ -13,12 +13,14 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/hallmark-id/hallmark/agent/node"
 	"github.com/hallmark-id/hallmark/agent/node/nodetest"
+	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 )
 
 // servers are addresses at which one trust domain answers, each of which may be
@@ -30,12 +32,16 @@ type servers struct {
 	down   map[string]bool
 	silent map[string]bool
 	conns  map[string][]net.Conn
+	hangs  map[string]chan struct{} // closed when what an address sends arrives no more
 	dialed []string
 }
 
 // spread gives a world's server several addresses.
 func (w *world) spread(addresses ...string) *servers {
-	s := &servers{dial: w.options.Dial, down: map[string]bool{}, silent: map[string]bool{}, conns: map[string][]net.Conn{}}
+	s := &servers{dial: w.options.Dial, down: map[string]bool{}, silent: map[string]bool{}, conns: map[string][]net.Conn{}, hangs: map[string]chan struct{}{}}
+	for _, a := range addresses {
+		s.hangs[a] = make(chan struct{})
+	}
 	w.options.Server, w.options.OtherServers = addresses[0], addresses[1:]
 	w.options.Dial = s.connect
 	return s
@@ -56,10 +62,36 @@ func (s *servers) connect(ctx context.Context, address string) (net.Conn, error)
 	conn, err := s.dial(ctx, nodetest.Address)
 	if err == nil {
 		s.mu.Lock()
+		if hangs := s.hangs[address]; hangs != nil {
+			conn = &hanging{Conn: conn, hangs: hangs, closed: make(chan struct{})}
+		}
 		s.conns[address] = append(s.conns[address], conn)
 		s.mu.Unlock()
 	}
 	return conn, err
+}
+
+// hanging is a connection on which nothing arrives once its server hangs.
+type hanging struct {
+	net.Conn
+	hangs, closed chan struct{}
+	once          sync.Once
+}
+
+func (h *hanging) Read(b []byte) (int, error) {
+	n, err := h.Conn.Read(b)
+	select {
+	case <-h.hangs:
+		<-h.closed
+		return 0, net.ErrClosed
+	default:
+		return n, err
+	}
+}
+
+func (h *hanging) Close() error {
+	h.once.Do(func() { close(h.closed) })
+	return h.Conn.Close()
 }
 
 // kill takes an address away, with its connections.
@@ -106,6 +138,73 @@ func TestANodeGoesToAnotherServerInLessThanASecond(t *testing.T) {
 			if now, tried := n.Status().Server, s.tried(); now == server || slices.Contains(tried, server) {
 				t.Errorf("%s was gone; it tried %v and is at %s", server, tried, now)
 			}
+		}
+	})
+}
+
+func TestACallGoesToAnotherServerWhenItsOwnHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := joining(t)
+		w.Entries["a"] = spiffeid.RequireFromPath(nodetest.TrustDomain, "/a")
+		s := w.spread("a.test:1", "b.test:1", "c.test:1")
+		n := w.run(t)
+		n.connected(t)
+		server := n.Status().Server
+		close(s.hangs[server])
+		began := time.Now()
+		if _, err := n.SignJWT(t.Context(), "a", []string{"x"}); err != nil {
+			t.Errorf("%v", err)
+		}
+		if took := time.Since(began); took > 5*time.Second {
+			t.Errorf("it took %v", took)
+		}
+		if now := n.Status().Server; now == server {
+			t.Errorf("it is still at %s", now)
+		}
+	})
+}
+
+func TestACallWaitsForAServerThatIsSlow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := joining(t)
+		w.Entries["a"] = spiffeid.RequireFromPath(nodetest.TrustDomain, "/a")
+		w.spread("a.test:1", "b.test:1")
+		n := w.run(t)
+		n.connected(t)
+		server := n.Status().Server
+		w.Lock()
+		w.Before = func(_ context.Context, method string) error {
+			if strings.HasSuffix(method, "/NewJWTSVID") {
+				time.Sleep(8 * time.Second)
+			}
+			return nil
+		}
+		w.Unlock()
+		if _, err := n.SignJWT(t.Context(), "a", []string{"x"}); err != nil {
+			t.Errorf("%v", err)
+		}
+		if now := n.Status().Server; now != server {
+			t.Errorf("it went from %s to %s", server, now)
+		}
+	})
+}
+
+func TestAConnectionOnWhichNothingComesIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := joining(t)
+		s := w.spread("a.test:1", "b.test:1")
+		n := w.run(t)
+		link := n.connected(t)
+		client := hallmarkv1.NewFeedServiceClient(link.Conn())
+		if _, err := client.Follow(t.Context()); err != nil { // as agents do for as long as they run
+			t.Fatal(err)
+		}
+		server := n.Status().Server
+		close(s.hangs[server])
+		began := time.Now()
+		n.next(t, link)
+		if took, now := time.Since(began), n.Status().Server; now == server || took > 25*time.Second {
+			t.Errorf("after %v it is at %s", took, now)
 		}
 	})
 }

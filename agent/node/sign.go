@@ -40,7 +40,7 @@ func (n *Node) SignX509(ctx context.Context, requests []held.X509Request) ([]hel
 		in.Params = append(in.Params, &svidv1.NewX509SVIDParams{EntryId: r.EntryID, Csr: r.CSR})
 	}
 	var out *svidv1.BatchNewX509SVIDResponse
-	err := n.call(ctx, func(conn grpc.ClientConnInterface) (err error) {
+	err := n.call(ctx, func(ctx context.Context, conn grpc.ClientConnInterface) (err error) {
 		out, err = svidv1.NewSVIDClient(conn).BatchNewX509SVID(ctx, in)
 		return err
 	})
@@ -91,7 +91,7 @@ func (n *Node) SignWIT(ctx context.Context, requests []held.WITRequest) ([]held.
 		in.Params = append(in.Params, &svidv1.NewWITSVIDParams{EntryId: r.EntryID, PublicKey: r.PublicKey, SigningAlgorithm: r.Algorithm})
 	}
 	var out *svidv1.BatchNewWITSVIDResponse
-	err := n.call(ctx, func(conn grpc.ClientConnInterface) (err error) {
+	err := n.call(ctx, func(ctx context.Context, conn grpc.ClientConnInterface) (err error) {
 		out, err = svidv1.NewSVIDClient(conn).BatchNewWITSVID(ctx, in)
 		return err
 	})
@@ -122,7 +122,7 @@ func (n *Node) SignJWT(ctx context.Context, entryID string, audience []string) (
 	ctx, cancel := context.WithTimeout(ctx, jwtTimeout)
 	defer cancel()
 	var out *svidv1.NewJWTSVIDResponse
-	err := n.call(ctx, func(conn grpc.ClientConnInterface) (err error) {
+	err := n.call(ctx, func(ctx context.Context, conn grpc.ClientConnInterface) (err error) {
 		out, err = svidv1.NewSVIDClient(conn).NewJWTSVID(ctx, &svidv1.NewJWTSVIDRequest{EntryId: entryID, Audience: audience})
 		return err
 	})
@@ -143,15 +143,15 @@ func (n *Node) SignJWT(ctx context.Context, entryID string, audience []string) (
 }
 
 // call makes a call on the current link. If the link was replaced meanwhile
-// (the server has seen the next SVID and lets go of this one), it makes the
-// call once more on the new one.
-func (n *Node) call(ctx context.Context, do func(grpc.ClientConnInterface) error) error {
+// (the server has seen the next SVID and lets go of this one, or it hangs and
+// there is another), it makes the call once more on the new one.
+func (n *Node) call(ctx context.Context, do func(context.Context, grpc.ClientConnInterface) error) error {
 	for again := true; ; again = false {
 		l, err := n.linkSoon(ctx)
 		if err != nil {
 			return err
 		}
-		err = do(l.conn)
+		err = l.do(ctx, do)
 		replaced := !l.alive()
 		l.Release()
 		if err == nil {
