@@ -50,6 +50,10 @@ kubernetes: test-deps ## pods and nodes of a real Kubernetes; builds that first 
 soak: build test-deps ## ten minutes of one-minute SVIDs under mTLS, with crashes
 	HALLMARK_SOAK=10m $(GO) test -count=1 -timeout 20m -run 'TestSeparateProcesses' -v ./test
 
+.PHONY: chaos
+chaos: build test-deps ## three servers, and all that happens to servers, twenty times (as root)
+	HALLMARK_CHAOS=20,30s $(GO) test -count=1 -timeout 3h -run 'TestChaos' -v ./test
+
 .PHONY: bench
 bench: build ## benchmarks; docs/performance.md explains them
 	$(GO) test -run '^$$' -bench . -benchtime 2s -timeout 30m ./test/bench ./server/... ./agent/...
