@@ -17,6 +17,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/join"
 	"github.com/hallmark-id/hallmark/pkg/version"
 	"github.com/hallmark-id/hallmark/server/api"
+	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/cluster"
 	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/store"
@@ -151,15 +152,19 @@ func (s *settings) announced(name string, tcp net.Listener) etcd.Server {
 
 // addresses are those of servers that agents can dial: one that listens
 // everywhere and does not say where it is reached has none.
-func addresses(list []etcd.Server) (dialed []string) {
+func addresses(list []etcd.Server) *hallmarkv1.Servers {
+	told := &hallmarkv1.Servers{}
 	for _, s := range list {
 		if host, err := hostPort(s.Address); err == nil {
 			if ip, err := netip.ParseAddr(host); host != "" && (err != nil || !ip.IsUnspecified()) {
-				dialed = append(dialed, s.Address)
+				told.Addresses = append(told.Addresses, s.Address)
+				if s.Arrival > told.Arrival {
+					told.Last, told.Arrival = s.Address, s.Arrival
+				}
 			}
 		}
 	}
-	return dialed
+	return told
 }
 
 // openStore opens the store that is configured, of the server of a name, for a

@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -153,112 +152,6 @@ func createFor(ctx context.Context, client entryv1.EntryClient, id, process stri
 		return fmt.Errorf("%v: %s", codes.Code(st.Code), st.Message)
 	}
 	return nil
-}
-
-// churn is writers that create entries at servers, one after the other, for as
-// long as it is not stopped.
-type churn struct {
-	mu           sync.Mutex
-	acknowledged map[string]bool
-	last         map[string]time.Time // of each server
-	stop         func()
-}
-
-func (s *servers) churn(t *testing.T, names ...string) *churn {
-	c := &churn{acknowledged: make(map[string]bool), last: make(map[string]time.Time)}
-	ctx, cancel := context.WithCancel(t.Context())
-	var group sync.WaitGroup
-	c.stop = func() { cancel(); group.Wait() }
-	t.Cleanup(c.stop)
-	for _, name := range names {
-		conn := s.dial(t, name)
-		client := entryv1.NewEntryClient(conn)
-		group.Go(func() {
-			for i := 0; ctx.Err() == nil; i++ {
-				id := fmt.Sprintf("%s-%06d", name, i)
-				if err := create(ctx, client, id); err != nil {
-					conn.ResetConnectBackoff()
-					select {
-					case <-time.After(5 * time.Millisecond): // a server that is away answers at once
-					case <-ctx.Done():
-					}
-					continue
-				}
-				c.mu.Lock()
-				c.acknowledged[id], c.last[name] = true, time.Now()
-				c.mu.Unlock()
-			}
-		})
-	}
-	return c
-}
-
-// after waits until a server has acknowledged something after a moment, and
-// returns how long after.
-func (c *churn) after(t *testing.T, name string, moment time.Time) (took time.Duration) {
-	t.Helper()
-	harness.Eventually(t, "an acknowledged write at "+name, func(context.Context) error {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if took = c.last[name].Sub(moment); took <= 0 {
-			return fmt.Errorf("the last was %v before", -took)
-		}
-		return nil
-	})
-	return took
-}
-
-// TestThreeServersLoseNothingAcknowledged kills the leader in the middle of
-// writes, then restarts each server in turn. What was acknowledged is known to
-// every server afterwards, and they know the same.
-func TestThreeServersLoseNothingAcknowledged(t *testing.T) {
-	s := newServers(t)
-	names := []string{"s1", "s2", "s3"}
-	s.form(t, "s1", "s2", "s3")
-	writes := s.churn(t, names...)
-	for _, name := range names {
-		writes.after(t, name, time.Now())
-	}
-	other := map[string]string{"s1": "s2", "s2": "s3", "s3": "s1"}
-
-	leader := s.leader(t, "s1")
-	killed := time.Now()
-	s.processes[leader].Kill()
-	for _, name := range names {
-		if name != leader {
-			t.Logf("after the leader was killed, %s wrote again after %v", name, writes.after(t, name, killed.Add(50*time.Millisecond)).Round(time.Millisecond))
-		}
-	}
-	s.run(t, leader)
-	s.ready(t, leader)
-
-	for _, name := range names {
-		began := time.Now()
-		if code := s.processes[name].Stop(t); code != 0 {
-			t.Errorf("%s ended with status %d when it was told to stop", name, code)
-		}
-		writes.after(t, other[name], time.Now())
-		s.run(t, name)
-		s.ready(t, name)
-		writes.after(t, name, time.Now())
-		t.Logf("%s was restarted in %v", name, time.Since(began).Round(time.Millisecond))
-	}
-	writes.stop()
-	for _, name := range names {
-		harness.Eventually(t, "what was acknowledged, at "+name, func(context.Context) error {
-			known := s.entries(t, name)
-			for id := range writes.acknowledged {
-				if !known[id] {
-					return fmt.Errorf("entry %s is missing", id)
-				}
-			}
-			return nil
-		})
-	}
-	if a, b, c := s.entries(t, "s1"), s.entries(t, "s2"), s.entries(t, "s3"); len(a) != len(b) || len(b) != len(c) {
-		t.Errorf("the servers know %d, %d and %d entries", len(a), len(b), len(c))
-	}
-	t.Logf("%d entries were acknowledged", len(writes.acknowledged))
 }
 
 // TestAServerThatIsLeftAloneServesAndSaysThatItCannotWrite takes two of three

@@ -42,7 +42,7 @@ const (
 type Node interface {
 	Link(ctx context.Context) (*node.Link, error)
 	SetBundle(b *bundle.Bundle) error
-	SetServers(addresses []string)
+	SetServers(*hallmarkv1.Servers)
 }
 
 // Held is what the feed needs of agent/held.
@@ -226,7 +226,7 @@ func (f *Feed) apply(s step, want []byte) error {
 		f.o.Log.Error("server sent what this agent cannot read; it goes on without", "error", err)
 	}
 	if s.servers != nil {
-		f.o.Node.SetServers(s.servers.Addresses)
+		f.o.Node.SetServers(s.servers)
 	}
 	f.unread.take(&s)
 	// The node's bundle goes first: what is signed because of this change is

@@ -154,6 +154,16 @@ func (l *Link) alive() bool {
 	return !l.finished
 }
 
+// ends waits until the link is done, but not for long.
+func (l *Link) ends(within time.Duration) {
+	timer := time.NewTimer(within)
+	defer timer.Stop()
+	select {
+	case <-l.done:
+	case <-timer.C:
+	}
+}
+
 // endedOr returns when the link ended, or now if it has not.
 func (l *Link) endedOr(now time.Time) time.Time {
 	if l.alive() {

@@ -137,6 +137,7 @@ type Node struct {
 	dir      *dir
 	denials  chan denial   // at most one waits; more say nothing new
 	bundled  chan struct{} // the bundle changed; at most one waits
+	moves    chan string   // a server to go to; at most one waits
 	watchers sync.WaitGroup
 
 	// Run's own.
@@ -154,6 +155,7 @@ type Node struct {
 	lastErr error
 	closed  bool
 	servers []string // that the server told of
+	arrival int64    // of the last of them to come; 0 if it is not known
 }
 
 // trust is a bundle with the form that verification wants. It does not change
@@ -210,7 +212,7 @@ func Open(o Options) (*Node, error) {
 	}
 	n := &Node{
 		o: o, dir: d,
-		denials: make(chan denial, 1), bundled: make(chan struct{}, 1),
+		denials: make(chan denial, 1), bundled: make(chan struct{}, 1), moves: make(chan string, 1),
 		changed: make(chan struct{}), downAt: o.Now(),
 	}
 	if err := n.load(); err != nil {
@@ -441,6 +443,15 @@ func (n *Node) tend(ctx context.Context, link *Link) error {
 				n.o.Log.Warn("authority that signed the node's SVID is tainted or revoked; renewing", "agent_id", link.svid.id)
 				renewAt = n.o.Now()
 			}
+
+		case to := <-n.moves:
+			timer.Stop()
+			if to == link.to.name || to == link.to.address {
+				break
+			}
+			n.o.Log.Info("going to a server that has come", "server", to)
+			n.stay = to
+			return nil
 
 		case d := <-n.denials:
 			timer.Stop()

@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 )
 
 const (
@@ -25,6 +27,9 @@ const (
 	// time in any case: when all agents of a server come to the others, it waits
 	// there for its turn, and to give it up would only make another.
 	hopTimeout = 2 * time.Second
+	// moveWithin is how long the agents of other servers take to come to one that
+	// is new, all together: their handshakes are work for it.
+	moveWithin = 30 * time.Second
 )
 
 // target is one server to connect to.
@@ -62,9 +67,13 @@ func CheckAddress(address string) error {
 // SetServers tells the node where the servers of the trust domain are, as the
 // one that it is connected to says. It keeps them for when that one is away,
 // beside those that are configured, also over a restart.
-func (n *Node) SetServers(addresses []string) {
+//
+// When one has come, or come back, the node goes to it with the chance that makes
+// the servers' shares equal: one in as many as there are. It does so some time
+// later, and keeps its connection until it has the other.
+func (n *Node) SetServers(s *hallmarkv1.Servers) {
 	var known []string
-	for _, a := range addresses {
+	for _, a := range s.GetAddresses() {
 		if err := CheckAddress(a); err != nil {
 			n.o.Log.Warn("server told of one that cannot be reached", "error", err)
 			continue
@@ -75,7 +84,17 @@ func (n *Node) SetServers(addresses []string) {
 	n.mu.Lock()
 	same := slices.Equal(known, n.servers)
 	n.servers = known
+	came := n.arrival > 0 && s.GetArrival() > n.arrival && slices.Contains(known, s.GetLast())
+	n.arrival = max(n.arrival, s.GetArrival())
 	n.mu.Unlock()
+	if came && rand.N(len(known)) == 0 {
+		time.AfterFunc(rand.N(moveWithin), func() {
+			select {
+			case n.moves <- s.GetLast():
+			default: // about to move already
+			}
+		})
+	}
 	if same {
 		return
 	}
@@ -121,10 +140,10 @@ func (n *Node) targets(ctx context.Context) []target {
 	}
 	rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
 	place := func(t target) int {
-		switch t.address {
-		case n.stay:
+		switch {
+		case t.address == n.stay || t.name == n.stay:
 			return 0
-		case n.left:
+		case t.address == n.left:
 			return 2
 		}
 		return 1

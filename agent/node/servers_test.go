@@ -241,6 +241,46 @@ func TestANodeStaysWithItsServerWhenItRenews(t *testing.T) {
 	})
 }
 
+// That of two servers one is told of only makes the node's share of the other
+// all of it.
+func TestANodeGoesToAServerThatHasCome(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := joining(t)
+		s := w.spread("a.test:1")
+		n := w.run(t)
+		link := n.connected(t)
+		tell := func(address string, arrival int64) {
+			n.SetServers(&hallmarkv1.Servers{Addresses: []string{address}, Last: address, Arrival: arrival})
+		}
+		stays := func(at, why string) {
+			t.Helper()
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			if now := n.Status().Server; now != at {
+				t.Errorf("%s: it is at %s", why, now)
+			}
+		}
+		tell("b.test:1", 7)
+		stays("a.test:1", "it was there when the node came")
+		tell("b.test:1", 7)
+		stays("a.test:1", "it is told of again")
+		tell("b.test:1", 6)
+		stays("a.test:1", "another one knew of an earlier time")
+		tell("b.test:1", 8)
+		stays("b.test:1", "it has come")
+		<-link.Done()
+		tell("b.test:1", 9)
+		s.tried()
+		stays("b.test:1", "it has come back")
+		if tried := s.tried(); len(tried) > 0 {
+			t.Errorf("it dialed %v, where it was", tried)
+		}
+		s.kill("a.test:1")
+		tell("a.test:1", 10)
+		stays("b.test:1", "it has come and gone")
+	})
+}
+
 func TestEachAddressOfANameIsAServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := joining(t)
@@ -278,7 +318,7 @@ func TestWhatTheServerTellsOfOthersOutlastsARestart(t *testing.T) {
 		s := w.spread("a.test:1")
 		n := w.run(t)
 		n.connected(t)
-		n.SetServers([]string{"a.test:1", "told.test:1", "no port", "0.0.0.0:1", strings.Repeat("x", 300) + ":1"})
+		n.SetServers(&hallmarkv1.Servers{Addresses: []string{"a.test:1", "told.test:1", "no port", "0.0.0.0:1", strings.Repeat("x", 300) + ":1"}})
 		n.stop()
 		s.kill("a.test:1")
 		s.tried()

@@ -19,6 +19,10 @@ var _ held.Signer = (*Node)(nil)
 const (
 	jwtTimeout = 10 * time.Second // someone waits for the answer
 	maxToken   = 64 << 10         // bytes of a JWT-SVID or WIT-SVID
+
+	// breakTime is how long after a call failed for its connection that one may
+	// need to be known as broken.
+	breakTime = 250 * time.Millisecond
 )
 
 // SignX509 has the server sign X509-SVIDs, at most [held.MaxBatch] in one call.
@@ -152,6 +156,9 @@ func (n *Node) call(ctx context.Context, do func(context.Context, grpc.ClientCon
 			return err
 		}
 		err = l.do(ctx, do)
+		if status.Code(err) == codes.Unavailable {
+			l.ends(breakTime)
+		}
 		replaced := !l.alive()
 		l.Release()
 		if err == nil {

@@ -35,6 +35,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
@@ -135,12 +136,12 @@ func New(o Options) *Feed {
 
 // SetServers says where the servers are that share the store, this one among
 // them: host:port of each. All agents are told.
-func (f *Feed) SetServers(addresses []string) {
-	addresses = slices.Compact(slices.Sorted(slices.Values(addresses)))
-	if before := f.servers.Load(); before != nil && slices.Equal(before.Addresses, addresses) {
+func (f *Feed) SetServers(s *hallmarkv1.Servers) {
+	s.Addresses = slices.Compact(slices.Sorted(slices.Values(s.Addresses)))
+	if proto.Equal(f.servers.Load(), s) {
 		return
 	}
-	f.servers.Store(&hallmarkv1.Servers{Addresses: addresses})
+	f.servers.Store(s)
 	for _, s := range f.all() {
 		s.lookAgain()
 	}

@@ -18,7 +18,7 @@ import (
 func TestAgentsAreToldWhereTheServersAreAndWhenThatChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		w.feed.SetServers([]string{"b:1", "a:1"})
+		w.feed.SetServers(&hallmarkv1.Servers{Addresses: []string{"b:1", "a:1"}})
 		a := w.agent("a")
 		a.expect(w)
 		told := func(messages []*hallmarkv1.FollowResponse) []string {
@@ -32,8 +32,8 @@ func TestAgentsAreToldWhereTheServersAreAndWhenThatChanges(t *testing.T) {
 			t.Errorf("with a change of something else: %v", m[1])
 		}
 		began := time.Now()
-		w.feed.SetServers([]string{"a:1", "b:1"}) // the same
-		w.feed.SetServers([]string{"c:1", "a:1", "b:1"})
+		w.feed.SetServers(&hallmarkv1.Servers{Addresses: []string{"a:1", "b:1"}}) // the same
+		w.feed.SetServers(&hallmarkv1.Servers{Addresses: []string{"c:1", "a:1", "b:1"}})
 		if got := told(a.next(2)); !slices.Equal(got, []string{"a:1", "b:1", "c:1"}) || time.Since(began) != 0 {
 			t.Errorf("after a change: %v, %v later", got, time.Since(began))
 		}

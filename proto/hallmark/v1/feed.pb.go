@@ -215,8 +215,13 @@ func (x *FollowResponse) GetServers() *Servers {
 }
 
 type Servers struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Addresses     []string               `protobuf:"bytes,1,rep,name=addresses,proto3" json:"addresses,omitempty"` // host:port
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Addresses []string               `protobuf:"bytes,1,rep,name=addresses,proto3" json:"addresses,omitempty"` // host:port
+	// The one of them that came, or came back, last, and a number that is higher
+	// with each that comes. Of the agents a share goes there, so that all have about
+	// as many. Empty and 0 if it is not known.
+	Last          string `protobuf:"bytes,2,opt,name=last,proto3" json:"last,omitempty"`
+	Arrival       int64  `protobuf:"varint,3,opt,name=arrival,proto3" json:"arrival,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -256,6 +261,20 @@ func (x *Servers) GetAddresses() []string {
 		return x.Addresses
 	}
 	return nil
+}
+
+func (x *Servers) GetLast() string {
+	if x != nil {
+		return x.Last
+	}
+	return ""
+}
+
+func (x *Servers) GetArrival() int64 {
+	if x != nil {
+		return x.Arrival
+	}
+	return 0
 }
 
 type Defaults struct {
@@ -330,9 +349,11 @@ const file_hallmark_v1_feed_proto_rawDesc = "" +
 	"\x06digest\x18\b \x01(\fR\x06digest\x121\n" +
 	"\bdefaults\x18\t \x01(\v2\x15.hallmark.v1.DefaultsR\bdefaults\x12.\n" +
 	"\aservers\x18\n" +
-	" \x01(\v2\x14.hallmark.v1.ServersR\aservers\"'\n" +
+	" \x01(\v2\x14.hallmark.v1.ServersR\aservers\"U\n" +
 	"\aServers\x12\x1c\n" +
-	"\taddresses\x18\x01 \x03(\tR\taddresses\"P\n" +
+	"\taddresses\x18\x01 \x03(\tR\taddresses\x12\x12\n" +
+	"\x04last\x18\x02 \x01(\tR\x04last\x12\x18\n" +
+	"\aarrival\x18\x03 \x01(\x03R\aarrival\"P\n" +
 	"\bDefaults\x12\"\n" +
 	"\rx509_svid_ttl\x18\x01 \x01(\x05R\vx509SvidTtl\x12 \n" +
 	"\fjwt_svid_ttl\x18\x02 \x01(\x05R\n" +

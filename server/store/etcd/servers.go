@@ -31,6 +31,7 @@ type Server struct {
 	Since    time.Time      `json:"since"`
 	Revision store.Revision `json:"revision"` // that it showed some seconds ago
 	Leads    bool           `json:"-"`        // does what one of them has to do for all
+	Arrival  int64          `json:"-"`        // higher of one that came later
 }
 
 // servers is who is there, as of the last look.
@@ -143,7 +144,7 @@ func (s *servers) set(all *clientv3.GetResponse, prefix int, until time.Time) (b
 	leader := -1
 	for i, kv := range all.Kvs {
 		_ = json.Unmarshal(kv.Value, &list[i]) // what another version wrote is left out
-		list[i].Name = string(kv.Key[prefix:])
+		list[i].Name, list[i].Arrival = string(kv.Key[prefix:]), kv.CreateRevision
 		if leader < 0 || kv.CreateRevision < all.Kvs[leader].CreateRevision {
 			leader = i
 		}
