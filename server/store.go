@@ -16,8 +16,8 @@ import (
 
 	"github.com/hallmark-id/hallmark/pkg/join"
 	"github.com/hallmark-id/hallmark/pkg/version"
-	"github.com/hallmark-id/hallmark/server/api"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
+	"github.com/hallmark-id/hallmark/server/api"
 	"github.com/hallmark-id/hallmark/server/cluster"
 	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/store"

@@ -477,8 +477,8 @@ func (c *chaos) look(ctx context.Context, t *testing.T, name string, conn *grpc.
 // writers create entries, each at its own server, and delete them later.
 type writers struct {
 	mu      sync.Mutex
-	present map[string]string // entries whose creation was acknowledged, and the path of their parent; none whose deletion was tried
-	gone    map[string]bool   // entries whose deletion was acknowledged
+	present map[string]string      // entries whose creation was acknowledged, and the path of their parent; none whose deletion was tried
+	gone    map[string]bool        // entries whose deletion was acknowledged
 	at      map[string][]time.Time // when each server acknowledged something
 	halted  bool
 }

@@ -133,7 +133,6 @@ func (e *Endpoint) Run(ctx context.Context, register func(*grpc.Server)) error {
 		grpc.MaxConcurrentStreams(e.o.MaxStreams),
 		grpc.ConnectionTimeout(handshakeTime),
 		grpc.ReadBufferSize(readBufferSize),
-		grpc.SharedWriteBuffer(true), // most connections wait for changes
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: maxIdle, Time: keepaliveTime, Timeout: keepaliveWait}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minPing, PermitWithoutStream: true}),
 		grpc.WaitForHandlers(true),

@@ -155,8 +155,7 @@ func New(o Options) *API {
 	a.tcp = grpc.NewServer(append(options,
 		grpc.Creds(a.tlsCredentials()),
 		grpc.InTapHandle(a.refuseEarly),
-		grpc.ReadBufferSize(0),       // TLS has a buffer below; and there are thousands of connections,
-		grpc.SharedWriteBuffer(true), // of which few write at any moment
+		grpc.ReadBufferSize(0), // TLS has a buffer below; and there are thousands of connections
 	)...)
 	a.admin = grpc.NewServer(append(options, grpc.Creds(peercred.New(peercred.Options{RequireOwner: true, MaxConnections: maxAdminConnections, Log: a.log})))...)
 	for _, s := range []*grpc.Server{a.tcp, a.admin} {
