@@ -34,7 +34,7 @@ const (
 	chaosAgents   = 2
 	chaosPace     = 40 * time.Millisecond // between the writes of one writer
 	chaosLifetime = 30                    // seconds, of the workloads' SVIDs
-	chaosDisk     = "size=700m"           // of each server
+	chaosDisk     = "size=2g"             // of each server
 )
 
 // TestChaos does to three servers, each on a host of its own, what happens to
