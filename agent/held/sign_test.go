@@ -505,15 +505,16 @@ func TestWhatASignerMustNotAnswerIsRefused(t *testing.T) {
 func TestChangesAndReadersMayComeAtOnce(t *testing.T) {
 	server := heldtest.New(t)
 	h := held.New(held.Options{TrustDomain: heldtest.TrustDomain, Signer: server, Limit: 5})
-	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
+	const enough = 40 // changes, and SVIDs that readers saw
 	var entries []*entry.Entry
 	for i := range 20 {
 		entries = append(entries, server.Entry(fmt.Sprint("e", i), nil, fmt.Sprint("unix:uid:", i%5)))
 	}
 	h.Apply(server.Complete())
 	var wg sync.WaitGroup
-	var served atomic.Int64
+	var served, changed atomic.Int64
 	turn := make(chan struct{})
 	wg.Go(func() { h.Run(ctx) })
 	wg.Go(func() {
@@ -536,6 +537,7 @@ func TestChangesAndReadersMayComeAtOnce(t *testing.T) {
 				e := server.Update(entries[i%20], func(e *entry.Entry) { e.RevisionNumber = int64(i) })
 				h.Apply(held.Change{Entries: []*entry.Entry{e}})
 			}
+			changed.Add(1)
 		}
 	})
 	for i := range 4 {
@@ -561,11 +563,14 @@ func TestChangesAndReadersMayComeAtOnce(t *testing.T) {
 				h.Digest()
 				h.Counts()
 				s.Close()
+				if served.Load() >= enough && changed.Load() >= enough {
+					cancel()
+				}
 			}
 		})
 	}
 	wg.Wait()
-	if served.Load() == 0 {
-		t.Error("nothing was served")
+	if served.Load() < enough || changed.Load() < enough {
+		t.Errorf("%d SVIDs were served over %d changes", served.Load(), changed.Load())
 	}
 }
