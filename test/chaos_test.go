@@ -95,10 +95,10 @@ type chaos struct {
 }
 
 func newChaos(t *testing.T) *chaos {
-	network := harness.NewNetwork(t)
+	lan := harness.NewLAN(t)
 	c := &chaos{servers: newServers(t), names: []string{"s1", "s2", "s3"}, hosts: make(map[string]*harness.Host), views: make(map[int64][]byte)}
 	for _, name := range c.names {
-		c.hosts[name] = network.Host(t)
+		c.hosts[name] = lan.Host(t)
 		c.mount(t, c.path(name))
 		address := c.hosts[name].Address
 		c.configure(t, name, address+":8081", fmt.Sprintf("name: %s\nstore: {etcd: {embedded: {listen: %q}}}\n", name, address+":2380"))
@@ -114,7 +114,7 @@ func newChaos(t *testing.T) *chaos {
 	c.stop = func() { cancel(); running.Wait() }
 	t.Cleanup(func() { c.stop() })
 	for i := range chaosAgents {
-		c.agents = append(c.agents, c.startAgent(t, network.Host(t), i))
+		c.agents = append(c.agents, c.startAgent(t, lan.Host(t), i))
 	}
 	for _, a := range c.agents {
 		running.Go(func() { a.watch(ctx) })

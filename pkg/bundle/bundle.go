@@ -48,6 +48,8 @@ type Bundle struct {
 	SequenceNumber  uint64         // rises by one at each change
 	RefreshHint     time.Duration  // whole seconds; 0 is unset
 
+	unknown []byte // what a newer version wrote into the record, as it came
+
 	once    sync.Once
 	derived derived
 }
@@ -170,6 +172,7 @@ func FromRecord(r *hallmarkv1.Bundle) (*Bundle, error) {
 		TrustDomain:    td,
 		SequenceNumber: r.SequenceNumber,
 		RefreshHint:    time.Duration(r.RefreshHint) * time.Second,
+		unknown:        r.ProtoReflect().GetUnknown(),
 	}
 	for i, a := range r.X509Authorities {
 		cert, err := x509.ParseCertificate(a.Asn1)
@@ -217,6 +220,9 @@ func (b *Bundle) Record() (*hallmarkv1.Bundle, error) {
 	if r.WitAuthorities, err = jwtRecords(b.WITAuthorities); err != nil {
 		return nil, fmt.Errorf("bundle of %s: WIT authority %w", r.TrustDomain, err)
 	}
+	if len(b.unknown) > 0 {
+		r.ProtoReflect().SetUnknown(b.unknown)
+	}
 	return r, nil
 }
 
@@ -241,6 +247,7 @@ func (b *Bundle) Clone() *Bundle {
 		WITAuthorities:  slices.Clone(b.WITAuthorities),
 		SequenceNumber:  b.SequenceNumber,
 		RefreshHint:     b.RefreshHint,
+		unknown:         b.unknown,
 	}
 }
 

@@ -54,6 +54,8 @@ type Entry struct {
 	ExpiresAt      time.Time // zero is never
 	CreatedAt      time.Time
 	RevisionNumber int64 // 0 when created, one more at each update
+
+	unknown string // what a newer version wrote into the record, as it came
 }
 
 // Expired reports whether the entry has passed its end at now.
@@ -252,6 +254,7 @@ func FromRecord(r *hallmarkv1.Entry) (*Entry, error) {
 		ExpiresAt:           timeOf(r.ExpiresAt),
 		CreatedAt:           timeOf(r.CreatedAt),
 		RevisionNumber:      r.RevisionNumber,
+		unknown:             string(r.ProtoReflect().GetUnknown()),
 	}
 	for _, name := range r.FederatesWith {
 		td, err := spiffeid.TrustDomainFromString(name)
@@ -263,7 +266,8 @@ func FromRecord(r *hallmarkv1.Entry) (*Entry, error) {
 	return e, nil
 }
 
-// Record returns the stored form.
+// Record returns the stored form. What a newer version had written into the record
+// that an entry was read from is in it, as it was.
 func (e *Entry) Record() *hallmarkv1.Entry {
 	r := &hallmarkv1.Entry{
 		Id:                      e.ID,
@@ -285,6 +289,9 @@ func (e *Entry) Record() *hallmarkv1.Entry {
 	}
 	for _, td := range e.FederatesWith {
 		r.FederatesWith = append(r.FederatesWith, td.Name())
+	}
+	if e.unknown != "" {
+		r.ProtoReflect().SetUnknown([]byte(e.unknown))
 	}
 	return r
 }

@@ -73,6 +73,7 @@ type Authority struct {
 	ExpiresAt   time.Time
 	Tainted     bool
 
+	unknown  []byte // what a newer version wrote into the record, as it came
 	revision store.Revision
 }
 
@@ -97,6 +98,7 @@ func (a *Authority) Record() (*hallmarkv1.Authority, error) {
 	for _, cert := range a.Chain {
 		rec.Chain = append(rec.Chain, cert.Raw)
 	}
+	rec.ProtoReflect().SetUnknown(a.unknown)
 	return rec, nil
 }
 
@@ -120,6 +122,7 @@ func authorityFromRecord(value []byte, rev store.Revision) (*Authority, error) {
 		ActivatedAt: timeOf(r.ActivatedAt),
 		ExpiresAt:   timeOf(r.ExpiresAt),
 		Tainted:     r.Tainted,
+		unknown:     r.ProtoReflect().GetUnknown(),
 		revision:    rev,
 	}
 	for _, der := range r.Chain {

@@ -22,6 +22,7 @@ type Federation struct {
 	EndpointURL string      // https
 	EndpointID  spiffeid.ID // profile https_spiffe; zero: https_web
 
+	unknown  []byte // what a newer version wrote into the record, as it came
 	revision store.Revision
 }
 
@@ -70,6 +71,7 @@ func (f *Federation) encode() ([]byte, error) {
 	if !f.EndpointID.IsZero() {
 		r.EndpointSpiffeId = f.EndpointID.String()
 	}
+	r.ProtoReflect().SetUnknown(f.unknown)
 	return proto.Marshal(r)
 }
 
@@ -87,7 +89,7 @@ func (f *fold) applyFederation(name string, rec store.Record) error {
 	if err := proto.Unmarshal(rec.Value, &r); err != nil {
 		return err
 	}
-	item := &Federation{TrustDomain: td, EndpointURL: r.EndpointUrl, revision: rec.Revision}
+	item := &Federation{TrustDomain: td, EndpointURL: r.EndpointUrl, unknown: r.ProtoReflect().GetUnknown(), revision: rec.Revision}
 	if r.EndpointSpiffeId != "" {
 		if item.EndpointID, err = spiffeid.FromString(r.EndpointSpiffeId); err != nil {
 			return err

@@ -32,6 +32,7 @@ type Node struct {
 	AttestedAt      time.Time
 
 	match    selector.Set // Selectors and the node's own spiffe_id
+	unknown  []byte       // what a newer version wrote into the record, as it came
 	revision store.Revision
 }
 
@@ -44,7 +45,7 @@ func SpiffeIDSelector(id spiffeid.ID) selector.Selector {
 func nodeKey(id spiffeid.ID) string { return nodePrefix + id.String() }
 
 func (n *Node) record() *hallmarkv1.Node {
-	return &hallmarkv1.Node{
+	r := &hallmarkv1.Node{
 		Id:              n.ID.String(),
 		AttestationType: n.AttestationType,
 		Selectors:       entry.SelectorsRecord(n.Selectors),
@@ -59,6 +60,8 @@ func (n *Node) record() *hallmarkv1.Node {
 		AgentVersion:    n.AgentVersion,
 		AttestedAt:      unixOf(n.AttestedAt),
 	}
+	r.ProtoReflect().SetUnknown(n.unknown)
+	return r
 }
 
 func nodeFromRecord(value []byte, rev store.Revision) (*Node, error) {
@@ -85,6 +88,7 @@ func nodeFromRecord(value []byte, rev store.Revision) (*Node, error) {
 		AgentVersion:    r.AgentVersion,
 		AttestedAt:      timeOf(r.AttestedAt),
 		revision:        rev,
+		unknown:         r.ProtoReflect().GetUnknown(),
 	}
 	n.match = selector.NewSet(append(slices.Clone(n.Selectors), SpiffeIDSelector(id))...)
 	return n, nil
@@ -101,13 +105,14 @@ func (r *Registry) PutNode(ctx context.Context, node *Node) error {
 	}
 	_, err := r.change(ctx, func(v *View) (store.Txn, error) {
 		var rev store.Revision
+		n := *node
 		if old := v.Node(node.ID); old != nil {
 			if old.Banned {
 				return store.Txn{}, &Error{Kind: FailedPrecondition, Msg: "failed to attest: agent is banned"}
 			}
-			rev = old.revision
+			rev, n.unknown = old.revision, old.unknown
 		}
-		return putTxn(nodeKey(node.ID), rev, node.record())
+		return putTxn(nodeKey(n.ID), rev, n.record())
 	})
 	return err
 }

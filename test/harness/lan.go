@@ -9,24 +9,24 @@ import (
 	"testing"
 )
 
-// Network is hosts of a test that reach each other over a bridge, in network
+// LAN is hosts of a test that reach each other over a bridge, in network
 // namespaces of their own. Nothing of it is seen outside.
-type Network struct {
+type LAN struct {
 	prefix string // of the namespaces' names
 	bridge string // the namespace that has the bridge
 	hosts  int
 }
 
-var networks atomic.Int32
+var lans atomic.Int32
 
-// NewNetwork makes a network without hosts. It needs root.
-func NewNetwork(t testing.TB) *Network {
+// NewLAN makes a network without hosts. It needs root.
+func NewLAN(t testing.TB) *LAN {
 	t.Helper()
 	NeedRoot(t)
 	NeedCommand(t, "ip")
 	NeedCommand(t, "nsenter")
 	NeedCommand(t, "iptables")
-	n := &Network{prefix: fmt.Sprintf("hm%d-%d", os.Getpid(), networks.Add(1))}
+	n := &LAN{prefix: fmt.Sprintf("hm%d-%d", os.Getpid(), lans.Add(1))}
 	n.bridge = n.prefix + "-bridge"
 	n.add(t, n.bridge)
 	ip(t, "-n", n.bridge, "link", "add", "br0", "type", "bridge")
@@ -35,13 +35,13 @@ func NewNetwork(t testing.TB) *Network {
 }
 
 // add makes a namespace, which goes with the test.
-func (n *Network) add(t testing.TB, namespace string) {
+func (n *LAN) add(t testing.TB, namespace string) {
 	t.Helper()
 	ip(t, "netns", "add", namespace)
 	t.Cleanup(func() { ip(t, "netns", "delete", namespace) })
 }
 
-// Host is a machine of a [Network].
+// Host is a machine of a [LAN].
 type Host struct {
 	Address   string // IPv4, of this network only
 	namespace string
@@ -50,7 +50,7 @@ type Host struct {
 }
 
 // Host adds one.
-func (n *Network) Host(t testing.TB) *Host {
+func (n *LAN) Host(t testing.TB) *Host {
 	t.Helper()
 	n.hosts++
 	h := &Host{
