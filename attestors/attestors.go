@@ -54,6 +54,10 @@ type Evidence struct {
 	// CanReattest says that the same proof may be given again. An agent that
 	// cannot must renew its SVID before it ends.
 	CanReattest bool
+	// Once says that the proof may be in others' hands, too: it admits the node
+	// only if there is no agent of its ID yet. An operator who evicts that one
+	// lets the node attest anew.
+	Once bool
 }
 
 // Process is a workload as the kernel vouches for it, pinned: the process that

@@ -218,7 +218,7 @@ func (a *app) nodeShow() *cobra.Command {
 				d.add("SVID expires", a.moment(*item.ExpiresAt))
 			}
 			d.add("SVID serial", item.SerialNumber)
-			reattest := "no; it needs a new token once its SVID has ended"
+			reattest := "no; once its SVID has ended it needs a new join token, or to be evicted if it attests by other means"
 			if item.CanReattest {
 				reattest = "yes"
 			}

@@ -168,6 +168,9 @@ func (s *agentService) admit(ctx context.Context, attestor string, evidence *att
 		if old.Banned {
 			return nil, nil, errBanned
 		}
+		if evidence.Once {
+			return nil, nil, s.used(id)
+		}
 		node.AgentVersion = old.AgentVersion
 	}
 	svid, err := s.issuer.NodeX509(ctx, id, csr)
@@ -175,13 +178,29 @@ func (s *agentService) admit(ctx context.Context, attestor string, evidence *att
 		return nil, nil, status(err)
 	}
 	node.SerialNumber, node.ExpiresAt, node.AuthorityID = svid.SerialNumber, svid.ExpiresAt, svid.AuthorityID
-	if err := s.registry.PutNode(ctx, node); err != nil {
+	put := s.registry.PutNode
+	if evidence.Once {
+		put = s.registry.CreateNode
+	}
+	if err := put(ctx, node); err != nil {
 		if old := s.registry.View().Node(id); old != nil && old.Banned {
 			return nil, nil, errBanned
+		}
+		var told *registry.Error
+		if errors.As(err, &told) && told.Kind == registry.AlreadyExists {
+			return nil, nil, s.used(id)
 		}
 		return nil, nil, status(err)
 	}
 	return node, svid, nil
+}
+
+// used makes the error of a node whose proof admits once, and has an agent. Either
+// its agent has lost what it had, or somebody else was first: an operator must
+// find out which, and so the log says it too.
+func (s *agentService) used(id spiffeid.ID) error {
+	s.log.Warn("a node whose proof admits once attested again; if its agent has lost its identity, evict it, or else somebody has a copy of the proof", "agent", id)
+	return callErrorf(codes.PermissionDenied, "failed to attest: this node has an agent already, %s; if that has lost its identity, let it attest anew with \"hallmark node evict\"", id)
 }
 
 var errBanned = permissionDenied(types.PermissionDeniedDetails_AGENT_BANNED, "failed to attest: agent is banned")

@@ -158,6 +158,8 @@ func (scripted) Verify(ctx context.Context, payload []byte, challenge func(conte
 		return &attestors.Evidence{Path: "scripted/" + arg, CanReattest: true, Selectors: []selector.Selector{{Type: "scripted", Value: arg}}}, nil
 	case "path":
 		return &attestors.Evidence{Path: arg, CanReattest: true}, nil
+	case "once":
+		return &attestors.Evidence{Path: arg, Once: true}, nil
 	case "panic":
 		panic("boom")
 	}
@@ -226,6 +228,62 @@ func TestAnAttestorCannotNameAnIDThatIsNotItsOwn(t *testing.T) {
 	if n := w.registry.View().NodeCount(); n != 0 {
 		t.Errorf("there are %d agents", n)
 	}
+}
+
+// TestAProofThatAdmitsOnce is about proofs that others may have a copy of: the
+// first one becomes the agent, even of many at the same time, and nobody else until
+// that one is evicted.
+func TestAProofThatAdmitsOnce(t *testing.T) {
+	w := newWorld(t, withScripted)
+	conns := []*grpc.ClientConn{w.connect(nil), w.connect(nil), w.connect(nil)}
+	key := newKey(t)
+	csr := newCSR(t, key)
+	var admitted atomic.Pointer[agentv1.AttestAgentResponse_Result]
+	var count atomic.Int32
+	errs := make(chan error)
+	for i := range 60 {
+		go func() {
+			res, err := attest(t.Context(), conns[i%len(conns)], "scripted", "once scripted/x", csr)
+			if err == nil {
+				count.Add(1)
+				admitted.Store(res)
+			}
+			errs <- err
+		}()
+	}
+	for range 60 {
+		if err := <-errs; err != nil {
+			expectCode(t, err, codes.PermissionDenied, "this node has an agent already")
+		}
+	}
+	if n := count.Load(); n != 1 {
+		t.Fatalf("%d were admitted", n)
+	}
+	if len(w.log.lines("admits once", "agent=spiffe://example.org/spire/agent/scripted/x")) == 0 {
+		t.Error("the log does not say that a proof was used again")
+	}
+	if admitted.Load().Reattestable {
+		t.Error("the agent is told to attest again, which it cannot")
+	}
+	// The agent goes on by what it has.
+	first := w.connect(newSVID(t, admitted.Load().Svid, key))
+	_, err := agentv1.NewAgentClient(first).RenewAgent(t.Context(), &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: csr}})
+	must(t, err)
+	// An expired one has its name still.
+	w.sleep(2 * time.Hour)
+	_, err = attest(t.Context(), conns[0], "scripted", "once scripted/x", csr)
+	expectCode(t, err, codes.PermissionDenied, "hallmark node evict")
+
+	agents := agentv1.NewAgentClient(w.admin())
+	node := wireID(id("/spire/agent/scripted/x"))
+	_, err = agents.BanAgent(t.Context(), &agentv1.BanAgentRequest{Id: node})
+	must(t, err)
+	_, err = attest(t.Context(), conns[0], "scripted", "once scripted/x", csr)
+	expectReason(t, err, types.PermissionDeniedDetails_AGENT_BANNED)
+	_, err = agents.DeleteAgent(t.Context(), &agentv1.DeleteAgentRequest{Id: node})
+	must(t, err)
+	_, err = attest(t.Context(), conns[0], "scripted", "once scripted/x", csr)
+	must(t, err)
 }
 
 func TestAPanicFailsOneCallAndNoOther(t *testing.T) {

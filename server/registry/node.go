@@ -97,6 +97,17 @@ func nodeFromRecord(value []byte, rev store.Revision) (*Node, error) {
 // PutNode records a node that has attested, anew or again. A banned node is
 // refused with [FailedPrecondition].
 func (r *Registry) PutNode(ctx context.Context, node *Node) error {
+	return r.putNode(ctx, node, false)
+}
+
+// CreateNode records a node that has attested. If there is one of its ID, it is
+// refused with [AlreadyExists], also if that came at the same time through
+// another server; with [FailedPrecondition] if it is banned.
+func (r *Registry) CreateNode(ctx context.Context, node *Node) error {
+	return r.putNode(ctx, node, true)
+}
+
+func (r *Registry) putNode(ctx context.Context, node *Node, anew bool) error {
 	if len(node.AgentVersion) > maxAgentVersion {
 		return invalid("agent version is %d characters long; the most is %d", len(node.AgentVersion), maxAgentVersion)
 	}
@@ -109,6 +120,9 @@ func (r *Registry) PutNode(ctx context.Context, node *Node) error {
 		if old := v.Node(node.ID); old != nil {
 			if old.Banned {
 				return store.Txn{}, &Error{Kind: FailedPrecondition, Msg: "failed to attest: agent is banned"}
+			}
+			if anew {
+				return store.Txn{}, &Error{Kind: AlreadyExists, Msg: "failed to attest: the agent exists"}
 			}
 			rev, n.unknown = old.revision, old.unknown
 		}

@@ -57,6 +57,38 @@ func TestABannedNodeIsRefusedAndGetsNothing(t *testing.T) {
 	}
 }
 
+// TestOneOfManyCreatesANode tries it through two servers of the same store.
+func TestOneOfManyCreatesANode(t *testing.T) {
+	s := newStore(t)
+	servers := []*registry.Registry{start(t, s, nil), start(t, s, nil)}
+	for i := range 20 {
+		name := fmt.Sprint(i)
+		errs := make([]error, 8)
+		var group sync.WaitGroup
+		for j := range errs {
+			group.Go(func() { errs[j] = servers[j%2].CreateNode(t.Context(), newNode(name)) })
+		}
+		group.Wait()
+		created := 0
+		for _, err := range errs {
+			if err == nil {
+				created++
+			} else if kindOf(err) != registry.AlreadyExists {
+				t.Error(err)
+			}
+		}
+		if created != 1 {
+			t.Errorf("node %s was created %d times", name, created)
+		}
+	}
+	if _, err := servers[0].UpdateNode(t.Context(), agentID("0"), func(n *registry.Node) error { n.Banned = true; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if err := servers[0].CreateNode(t.Context(), newNode("0")); kindOf(err) != registry.FailedPrecondition {
+		t.Errorf("a banned node: %v", err)
+	}
+}
+
 func TestABanHoldsAgainstConcurrentAttestation(t *testing.T) {
 	s := newStore(t)
 	servers := []*registry.Registry{start(t, s, nil), start(t, s, nil)}
