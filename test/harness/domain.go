@@ -29,6 +29,7 @@ type Domain struct {
 	Server, Agent *Process
 
 	serverEnv []string
+	network   *Network
 }
 
 // Settings are what tests change of a domain's configuration: YAML that is
@@ -37,6 +38,7 @@ type Settings struct {
 	Server, Agent string
 	TrustDomain   string   // "": example.org
 	ServerEnv     []string // of the server's process
+	Network       *Network // of both; nil: that of the test
 }
 
 // NewDomain lays out a domain: directories, configuration files. Nothing runs
@@ -53,6 +55,7 @@ func NewDomain(t testing.TB, s Settings) *Domain {
 	td := cmp.Or(s.TrustDomain, "example.org")
 	d := &Domain{
 		serverEnv:   s.ServerEnv,
+		network:     s.Network,
 		Dir:         dir,
 		Address:     FreeAddress(t),
 		AdminSocket: filepath.Join(dir, "server", "admin.sock"),
@@ -70,6 +73,9 @@ func NewDomain(t testing.TB, s Settings) *Domain {
 	return d
 }
 
+// Network is that of its server and agent; nil: that of the test.
+func (d *Domain) Network() *Network { return d.network }
+
 func (d *Domain) write(t testing.TB, name, text string) {
 	t.Helper()
 	must(t, os.WriteFile(filepath.Join(d.Dir, name), []byte(text), 0o644))
@@ -78,7 +84,7 @@ func (d *Domain) write(t testing.TB, name, text string) {
 // StartServer starts the server and waits until it serves.
 func (d *Domain) StartServer(t testing.TB) {
 	t.Helper()
-	d.Server = Command{Args: []string{"server", "run", "-c", filepath.Join(d.Dir, "server.yaml")}, Env: d.serverEnv, UID: ServerUID}.Start(t)
+	d.Server = Command{Args: []string{"server", "run", "-c", filepath.Join(d.Dir, "server.yaml")}, Env: d.serverEnv, UID: ServerUID, Network: d.network}.Start(t)
 	d.Server.WaitReady(t, "server", "health", "--admin-socket", d.AdminSocket)
 }
 
@@ -90,7 +96,7 @@ func (d *Domain) StartAgent(t testing.TB, join string) {
 	if join != "" {
 		args = append(args, "--join", join)
 	}
-	d.Agent = Command{Args: args, UID: AgentUID}.Start(t)
+	d.Agent = Command{Args: args, UID: AgentUID, Network: d.network}.Start(t)
 	d.Agent.WaitReady(t, "agent", "health", "--admin-socket", d.AgentSocket)
 }
 

@@ -65,6 +65,8 @@ type Command struct {
 	Env  []string // besides PATH and HOME
 	Dir  string
 	UID  int // 0: as the test; others need root
+
+	Network *Network // nil: that of the test
 }
 
 func (c Command) cmd(t testing.TB) *exec.Cmd {
@@ -138,7 +140,13 @@ func (c Command) Start(t testing.TB) *Process {
 	p := &Process{Command: c, cmd: cmd, done: make(chan struct{})}
 	p.out.more, p.err.more = make(chan struct{}), make(chan struct{})
 	cmd.Stdout, cmd.Stderr = &p.out, &p.err
-	if err := start(cmd); err != nil {
+	var err error
+	if c.Network == nil {
+		err = start(cmd)
+	} else {
+		c.Network.run(func() { err = start(cmd) })
+	}
+	if err != nil {
 		t.Fatalf("start %s: %v", cmd.Path, err)
 	}
 	go func() {
