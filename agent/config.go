@@ -14,6 +14,7 @@ import (
 	"github.com/hallmark-id/hallmark/agent/held"
 	"github.com/hallmark-id/hallmark/agent/node"
 	"github.com/hallmark-id/hallmark/attestors"
+	"github.com/hallmark-id/hallmark/attestors/awsiid"
 	"github.com/hallmark-id/hallmark/attestors/docker"
 	"github.com/hallmark-id/hallmark/attestors/k8s"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
@@ -157,6 +158,7 @@ type NodeAttestorConfig struct {
 	TPMEK     *tpmek.AgentConfig    `yaml:"tpm_ek"`     // by its TPM and what the manufacturer says of it
 	TPMDevID  *tpmdevid.AgentConfig `yaml:"tpm_devid"`  // by a certificate of a key in its TPM
 	K8sPSAT   *k8spsat.AgentConfig  `yaml:"k8s_psat"`   // by the service account token of its pod of Kubernetes
+	AWSIID    *awsiid.AgentConfig   `yaml:"aws_iid"`    // by the identity document of its EC2 instance
 }
 
 // JoinTokenConfig is attestation by join token.
@@ -233,6 +235,16 @@ var nodeAttestors = []struct {
 			return nil, err
 		}
 		return &node.Attestor{Name: k8spsat.Name, Agent: a}, nil
+	}},
+	{"node_attestor.aws_iid", func(c *NodeAttestorConfig) (*node.Attestor, error) {
+		if c.AWSIID == nil {
+			return nil, nil
+		}
+		a, err := awsiid.NewAgent(*c.AWSIID)
+		if err != nil {
+			return nil, err
+		}
+		return &node.Attestor{Name: awsiid.Name, Agent: a}, nil
 	}},
 }
 
@@ -476,7 +488,7 @@ func (s *settings) checkAttestors(wrong wrongFunc) {
 		}
 		switch {
 		case named == 0:
-			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek, tpm_devid or k8s_psat, or remove it")
+			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek, tpm_devid, k8s_psat or aws_iid, or remove it")
 		case named > 1:
 			wrong("node_attestor", "node_attestor names %d attestors; a node proves what it is by one", named)
 		}

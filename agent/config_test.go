@@ -54,6 +54,8 @@ func TestConfigurationsThatAreComplete(t *testing.T) {
 			"\nnode_attestor: {x509pop: {private_key_path: key.pem, certificate_path: cert.pem, intermediates_path: ca.pem}}",
 		"a host key": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
 			"\nnode_attestor: {sshpop: {host_key_path: key, host_cert_path: key-cert.pub}}",
+		"an EC2 instance": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
+			"\nnode_attestor: {aws_iid: {metadata_address: 'http://[fd00:ec2::254]'}}",
 		"a TPM": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
 			"\nnode_attestor: {tpm_ek: {tpm_device_path: /dev/tpmrm0, endorsement_key: p-256, certificate_path: ek.pem, endorsement_hierarchy_password: x}}",
 		"a DevID": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
@@ -98,6 +100,7 @@ func TestCheckSaysWhatIsWrongAndWhere(t *testing.T) {
 		"no token":             {base + "node_attestor: {join_token: {}}", []string{"agent.yaml:3", "join token is empty"}},
 		"a bad token":          {base + "node_attestor: {join_token: {token: a/b}}", []string{"agent.yaml:3", "malformed"}},
 		"no cluster":           {base + "node_attestor: {k8s_psat: {}}", []string{"agent.yaml:3", "cluster has no name"}},
+		"no metadata":          {base + "node_attestor: {aws_iid: {metadata_address: 169.254.169.254}}", []string{"agent.yaml:3", "metadata_address"}},
 		"no key":               {base + "node_attestor: {x509pop: {certificate_path: cert.pem}}", []string{"agent.yaml:3", "private_key_path is missing"}},
 		"no certificate":       {base + "node_attestor: {x509pop: {private_key_path: key.pem}}", []string{"agent.yaml:3", "certificate_path is missing"}},
 		"two attestors": {base + "node_attestor: {join_token: {token: x}, x509pop: {private_key_path: key.pem, certificate_path: cert.pem}}",

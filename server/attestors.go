@@ -10,6 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/hallmark-id/hallmark/attestors"
+	"github.com/hallmark-id/hallmark/attestors/awsiid"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
@@ -27,6 +28,7 @@ type NodeAttestorsConfig struct {
 	TPMEK     *tpmek.ServerConfig    `yaml:"tpm_ek"`     // by a TPM and what its manufacturer says of it
 	TPMDevID  *tpmdevid.ServerConfig `yaml:"tpm_devid"`  // by a certificate of a key in a TPM
 	K8sPSAT   *k8spsat.ServerConfig  `yaml:"k8s_psat"`   // by the service account token of a pod of Kubernetes
+	AWSIID    *awsiid.ServerConfig   `yaml:"aws_iid"`    // by the identity document of an EC2 instance
 }
 
 // JoinTokenConfig enables join tokens; there is nothing to say of them.
@@ -83,6 +85,12 @@ var nodeAttestors = []struct {
 			return nil, nil
 		}
 		return k8spsat.New(*s.NodeAttestors.K8sPSAT, k8spsat.Options{Log: log})
+	}},
+	{awsiid.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+		if s.NodeAttestors.AWSIID == nil {
+			return nil, nil
+		}
+		return awsiid.New(*s.NodeAttestors.AWSIID, awsiid.Options{Log: log})
 	}},
 }
 

@@ -51,6 +51,7 @@ func TestNodesMayAttestInSeveralWays(t *testing.T) {
 		"x509pop: {mode: spiffe}",
 		"tpm_ek: {endorsement_ca_path: " + ca + ", ek_hashes: [" + strings.Repeat("ab", 32) + "], pcrs: [7, 0]}",
 		"tpm_devid: {devid_ca_path: " + ca + ", endorsement_ca_path: " + ca + "}",
+		"aws_iid: {account_allow_list: ['123456789012'], region_allow_list: [us-west-2], max_age: 15m, certificates: [{region: xx-west-1, path: " + ca + "}], describe: {assume_role: hallmark, endpoint: 'https://ec2.internal'}, agent_path_template: 'aws_iid/{{ .InstanceID }}/{{ .Tags.Name }}'}",
 		"sshpop: {cert_authorities: [" + sshKey + "], canonical_domain: example.org, agent_path_template: 'sshpop/{{ .Hostname }}'}",
 		"x509pop: {mode: spiffe, trust_domain: other.org, svid_prefix: /nodes}",
 	} {
@@ -74,8 +75,14 @@ func TestAnAttestorThatCannotBeMadeIsRefusedWithItsPlace(t *testing.T) {
 			t.Errorf("%s: error is %v, want one on line 4 with %q", yaml, err, want)
 		}
 	}
-	err := server.Check(source("trust_domain: example.org\nnode_attestors:\n  k8s_psat: {clusters: [{name: production}]}\n"))
-	if err == nil || !strings.Contains(err.Error(), "service_account_allow_list is missing") || !strings.Contains(err.Error(), "server.yaml:3") {
-		t.Errorf("error is %v", err)
+	for yaml, want := range map[string]string{
+		"k8s_psat: {clusters: [{name: production}]}": "service_account_allow_list is missing",
+		"aws_iid: {}": "account_allow_list is missing",
+		"aws_iid: {account_allow_list: [\"123\"]}": "has 12 digits",
+	} {
+		err := server.Check(source("trust_domain: example.org\nnode_attestors:\n  " + yaml + "\n"))
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "server.yaml:3") {
+			t.Errorf("%s: error is %v, want one on line 3 with %q", yaml, err, want)
+		}
 	}
 }
