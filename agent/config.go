@@ -15,6 +15,7 @@ import (
 	"github.com/hallmark-id/hallmark/agent/node"
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/awsiid"
+	"github.com/hallmark-id/hallmark/attestors/azureimds"
 	"github.com/hallmark-id/hallmark/attestors/docker"
 	"github.com/hallmark-id/hallmark/attestors/k8s"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
@@ -152,13 +153,14 @@ func (l LimitsConfig) endpoint() endpoint.Limits {
 // NodeAttestorConfig says how the node proves what it is: one of its fields is
 // set.
 type NodeAttestorConfig struct {
-	JoinToken *JoinTokenConfig      `yaml:"join_token"` // by a token that an operator made
-	X509PoP   *x509pop.AgentConfig  `yaml:"x509pop"`    // by a certificate and its private key
-	SSHPoP    *sshpop.AgentConfig   `yaml:"sshpop"`     // by the SSH certificate of its host key
-	TPMEK     *tpmek.AgentConfig    `yaml:"tpm_ek"`     // by its TPM and what the manufacturer says of it
-	TPMDevID  *tpmdevid.AgentConfig `yaml:"tpm_devid"`  // by a certificate of a key in its TPM
-	K8sPSAT   *k8spsat.AgentConfig  `yaml:"k8s_psat"`   // by the service account token of its pod of Kubernetes
-	AWSIID    *awsiid.AgentConfig   `yaml:"aws_iid"`    // by the identity document of its EC2 instance
+	JoinToken *JoinTokenConfig       `yaml:"join_token"` // by a token that an operator made
+	X509PoP   *x509pop.AgentConfig   `yaml:"x509pop"`    // by a certificate and its private key
+	SSHPoP    *sshpop.AgentConfig    `yaml:"sshpop"`     // by the SSH certificate of its host key
+	TPMEK     *tpmek.AgentConfig     `yaml:"tpm_ek"`     // by its TPM and what the manufacturer says of it
+	TPMDevID  *tpmdevid.AgentConfig  `yaml:"tpm_devid"`  // by a certificate of a key in its TPM
+	K8sPSAT   *k8spsat.AgentConfig   `yaml:"k8s_psat"`   // by the service account token of its pod of Kubernetes
+	AWSIID    *awsiid.AgentConfig    `yaml:"aws_iid"`    // by the identity document of its EC2 instance
+	AzureIMDS *azureimds.AgentConfig `yaml:"azure_imds"` // by the attested document of its virtual machine of Azure
 }
 
 // JoinTokenConfig is attestation by join token.
@@ -245,6 +247,16 @@ var nodeAttestors = []struct {
 			return nil, err
 		}
 		return &node.Attestor{Name: awsiid.Name, Agent: a}, nil
+	}},
+	{"node_attestor.azure_imds", func(c *NodeAttestorConfig) (*node.Attestor, error) {
+		if c.AzureIMDS == nil {
+			return nil, nil
+		}
+		a, err := azureimds.NewAgent(*c.AzureIMDS)
+		if err != nil {
+			return nil, err
+		}
+		return &node.Attestor{Name: azureimds.Name, Agent: a}, nil
 	}},
 }
 
@@ -488,7 +500,7 @@ func (s *settings) checkAttestors(wrong wrongFunc) {
 		}
 		switch {
 		case named == 0:
-			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek, tpm_devid, k8s_psat or aws_iid, or remove it")
+			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek, tpm_devid, k8s_psat, aws_iid or azure_imds, or remove it")
 		case named > 1:
 			wrong("node_attestor", "node_attestor names %d attestors; a node proves what it is by one", named)
 		}

@@ -56,6 +56,8 @@ func TestConfigurationsThatAreComplete(t *testing.T) {
 			"\nnode_attestor: {sshpop: {host_key_path: key, host_cert_path: key-cert.pub}}",
 		"an EC2 instance": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
 			"\nnode_attestor: {aws_iid: {metadata_address: 'http://[fd00:ec2::254]'}}",
+		"a machine of Azure": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
+			"\nnode_attestor: {azure_imds: {tenant_domain: example.com}}",
 		"a TPM": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
 			"\nnode_attestor: {tpm_ek: {tpm_device_path: /dev/tpmrm0, endorsement_key: p-256, certificate_path: ek.pem, endorsement_hierarchy_password: x}}",
 		"a DevID": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +

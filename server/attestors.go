@@ -11,6 +11,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/awsiid"
+	"github.com/hallmark-id/hallmark/attestors/azureimds"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
@@ -22,13 +23,14 @@ import (
 
 // NodeAttestorsConfig says how nodes may attest: by each attestor that is set.
 type NodeAttestorsConfig struct {
-	JoinToken *JoinTokenConfig       `yaml:"join_token"` // by a token that an operator made
-	X509PoP   *x509pop.ServerConfig  `yaml:"x509pop"`    // by a certificate and its private key
-	SSHPoP    *sshpop.ServerConfig   `yaml:"sshpop"`     // by the SSH certificate of a host key
-	TPMEK     *tpmek.ServerConfig    `yaml:"tpm_ek"`     // by a TPM and what its manufacturer says of it
-	TPMDevID  *tpmdevid.ServerConfig `yaml:"tpm_devid"`  // by a certificate of a key in a TPM
-	K8sPSAT   *k8spsat.ServerConfig  `yaml:"k8s_psat"`   // by the service account token of a pod of Kubernetes
-	AWSIID    *awsiid.ServerConfig   `yaml:"aws_iid"`    // by the identity document of an EC2 instance
+	JoinToken *JoinTokenConfig        `yaml:"join_token"` // by a token that an operator made
+	X509PoP   *x509pop.ServerConfig   `yaml:"x509pop"`    // by a certificate and its private key
+	SSHPoP    *sshpop.ServerConfig    `yaml:"sshpop"`     // by the SSH certificate of a host key
+	TPMEK     *tpmek.ServerConfig     `yaml:"tpm_ek"`     // by a TPM and what its manufacturer says of it
+	TPMDevID  *tpmdevid.ServerConfig  `yaml:"tpm_devid"`  // by a certificate of a key in a TPM
+	K8sPSAT   *k8spsat.ServerConfig   `yaml:"k8s_psat"`   // by the service account token of a pod of Kubernetes
+	AWSIID    *awsiid.ServerConfig    `yaml:"aws_iid"`    // by the identity document of an EC2 instance
+	AzureIMDS *azureimds.ServerConfig `yaml:"azure_imds"` // by the attested document of a virtual machine of Azure
 }
 
 // JoinTokenConfig enables join tokens; there is nothing to say of them.
@@ -91,6 +93,12 @@ var nodeAttestors = []struct {
 			return nil, nil
 		}
 		return awsiid.New(*s.NodeAttestors.AWSIID, awsiid.Options{Log: log})
+	}},
+	{azureimds.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+		if s.NodeAttestors.AzureIMDS == nil {
+			return nil, nil
+		}
+		return azureimds.New(*s.NodeAttestors.AzureIMDS, azureimds.Options{Log: log})
 	}},
 }
 

@@ -9,9 +9,11 @@ package cms
 import (
 	"crypto/rsa"
 	"crypto/x509"
+	"encoding/asn1"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/smallstep/pkcs7"
@@ -26,6 +28,12 @@ const (
 	maxDepth = 32
 	minRSA   = 2048 // bits
 )
+
+// digests are the algorithms that are good; Azure names that of the signature.
+var digests = []asn1.ObjectIdentifier{
+	pkcs7.OIDDigestAlgorithmSHA256, pkcs7.OIDDigestAlgorithmSHA384, pkcs7.OIDDigestAlgorithmSHA512,
+	pkcs7.OIDEncryptionAlgorithmRSASHA256, pkcs7.OIDEncryptionAlgorithmRSASHA384, pkcs7.OIDEncryptionAlgorithmRSASHA512,
+}
 
 // Message is a document with the one signature that it has.
 type Message struct{ p *pkcs7.PKCS7 }
@@ -74,9 +82,7 @@ func (m *Message) Verify(by *x509.Certificate, now time.Time) ([]byte, error) {
 		return nil, fmt.Errorf("the document is signed by an RSA key of %d bits; at least %d are needed", key.N.BitLen(), minRSA)
 	}
 	// The library takes SHA-1, of which two documents can be made with the same.
-	switch algorithm := m.p.Signers[0].DigestAlgorithm.Algorithm; {
-	case algorithm.Equal(pkcs7.OIDDigestAlgorithmSHA256), algorithm.Equal(pkcs7.OIDDigestAlgorithmSHA384), algorithm.Equal(pkcs7.OIDDigestAlgorithmSHA512):
-	default:
+	if algorithm := m.p.Signers[0].DigestAlgorithm.Algorithm; !slices.ContainsFunc(digests, algorithm.Equal) {
 		return nil, fmt.Errorf("the document is signed over a digest of the algorithm %s; SHA-256 or longer is needed", algorithm)
 	}
 	only := *m.p
