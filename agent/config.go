@@ -17,6 +17,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors/awsiid"
 	"github.com/hallmark-id/hallmark/attestors/azureimds"
 	"github.com/hallmark-id/hallmark/attestors/docker"
+	"github.com/hallmark-id/hallmark/attestors/gcpiit"
 	"github.com/hallmark-id/hallmark/attestors/k8s"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
@@ -161,6 +162,7 @@ type NodeAttestorConfig struct {
 	K8sPSAT   *k8spsat.AgentConfig   `yaml:"k8s_psat"`   // by the service account token of its pod of Kubernetes
 	AWSIID    *awsiid.AgentConfig    `yaml:"aws_iid"`    // by the identity document of its EC2 instance
 	AzureIMDS *azureimds.AgentConfig `yaml:"azure_imds"` // by the attested document of its virtual machine of Azure
+	GCPIIT    *gcpiit.AgentConfig    `yaml:"gcp_iit"`    // by the identity token of its instance of Google Cloud
 }
 
 // JoinTokenConfig is attestation by join token.
@@ -257,6 +259,16 @@ var nodeAttestors = []struct {
 			return nil, err
 		}
 		return &node.Attestor{Name: azureimds.Name, Agent: a}, nil
+	}},
+	{"node_attestor.gcp_iit", func(c *NodeAttestorConfig) (*node.Attestor, error) {
+		if c.GCPIIT == nil {
+			return nil, nil
+		}
+		a, err := gcpiit.NewAgent(*c.GCPIIT)
+		if err != nil {
+			return nil, err
+		}
+		return &node.Attestor{Name: gcpiit.Name, Agent: a}, nil
 	}},
 }
 
@@ -500,7 +512,7 @@ func (s *settings) checkAttestors(wrong wrongFunc) {
 		}
 		switch {
 		case named == 0:
-			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek, tpm_devid, k8s_psat, aws_iid or azure_imds, or remove it")
+			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek, tpm_devid, k8s_psat, aws_iid, azure_imds or gcp_iit, or remove it")
 		case named > 1:
 			wrong("node_attestor", "node_attestor names %d attestors; a node proves what it is by one", named)
 		}

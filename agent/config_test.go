@@ -58,6 +58,8 @@ func TestConfigurationsThatAreComplete(t *testing.T) {
 			"\nnode_attestor: {aws_iid: {metadata_address: 'http://[fd00:ec2::254]'}}",
 		"a machine of Azure": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
 			"\nnode_attestor: {azure_imds: {tenant_domain: example.com}}",
+		"an instance of Google Cloud": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
+			"\nnode_attestor: {gcp_iit: {service_account: 'a@p.iam.gserviceaccount.com', audience: x}}",
 		"a TPM": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
 			"\nnode_attestor: {tpm_ek: {tpm_device_path: /dev/tpmrm0, endorsement_key: p-256, certificate_path: ek.pem, endorsement_hierarchy_password: x}}",
 		"a DevID": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +

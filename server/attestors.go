@@ -12,6 +12,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/awsiid"
 	"github.com/hallmark-id/hallmark/attestors/azureimds"
+	"github.com/hallmark-id/hallmark/attestors/gcpiit"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
@@ -31,6 +32,7 @@ type NodeAttestorsConfig struct {
 	K8sPSAT   *k8spsat.ServerConfig   `yaml:"k8s_psat"`   // by the service account token of a pod of Kubernetes
 	AWSIID    *awsiid.ServerConfig    `yaml:"aws_iid"`    // by the identity document of an EC2 instance
 	AzureIMDS *azureimds.ServerConfig `yaml:"azure_imds"` // by the attested document of a virtual machine of Azure
+	GCPIIT    *gcpiit.ServerConfig    `yaml:"gcp_iit"`    // by the identity token of an instance of Google Cloud
 }
 
 // JoinTokenConfig enables join tokens; there is nothing to say of them.
@@ -99,6 +101,12 @@ var nodeAttestors = []struct {
 			return nil, nil
 		}
 		return azureimds.New(*s.NodeAttestors.AzureIMDS, azureimds.Options{Log: log})
+	}},
+	{gcpiit.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+		if s.NodeAttestors.GCPIIT == nil {
+			return nil, nil
+		}
+		return gcpiit.New(*s.NodeAttestors.GCPIIT, gcpiit.Options{Log: log})
 	}},
 }
 
