@@ -184,14 +184,16 @@ func TestAPIsThatFailAdmitNobody(t *testing.T) {
 		}
 	}
 	for name, h := range map[string]http.HandlerFunc{
-		"an error":         text(500, ""),
-		"a denial":         text(403, "<Response><Errors><Error><Code>UnauthorizedOperation</Code></Error></Errors></Response>"),
-		"a page":           text(200, "<html><body>Sign in</body></html>"),
-		"nothing":          text(200, ""),
-		"half an answer":   text(200, "<DescribeInstancesResponse><reservationSet>"),
-		"another answer":   text(200, "<GetInstanceProfileResponse/>"),
-		"far too much":     text(200, strings.Repeat(" ", 2<<20)),
-		"a redirect":       func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://127.0.0.1:1/", 302) },
+		"an error":       text(500, ""),
+		"a denial":       text(403, "<Response><Errors><Error><Code>UnauthorizedOperation</Code></Error></Errors></Response>"),
+		"a page":         text(200, "<html><body>Sign in</body></html>"),
+		"nothing":        text(200, ""),
+		"half an answer": text(200, "<DescribeInstancesResponse><reservationSet>"),
+		"another answer": text(200, "<GetInstanceProfileResponse/>"),
+		"far too much":   text(200, strings.Repeat(" ", 2<<20)),
+		"a redirect": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound)
+		},
 		"a cut connection": func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },
 	} {
 		aws, c := describing(t, started())
@@ -224,7 +226,9 @@ func TestAgentsTakeNothingForADocument(t *testing.T) {
 		"nothing":      func(http.ResponseWriter, *http.Request) {},
 		"JSON":         func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "{}") },
 		"far too much": func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, strings.Repeat("x", 1<<20)) },
-		"a redirect":   func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://127.0.0.1:1/", 307) },
+		"a redirect": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusTemporaryRedirect)
+		},
 		"a cut answer": func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Length", "100")
 			io.WriteString(w, "half")

@@ -127,13 +127,15 @@ func TestAPIsThatFailAdmitNobody(t *testing.T) {
 		}
 	}
 	for name, h := range map[string]http.HandlerFunc{
-		"an error":         text(500, ""),
-		"a denial":         text(403, `{"error":{"code":"Forbidden"}}`),
-		"a page":           text(200, "<html><body>Sign in</body></html>"),
-		"nothing":          text(200, ""),
-		"half an answer":   text(200, `{"data": [`),
-		"far too much":     text(200, strings.Repeat(" ", 2<<20)),
-		"a redirect":       func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://127.0.0.1:1/", 302) },
+		"an error":       text(500, ""),
+		"a denial":       text(403, `{"error":{"code":"Forbidden"}}`),
+		"a page":         text(200, "<html><body>Sign in</body></html>"),
+		"nothing":        text(200, ""),
+		"half an answer": text(200, `{"data": [`),
+		"far too much":   text(200, strings.Repeat(" ", 2<<20)),
+		"a redirect": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound)
+		},
 		"a cut connection": func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },
 	} {
 		azure, c := world(t, machine())
@@ -175,7 +177,9 @@ func TestAgentsTakeNothingForADocument(t *testing.T) {
 			io.WriteString(w, `{"encoding":"pkcs7","signature":"AAAA"}`)
 		},
 		"far too much": func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, strings.Repeat("x", 1<<20)) },
-		"a redirect":   func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://127.0.0.1:1/", 307) },
+		"a redirect": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusTemporaryRedirect)
+		},
 		"a cut answer": func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Length", "100")
 			io.WriteString(w, "half")

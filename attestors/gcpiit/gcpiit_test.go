@@ -82,9 +82,11 @@ func TestGooglesKeysAreFetched(t *testing.T) {
 		t.Errorf("they were fetched %d times", n)
 	}
 	for name, h := range map[string]http.HandlerFunc{
-		"an error":   func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) },
-		"a page":     func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "<html>") },
-		"a redirect": func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://127.0.0.1:1/", 302) },
+		"an error": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) },
+		"a page":   func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "<html>") },
+		"a redirect": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound)
+		},
 	} {
 		keys.Handle(h)
 		if _, err := attest(t, newServer(t, c), agent); !errors.Is(err, attestors.ErrUnavailable) {
@@ -166,14 +168,16 @@ func TestAPIsThatFailAdmitNobody(t *testing.T) {
 		}
 	}
 	for name, h := range map[string]http.HandlerFunc{
-		"an error":         text(500, ""),
-		"a denial":         text(403, `{"error":{"code":403}}`),
-		"a page":           text(200, "<html><body>Sign in</body></html>"),
-		"nothing":          text(200, ""),
-		"an empty answer":  text(200, "{}"),
-		"half an answer":   text(200, `{"id": "1`),
-		"far too much":     text(200, strings.Repeat(" ", 4<<20)),
-		"a redirect":       func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://127.0.0.1:1/", 302) },
+		"an error":        text(500, ""),
+		"a denial":        text(403, `{"error":{"code":403}}`),
+		"a page":          text(200, "<html><body>Sign in</body></html>"),
+		"nothing":         text(200, ""),
+		"an empty answer": text(200, "{}"),
+		"half an answer":  text(200, `{"id": "1`),
+		"far too much":    text(200, strings.Repeat(" ", 4<<20)),
+		"a redirect": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound)
+		},
 		"a cut connection": func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },
 	} {
 		google := harness.NewGCP(t, blog())
@@ -212,7 +216,9 @@ func TestAgentsTakeNothingForAToken(t *testing.T) {
 		"nothing":        flavored(""),
 		"JSON":           flavored(`{"error": "x"}` + "\n"),
 		"far too much":   flavored(strings.Repeat("x", 1<<20)),
-		"a redirect":     func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://127.0.0.1:1/", 307) },
+		"a redirect": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusTemporaryRedirect)
+		},
 		"a cut answer": func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Metadata-Flavor", "Google")
 			w.Header().Set("Content-Length", "100")
