@@ -11,7 +11,7 @@ import (
 	"math/big"
 )
 
-// Algorithm is one of the signature algorithms that an SVID may have.
+// Algorithm is one of the signature algorithms that a token may have.
 type Algorithm struct {
 	Name  string
 	hash  crypto.Hash

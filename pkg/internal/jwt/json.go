@@ -12,10 +12,10 @@ import (
 // maxDepth is how many objects and arrays may be within each other.
 const maxDepth = 32
 
-// decodeObject decodes one JSON object. Other than encoding/json it refuses
+// DecodeObject decodes one JSON object. Other than encoding/json it refuses
 // names that occur twice, about which two readers may disagree, and text that
 // is not UTF-8.
-func decodeObject(raw []byte) (map[string]any, error) {
+func DecodeObject(raw []byte) (map[string]any, error) {
 	if !utf8.Valid(raw) {
 		return nil, errors.New("it is not UTF-8")
 	}

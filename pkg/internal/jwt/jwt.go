@@ -7,6 +7,7 @@ package jwt
 
 import (
 	"crypto"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -57,7 +58,7 @@ func Parse(token string) (*Token, error) {
 	}
 	payload, err := decodePart(parts[1])
 	if err == nil {
-		t.Claims, err = decodeObject(payload)
+		t.Claims, err = DecodeObject(payload)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("claims: %w", err)
@@ -89,7 +90,7 @@ func (t *Token) parseHeader(part string) error {
 	if err != nil {
 		return err
 	}
-	if t.Header, err = decodeObject(raw); err != nil {
+	if t.Header, err = DecodeObject(raw); err != nil {
 		return err
 	}
 	for _, name := range []string{"alg", "kid", "typ"} {
@@ -124,6 +125,10 @@ func (t *Token) Verify(key crypto.PublicKey) error {
 	}
 	return nil
 }
+
+// Digest returns the SHA-256 hash of what is signed: of all but the signature,
+// which whoever has an ECDSA one can write in another way.
+func (t *Token) Digest() [sha256.Size]byte { return sha256.Sum256(t.signed) }
 
 // ErrSignature means that a token was not signed with the key.
 var ErrSignature = errors.New("the signature is not valid")
@@ -172,7 +177,7 @@ func (t *Token) Audience() ([]string, error) {
 // its beginning if it has one. A token is not valid before nbf; iat says
 // nothing of that (RFC 7519 §4.1.6).
 func (t *Token) ValidAt(now time.Time) (exp, nbf time.Time, err error) {
-	if exp, err = t.date("exp"); err != nil {
+	if exp, err = t.Date("exp"); err != nil {
 		return exp, nbf, err
 	}
 	if !now.Before(exp.Add(Leeway)) {
@@ -181,7 +186,7 @@ func (t *Token) ValidAt(now time.Time) (exp, nbf time.Time, err error) {
 	if _, ok := t.Claims["nbf"]; !ok {
 		return exp, nbf, nil
 	}
-	if nbf, err = t.date("nbf"); err != nil {
+	if nbf, err = t.Date("nbf"); err != nil {
 		return exp, nbf, err
 	}
 	if now.Add(Leeway).Before(nbf) {
@@ -193,7 +198,8 @@ func (t *Token) ValidAt(now time.Time) (exp, nbf time.Time, err error) {
 // lastSecond is the end of the year 9999, the last that dates are written in.
 const lastSecond = 253402300799
 
-func (t *Token) date(name string) (time.Time, error) {
+// Date returns a claim that is a time and must be there.
+func (t *Token) Date(name string) (time.Time, error) {
 	n, ok := t.Claims[name].(json.Number)
 	if !ok {
 		return time.Time{}, fmt.Errorf("claim %s is missing or not a number", name)
