@@ -17,6 +17,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors/docker"
 	"github.com/hallmark-id/hallmark/attestors/k8s"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
+	"github.com/hallmark-id/hallmark/attestors/oidc"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
 	"github.com/hallmark-id/hallmark/attestors/systemd"
 	"github.com/hallmark-id/hallmark/attestors/tpmdevid"
@@ -157,6 +158,7 @@ type NodeAttestorConfig struct {
 	TPMEK     *tpmek.AgentConfig    `yaml:"tpm_ek"`     // by its TPM and what the manufacturer says of it
 	TPMDevID  *tpmdevid.AgentConfig `yaml:"tpm_devid"`  // by a certificate of a key in its TPM
 	K8sPSAT   *k8spsat.AgentConfig  `yaml:"k8s_psat"`   // by the service account token of its pod of Kubernetes
+	OIDC      *oidc.AgentConfig     `yaml:"oidc"`       // by the token of an outside issuer
 }
 
 // JoinTokenConfig is attestation by join token.
@@ -233,6 +235,16 @@ var nodeAttestors = []struct {
 			return nil, err
 		}
 		return &node.Attestor{Name: k8spsat.Name, Agent: a}, nil
+	}},
+	{"node_attestor.oidc", func(c *NodeAttestorConfig) (*node.Attestor, error) {
+		if c.OIDC == nil {
+			return nil, nil
+		}
+		a, err := oidc.NewAgent(*c.OIDC)
+		if err != nil {
+			return nil, err
+		}
+		return &node.Attestor{Name: oidc.Name, Agent: a}, nil
 	}},
 }
 

@@ -12,10 +12,12 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
+	"github.com/hallmark-id/hallmark/attestors/oidc"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
 	"github.com/hallmark-id/hallmark/attestors/tpmdevid"
 	"github.com/hallmark-id/hallmark/attestors/tpmek"
 	"github.com/hallmark-id/hallmark/attestors/x509pop"
+	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/server/registry"
 )
 
@@ -27,6 +29,7 @@ type NodeAttestorsConfig struct {
 	TPMEK     *tpmek.ServerConfig    `yaml:"tpm_ek"`     // by a TPM and what its manufacturer says of it
 	TPMDevID  *tpmdevid.ServerConfig `yaml:"tpm_devid"`  // by a certificate of a key in a TPM
 	K8sPSAT   *k8spsat.ServerConfig  `yaml:"k8s_psat"`   // by the service account token of a pod of Kubernetes
+	OIDC      *oidc.ServerConfig     `yaml:"oidc"`       // by the token of an outside issuer
 }
 
 // JoinTokenConfig enables join tokens; there is nothing to say of them.
@@ -83,6 +86,12 @@ var nodeAttestors = []struct {
 			return nil, nil
 		}
 		return k8spsat.New(*s.NodeAttestors.K8sPSAT, k8spsat.Options{Log: log})
+	}},
+	{oidc.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+		if s.NodeAttestors.OIDC == nil {
+			return nil, nil
+		}
+		return oidc.New(*s.NodeAttestors.OIDC, oidc.Options{Audience: s.td.IDString() + entry.ServerPath, Log: log})
 	}},
 }
 
