@@ -45,10 +45,17 @@ const (
 
 var claimName = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,64}$`)
 
+// Trusted is an issuer whose tokens can be validated: an [issuer.Issuer] or an
+// [issuer.TrustDomain].
+type Trusted interface {
+	URL() string
+	Validate(ctx context.Context, token string) (*issuer.Token, error)
+}
+
 // Issuer makes selectors of an issuer's tokens.
 type Issuer struct {
 	name      string
-	trusted   *issuer.Issuer
+	trusted   Trusted
 	condition *issuer.Condition // nil: none
 	claims    map[string]Claim
 }
@@ -56,17 +63,24 @@ type Issuer struct {
 // NewIssuer makes an Issuer. The audience is for an issuer whose configuration
 // names none.
 func NewIssuer(c IssuerConfig, audience string, o issuer.Options) (*Issuer, error) {
-	if err := CheckName(c.Name); err != nil {
-		return nil, err
-	}
 	if len(c.Audiences) == 0 {
 		c.Audiences = []string{audience}
 	}
-	out := &Issuer{name: c.Name, claims: make(map[string]Claim)}
-	var err error
-	if out.trusted, err = issuer.New(c.Config, o); err != nil {
+	trusted, err := issuer.New(c.Config, o)
+	if err != nil {
 		return nil, err
 	}
+	return NewIssuerOf(c, trusted)
+}
+
+// NewIssuerOf makes an Issuer of one that is trusted already: of the
+// configuration, name, claims and condition are used.
+func NewIssuerOf(c IssuerConfig, trusted Trusted) (*Issuer, error) {
+	if err := checkName(c.Name); err != nil {
+		return nil, err
+	}
+	out := &Issuer{name: c.Name, trusted: trusted, claims: make(map[string]Claim)}
+	var err error
 	if c.Condition != "" {
 		if out.condition, err = issuer.ParseCondition(c.Condition); err != nil {
 			return nil, fmt.Errorf("condition: %w", err)
@@ -86,8 +100,8 @@ func NewIssuer(c IssuerConfig, audience string, o issuer.Options) (*Issuer, erro
 	return out, nil
 }
 
-// CheckName checks what an issuer is called.
-func CheckName(name string) error {
+// checkName checks what an issuer is called.
+func checkName(name string) error {
 	if name == "" {
 		return errors.New("an issuer has no name; give it one")
 	}

@@ -56,6 +56,9 @@ var configs = []struct {
 
 	{"server", "token issuer over http", "trust_domain: a\nnode_attestors: {oidc: {issuers: [{name: x, issuer: 'http://id.example'}]}}\n", []string{"http://id.example", "it is not https"}},
 	{"server", "condition that is none", "trust_domain: a\nnode_attestors: {oidc: {issuers: [{name: x, issuer: 'https://id.example', condition: claims.sub}]}}\n", []string{"condition", "compare claims with something"}},
+	{"server", "token exchange nowhere", "trust_domain: a\ntoken_exchange: {issuer: 'https://t.example', issuers: [{name: x, issuer: 'https://id.example'}]}\n", []string{"token_exchange has no listen", "0.0.0.0:8444"}},
+	{"server", "token exchange without issuers", "trust_domain: a\ntoken_exchange: {listen: ':8444', issuer: 'https://t.example'}\n", []string{"issuers is missing"}},
+	{"server", "token exchange over http", "trust_domain: a\ntoken_exchange: {listen: ':8444', issuer: 'http://t.example', issuers: [{name: x, issuer: 'https://id.example'}]}\n", []string{"is not an https URL"}},
 
 	{"agent", "empty", "", []string{"trust_domain is missing", "hallmark token generate"}},
 	{"agent", "no server", "trust_domain: a\n", []string{"server is missing", "host:port"}},
@@ -111,6 +114,7 @@ var seenByValidateOnly = map[string]bool{
 	"server limit below zero": true, "server unknown variable": true,
 	"server bundle endpoint nowhere": true, "server bundle endpoint without port": true,
 	"server bundle endpoint where agents are served": true, "server bundle endpoint without a key": true,
+	"server token exchange nowhere": true, "server token exchange without issuers": true, "server token exchange over http": true,
 	"server token issuer over http": true, "server condition that is none": true,
 	"agent server without port": true, "agent server of nowhere": true, "agent join is no join string": true,
 	"agent join is cut": true, "agent no trust bundle": true, "agent trust bundle is a directory": true,
