@@ -78,6 +78,33 @@ func TestATokenOfAnotherMakersProviderIsExchangedForAnSVID(t *testing.T) {
 		t.Errorf("the log is\n%s", log)
 	}
 
+	// The same by the command of a job.
+	dir := t.TempDir()
+	fetch := func(jti string, args ...string) (string, string, int) {
+		t.Helper()
+		file := filepath.Join(dir, "token")
+		claims := map[string]any{"sub": "repo:acme/shop:ref:refs/heads/main", "aud": issuer, "repository_id": "42", "ref": "refs/heads/main", "jti": jti}
+		if err := os.WriteFile(file, []byte(sign(claims)+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return harness.Command{Args: append(args, "--from-token", file, "--token-endpoint", issuer)}.Try(t)
+	}
+	if out, errOut, code := fetch("2", "fetch", "x509", "--ca-file", authority.Path, "--write", dir); code != 0 || !strings.Contains(out, "spiffe://example.org/deploy") {
+		t.Errorf("exit status %d: %s%s", code, out, errOut)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "svid.0.key")); err != nil {
+		t.Error(err)
+	}
+	if out, errOut, code := fetch("3", "fetch", "jwt", "--audience", "a", "--ca-file", authority.Path); code != 0 || !strings.HasPrefix(out, "eyJ") {
+		t.Errorf("exit status %d: %s%s", code, out, errOut)
+	}
+	if out, errOut, code := fetch("3", "fetch", "jwt", "--audience", "a", "--ca-file", authority.Path); code == 0 || !strings.Contains(errOut, "used before") {
+		t.Errorf("exit status %d: %s%s", code, out, errOut)
+	}
+	if out, errOut, code := fetch("4", "fetch", "jwt", "--audience", "a"); code == 0 || !strings.Contains(errOut, "certificate") {
+		t.Errorf("exit status %d: %s%s", code, out, errOut)
+	}
+
 	// To one who does not trust its certificate, no token is sent.
 	stranger := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: x509.NewCertPool()}}}
 	if _, err := stranger.Get(issuer + "/.well-known/oauth-authorization-server"); err == nil {
