@@ -20,6 +20,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors/gcpiit"
 	"github.com/hallmark-id/hallmark/attestors/k8s"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
+	"github.com/hallmark-id/hallmark/attestors/oidc"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
 	"github.com/hallmark-id/hallmark/attestors/systemd"
 	"github.com/hallmark-id/hallmark/attestors/tpmdevid"
@@ -163,6 +164,7 @@ type NodeAttestorConfig struct {
 	AWSIID    *awsiid.AgentConfig    `yaml:"aws_iid"`    // by the identity document of its EC2 instance
 	AzureIMDS *azureimds.AgentConfig `yaml:"azure_imds"` // by the attested document of its virtual machine of Azure
 	GCPIIT    *gcpiit.AgentConfig    `yaml:"gcp_iit"`    // by the identity token of its instance of Google Cloud
+	OIDC      *oidc.AgentConfig      `yaml:"oidc"`       // by the token of an outside issuer
 }
 
 // JoinTokenConfig is attestation by join token.
@@ -269,6 +271,16 @@ var nodeAttestors = []struct {
 			return nil, err
 		}
 		return &node.Attestor{Name: gcpiit.Name, Agent: a}, nil
+	}},
+	{"node_attestor.oidc", func(c *NodeAttestorConfig) (*node.Attestor, error) {
+		if c.OIDC == nil {
+			return nil, nil
+		}
+		a, err := oidc.NewAgent(*c.OIDC)
+		if err != nil {
+			return nil, err
+		}
+		return &node.Attestor{Name: oidc.Name, Agent: a}, nil
 	}},
 }
 

@@ -15,10 +15,12 @@ import (
 	"github.com/hallmark-id/hallmark/attestors/gcpiit"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
+	"github.com/hallmark-id/hallmark/attestors/oidc"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
 	"github.com/hallmark-id/hallmark/attestors/tpmdevid"
 	"github.com/hallmark-id/hallmark/attestors/tpmek"
 	"github.com/hallmark-id/hallmark/attestors/x509pop"
+	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/server/registry"
 )
 
@@ -33,6 +35,7 @@ type NodeAttestorsConfig struct {
 	AWSIID    *awsiid.ServerConfig    `yaml:"aws_iid"`    // by the identity document of an EC2 instance
 	AzureIMDS *azureimds.ServerConfig `yaml:"azure_imds"` // by the attested document of a virtual machine of Azure
 	GCPIIT    *gcpiit.ServerConfig    `yaml:"gcp_iit"`    // by the identity token of an instance of Google Cloud
+	OIDC      *oidc.ServerConfig      `yaml:"oidc"`       // by the token of an outside issuer
 }
 
 // JoinTokenConfig enables join tokens; there is nothing to say of them.
@@ -107,6 +110,12 @@ var nodeAttestors = []struct {
 			return nil, nil
 		}
 		return gcpiit.New(*s.NodeAttestors.GCPIIT, gcpiit.Options{Log: log})
+	}},
+	{oidc.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+		if s.NodeAttestors.OIDC == nil {
+			return nil, nil
+		}
+		return oidc.New(*s.NodeAttestors.OIDC, oidc.Options{Audience: s.td.IDString() + entry.ServerPath, Log: log})
 	}},
 }
 

@@ -17,6 +17,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/peercred"
 	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/server/authority"
+	"github.com/hallmark-id/hallmark/server/exchange"
 	"github.com/hallmark-id/hallmark/server/issue"
 )
 
@@ -77,6 +78,10 @@ type Config struct {
 	// trust domains. Default: it is not published.
 	BundleEndpoint *BundleEndpointConfig `yaml:"bundle_endpoint"`
 
+	// TokenExchange gives SVIDs for tokens of outside issuers, over OAuth 2.0.
+	// Default: it does not.
+	TokenExchange *TokenExchangeConfig `yaml:"token_exchange"`
+
 	// Limits bound what callers can make the server do. SIGHUP reloads them.
 	Limits LimitsConfig `yaml:"limits"`
 
@@ -106,6 +111,23 @@ type BundleEndpointConfig struct {
 	Listen string `yaml:"listen" env:"expand"`
 	// HTTPSWeb makes the profile https_web: clients verify the endpoint as
 	// browsers do. Default: https_spiffe.
+	HTTPSWeb *CertificateConfig `yaml:"https_web"`
+}
+
+// TokenExchangeConfig is the token endpoint: POST ISSUER/token gives SVIDs for
+// tokens of outside issuers. Its certificate is the server's own X509-SVID,
+// /spire/server, unless https_web is set.
+type TokenExchangeConfig struct {
+	// Listen is the host:port, for example 0.0.0.0:8444. It is required.
+	Listen string `yaml:"listen" env:"expand"`
+	// Issuer is the https URL by which callers reach the endpoint, without a slash
+	// at its end, for example https://tokens.example.org:8444. It is the audience
+	// of tokens, unless an issuer's configuration names others. It is required.
+	Issuer string `yaml:"issuer" env:"expand"`
+	// Issuers are those whose tokens are taken. At least one is required.
+	Issuers []exchange.IssuerConfig `yaml:"issuers"`
+	// HTTPSWeb has a certificate that clients verify as browsers do. Default: the
+	// server's own X509-SVID.
 	HTTPSWeb *CertificateConfig `yaml:"https_web"`
 }
 
@@ -404,6 +426,7 @@ func (s *settings) check(src config.Source) error {
 	}
 	s.checkKeys(wrong)
 	s.checkBundleEndpoint(wrong)
+	s.checkTokenExchange(wrong)
 	s.Telemetry.Check(func(key, format string, args ...any) { wrong("telemetry."+key, format, args...) })
 	s.checkLifetimes(wrong)
 	s.checkAttestors(wrong)
@@ -435,22 +458,38 @@ func (s *settings) check(src config.Source) error {
 }
 
 func (s *settings) checkBundleEndpoint(wrong func(path, format string, args ...any)) {
-	e := s.BundleEndpoint
+	if e := s.BundleEndpoint; e != nil {
+		s.checkEndpoint("bundle_endpoint", e.Listen, "8443", e.HTTPSWeb, wrong)
+	}
+}
+
+func (s *settings) checkTokenExchange(wrong func(path, format string, args ...any)) {
+	e := s.TokenExchange
 	if e == nil {
 		return
 	}
-	switch _, err := hostPort(e.Listen); {
-	case e.Listen == "":
-		wrong("bundle_endpoint", "bundle_endpoint has no listen; set it to an address like 0.0.0.0:8443")
-	case err != nil:
-		wrong("bundle_endpoint.listen", "bundle_endpoint.listen: %v; write host:port, for example 0.0.0.0:8443", err)
-	case e.Listen == s.Listen:
-		wrong("bundle_endpoint.listen", "bundle_endpoint.listen is %s, where agents are served; choose another port, such as 8443", e.Listen)
+	s.checkEndpoint("token_exchange", e.Listen, "8444", e.HTTPSWeb, wrong)
+	if b := s.BundleEndpoint; b != nil && b.Listen == e.Listen {
+		wrong("token_exchange.listen", "token_exchange.listen is %s, where the bundle is published; choose another port, such as 8444", e.Listen)
 	}
-	if web := e.HTTPSWeb; web != nil {
-		if web.Certificate == "" || web.Key == "" {
-			wrong("bundle_endpoint.https_web", "https_web needs the files certificate and key")
-		}
+	if _, err := exchange.New(exchange.Options{TrustDomain: s.td, Issuer: e.Issuer, Issuers: e.Issuers}); err != nil {
+		wrong("token_exchange", "token_exchange: %v", err)
+	}
+}
+
+// checkEndpoint checks what endpoints over HTTPS have in common. Its errors
+// propose a port.
+func (s *settings) checkEndpoint(name, listen, port string, web *CertificateConfig, wrong func(path, format string, args ...any)) {
+	switch _, err := hostPort(listen); {
+	case listen == "":
+		wrong(name, "%s has no listen; set it to an address like 0.0.0.0:%s", name, port)
+	case err != nil:
+		wrong(name+".listen", "%s.listen: %v; write host:port, for example 0.0.0.0:%s", name, err, port)
+	case listen == s.Listen:
+		wrong(name+".listen", "%s.listen is %s, where agents are served; choose another port, such as %s", name, listen, port)
+	}
+	if web != nil && (web.Certificate == "" || web.Key == "") {
+		wrong(name+".https_web", "https_web needs the files certificate and key")
 	}
 }
 

@@ -27,6 +27,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/version"
 	"github.com/hallmark-id/hallmark/server/api"
 	"github.com/hallmark-id/hallmark/server/authority"
+	"github.com/hallmark-id/hallmark/server/exchange"
 	"github.com/hallmark-id/hallmark/server/federation"
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/issue"
@@ -34,6 +35,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
 	"github.com/hallmark-id/hallmark/server/store/etcd"
+	"github.com/hallmark-id/hallmark/server/web"
 )
 
 // Run runs a server until the context ends (nil) or it cannot go on. It calls
@@ -85,6 +87,14 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	}
 	if published != nil {
 		defer published.Listener.Close()
+	}
+
+	exchanged, err := s.listenTokenExchange(log)
+	if err != nil {
+		return err
+	}
+	if exchanged != nil {
+		defer exchanged.Listener.Close()
 	}
 
 	name, err := s.serverName()
@@ -139,6 +149,9 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		below.Go(func() error { return fetches.Run(base) })
 		if published != nil {
 			below.Go(func() error { return s.publish(base, *published, reg, issuer) })
+		}
+		if exchanged != nil {
+			below.Go(func() error { return s.exchangeTokens(base, *exchanged, reg, issuer, served, counted) })
 		}
 		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities) })
 		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities, keys) })
@@ -229,8 +242,8 @@ func (s *settings) listenBundleEndpoint(log *slog.Logger) (*federation.EndpointO
 		return nil, nil
 	}
 	o := &federation.EndpointOptions{Log: log}
-	if web := c.HTTPSWeb; web != nil {
-		files, err := federation.OpenFiles(web.Certificate, web.Key, log)
+	if c.HTTPSWeb != nil {
+		files, err := web.OpenFiles(c.HTTPSWeb.Certificate, c.HTTPSWeb.Key, log)
 		if err != nil {
 			return nil, fmt.Errorf("bundle_endpoint.https_web: %w", err)
 		}
@@ -253,6 +266,50 @@ func (s *settings) publish(ctx context.Context, o federation.EndpointOptions, re
 	}
 	o.Log.Info("the bundle is published", "listen", o.Listener.Addr().String(), "profile", profile)
 	return federation.NewEndpoint(o).Run(ctx)
+}
+
+// listenTokenExchange begins to listen where tokens are to be exchanged. It
+// returns nil if they are not.
+func (s *settings) listenTokenExchange(log *slog.Logger) (*web.Options, error) {
+	c := s.TokenExchange
+	if c == nil {
+		return nil, nil
+	}
+	o := &web.Options{MaxBody: exchange.MaxBody, Log: log}
+	if c.HTTPSWeb != nil {
+		files, err := web.OpenFiles(c.HTTPSWeb.Certificate, c.HTTPSWeb.Key, log)
+		if err != nil {
+			return nil, fmt.Errorf("token_exchange.https_web: %w", err)
+		}
+		o.Certificate = files.Certificate
+	}
+	l, err := net.Listen("tcp", c.Listen)
+	if err != nil {
+		return nil, fmt.Errorf("token_exchange.listen: %w; choose another address", err)
+	}
+	o.Listener = l
+	return o, nil
+}
+
+// exchangeTokens serves the token endpoint until the context ends.
+func (s *settings) exchangeTokens(ctx context.Context, o web.Options, reg *registry.Registry, issuer *issue.Issuer, limits *api.API, counted *metrics.Metrics) error {
+	x, err := exchange.New(exchange.Options{
+		TrustDomain: s.td, Issuer: s.TokenExchange.Issuer, Issuers: s.TokenExchange.Issuers,
+		Registry: reg, Sign: issuer, WIT: s.Experimental.WIT,
+		LimitAddress: limits.LimitAddress, LimitIssuer: limits.LimitIssuer, Log: o.Log, Metrics: counted,
+	})
+	if err != nil {
+		return err
+	}
+	if o.Certificate == nil {
+		o.Certificate = issuer.ServerTLS
+	}
+	o.Handler = x.Handler()
+	o.Log.Info("tokens are exchanged", "listen", o.Listener.Addr().String(), "issuer", s.TokenExchange.Issuer)
+	if err := web.Serve(ctx, o); ctx.Err() == nil {
+		return fmt.Errorf("exchange tokens: %w", err)
+	}
+	return ctx.Err()
 }
 
 // describe says what a server has, for the log.

@@ -68,6 +68,7 @@ func serverMetrics() ([]*dto.MetricFamily, error) {
 	m := server.New(r)
 	m.Calls.Call("", nil, 0)
 	m.Refusals.WithLabelValues("", "")
+	m.TokenExchanges.WithLabelValues("", "")
 	m.BundleRefreshes.WithLabelValues("", "")
 	m.BundleRefreshed.WithLabelValues("")
 	server.RegisterState(r, func() server.State {

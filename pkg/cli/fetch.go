@@ -101,19 +101,37 @@ func (a *app) document(first bool, data any, forPeople func(w io.Writer)) error 
 
 func (a *app) fetchX509() *cobra.Command {
 	var f fetching
+	var from exchanging
+	var id string
 	cmd := &cobra.Command{
 		Use:   "x509",
 		Short: "fetch X509-SVIDs",
 		Long: "Fetch prints the X509-SVIDs of this process. With --write it also writes each as\n" +
 			"svid.N.pem (chain), svid.N.key (private key, for this user only) and bundle.N.pem\n" +
 			"(authorities); with --watch it keeps them current until it is interrupted.",
-		Example: "  hallmark fetch x509\n  hallmark fetch x509 -o json | jq -r .[0].spiffe_id\n  hallmark fetch x509 --write /run/identity --watch",
-		Args:    noArguments,
+		Example: "  hallmark fetch x509\n  hallmark fetch x509 -o json | jq -r .[0].spiffe_id\n  hallmark fetch x509 --write /run/identity --watch\n" +
+			"  hallmark fetch x509 --from-token job.token --token-endpoint https://tokens.example.org --write identity",
+		Args: noArguments,
 	}
 	f.register(cmd, "go on, and print (and write) again at each change")
+	from.register(cmd)
+	cmd.Flags().StringVar(&id, "spiffe-id", "", "with --from-token, the `SPIFFE-ID` that is wanted if several match")
 	a.outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		ctx := cmd.Context()
+		if err := from.check(f.watch); err != nil {
+			return err
+		}
+		if from.token != "" {
+			x, err := a.exchangeX509(ctx, &from, id)
+			if err != nil {
+				return err
+			}
+			return a.deliverX509(x, f.dir, true, false)
+		}
+		if id != "" {
+			return usageError(errors.New("--spiffe-id goes with --from-token"))
+		}
 		client, err := workload(ctx, *f.socket, workloadapi.WithBackoffStrategy(watchRetry))
 		if err != nil {
 			return err
@@ -225,6 +243,7 @@ func (a *app) watchTrouble(ctx context.Context, what string, err error, said str
 
 func (a *app) fetchJWT() *cobra.Command {
 	var f fetching
+	var from exchanging
 	var audience []string
 	var id string
 	cmd := &cobra.Command{
@@ -242,6 +261,7 @@ func (a *app) fetchJWT() *cobra.Command {
 	cmd.Flags().StringArrayVar(&audience, "audience", nil, "`name` of whom the token is for; repeat for several")
 	cmd.Flags().StringVar(&id, "spiffe-id", "", "only for this `SPIFFE-ID` of the identities")
 	f.register(cmd, "go on, and print (and write) new tokens in time")
+	from.register(cmd)
 	a.outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if err := required(cmd, "audience"); err != nil {
@@ -256,6 +276,16 @@ func (a *app) fetchJWT() *cobra.Command {
 			params.Subject = subject
 		}
 		ctx := cmd.Context()
+		if err := from.check(f.watch); err != nil {
+			return err
+		}
+		if from.token != "" {
+			svid, err := a.exchangeJWT(ctx, &from, id, audience)
+			if err != nil {
+				return err
+			}
+			return a.deliverJWT([]*jwtsvid.SVID{svid}, f.dir, true, false)
+		}
 		client, err := workload(ctx, *f.socket)
 		if err != nil {
 			return err

@@ -176,15 +176,23 @@ type Token struct {
 // Of returns the issuer that a token says it is of, which is not verified: it
 // says by whom to have it validated.
 func Of(token string) (string, error) {
+	iss, _, err := Claimed(token)
+	if err == nil && iss == "" {
+		err = errors.New("claim iss is missing or not a string")
+	}
+	return iss, err
+}
+
+// Claimed returns the claims iss and sub of a token, which are not verified: they
+// say by whom to have it validated. One that is missing or no string is empty.
+func Claimed(token string) (iss, sub string, err error) {
 	t, err := jwt.Parse(token)
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
-	iss, ok := t.Claims["iss"].(string)
-	if !ok {
-		return "", errors.New("claim iss is missing or not a string")
-	}
-	return iss, nil
+	iss, _ = t.Claims["iss"].(string)
+	sub, _ = t.Claims["sub"].(string)
+	return iss, sub, nil
 }
 
 // Validate checks a token: its form, its algorithm, its signature by a key of

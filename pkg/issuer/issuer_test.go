@@ -351,12 +351,14 @@ func TestALyingEndpointGetsNobodyAnywhere(t *testing.T) {
 		}, "a user or a password"},
 		"no jwks_uri": {func(p *harness.Issuer) http.HandlerFunc { return document(p, `{"issuer":"URL"}`) }, "not https"},
 		"a redirect": {func(*harness.Issuer) http.HandlerFunc {
-			return func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, elsewhere.URL+r.URL.Path, 302) }
+			return func(w http.ResponseWriter, r *http.Request) {
+				http.Redirect(w, r, elsewhere.URL+r.URL.Path, http.StatusFound)
+			}
 		}, "302"},
 		"a redirect of the keys": {func(p *harness.Issuer) http.HandlerFunc {
 			return func(w http.ResponseWriter, r *http.Request) {
 				if r.URL.Path == "/jwks" {
-					http.Redirect(w, r, elsewhere.URL+"/jwks", 307)
+					http.Redirect(w, r, elsewhere.URL+"/jwks", http.StatusTemporaryRedirect)
 					return
 				}
 				p.Answer(w, r)

@@ -269,7 +269,7 @@ func newRemote(c Config, issuer *url.URL, o Options) (*remote, error) {
 // the keys are fetched: by one caller at a time, and not again within the pause.
 // Who has a key that is known waits for nobody else.
 func (r *remote) find(ctx context.Context, kid string, a jwt.Algorithm) ([]key, error) {
-	found, fresh, have := r.look(kid, a)
+	found, fresh, _ := r.look(kid, a)
 	if fresh && len(found) > 0 {
 		return found, nil
 	}
@@ -287,7 +287,7 @@ func (r *remote) find(ctx context.Context, kid string, a jwt.Algorithm) ([]key, 
 		}
 	}
 	defer func() { <-r.turn }()
-	found, fresh, have = r.look(kid, a) // another may have fetched meanwhile
+	found, fresh, have := r.look(kid, a) // another may have fetched meanwhile
 	if fresh && len(found) > 0 {
 		return found, nil
 	}

@@ -155,6 +155,18 @@ func (a *API) limitAttesting(ctx context.Context) error {
 	return nil
 }
 
+// LimitAddress counts a request over HTTP from an address, host:port, against the
+// rate of attestations from there: what it shows is evidence as well.
+func (a *API) LimitAddress(ctx context.Context, address string) error {
+	return a.attests.wait(ctx, network(address), 1)
+}
+
+// LimitIssuer counts a signature for the tokens of an outside issuer against the
+// rate that an agent has.
+func (a *API) LimitIssuer(ctx context.Context, name string) error {
+	return a.signs.wait(ctx, "issuer "+name, 1)
+}
+
 // limitSigning counts n signatures against the rate of the caller.
 func (a *API) limitSigning(ctx context.Context, n int) error {
 	if c := callerFrom(ctx); c.Kind != local {

@@ -31,6 +31,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	hallmark "github.com/hallmark-id/hallmark/server/federation"
+	"github.com/hallmark-id/hallmark/server/web"
 )
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
@@ -277,7 +278,7 @@ func TestFederation_F17_ACertificateInFilesIsReadAgainWhenItChanges(t *testing.T
 	synctest.Test(t, func(t *testing.T) {
 		first, second := a.issue(t, ""), a.issue(t, "")
 		write(first)
-		files, err := hallmark.OpenFiles(certificate, key, slog.New(slog.DiscardHandler))
+		files, err := web.OpenFiles(certificate, key, slog.New(slog.DiscardHandler))
 		must(t, err)
 		is := func(want *tls.Certificate, when string) {
 			t.Helper()
@@ -306,7 +307,7 @@ func TestFilesThatAreNoCertificateAreNamed(t *testing.T) {
 	empty := filepath.Join(dir, "empty")
 	must(t, os.WriteFile(empty, nil, 0o600))
 	for path, want := range map[string]string{filepath.Join(dir, "none"): "no such file", dir: "no regular file", empty: empty} {
-		if _, err := hallmark.OpenFiles(path, path, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := web.OpenFiles(path, path, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", path, err)
 		}
 	}

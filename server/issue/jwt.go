@@ -109,7 +109,7 @@ func newJWTSigner(a *authority.JWT, typ string) (*jwtSigner, error) {
 
 // signJWT builds a JWT-SVID, signs and records it.
 func (i *Issuer) signJWT(ctx context.Context, t token) (*JWTSVID, error) {
-	if err := validateAudience(t.audience); err != nil {
+	if err := ValidateAudience(t.audience); err != nil {
 		return nil, err
 	}
 	return i.signToken(ctx, &i.jwt, t)
@@ -174,8 +174,9 @@ func recordJWT(kind string, t *token, s *jwtSigner, jti string, expires time.Tim
 	return attrs
 }
 
-// validateAudience checks the audience that someone asked for.
-func validateAudience(audience []string) error {
+// ValidateAudience checks the audience that someone asked for. Its errors are
+// [InvalidError]s.
+func ValidateAudience(audience []string) error {
 	switch {
 	case len(audience) == 0:
 		return invalid("at least one audience is required")

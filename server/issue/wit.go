@@ -27,7 +27,17 @@ type WITKey struct {
 
 // WorkloadWIT issues the WIT-SVID of an entry for a public key.
 func (i *Issuer) WorkloadWIT(ctx context.Context, e *entry.Entry, key WITKey) (*JWTSVID, error) {
-	svid, err := i.signWIT(ctx, token{reason: "workload", entry: e.ID, id: e.SPIFFEID, ttl: i.witTTL}, key)
+	return i.WorkloadWITWithin(ctx, e, key, 0)
+}
+
+// WorkloadWITWithin is WorkloadWIT for at most so long, unless that is zero: for
+// evidence that ends.
+func (i *Issuer) WorkloadWITWithin(ctx context.Context, e *entry.Entry, key WITKey, most time.Duration) (*JWTSVID, error) {
+	ttl := i.witTTL
+	if most > 0 {
+		ttl = min(ttl, most)
+	}
+	svid, err := i.signWIT(ctx, token{reason: "workload", entry: e.ID, id: e.SPIFFEID, ttl: ttl}, key)
 	if err != nil {
 		return nil, err
 	}

@@ -19,7 +19,8 @@ type Metrics struct {
 	Refusals           *prometheus.CounterVec // by method and code
 	ConnectionsRefused prometheus.Counter
 
-	Issued *prometheus.CounterVec // by kind and reason
+	Issued         *prometheus.CounterVec // by kind and reason
+	TokenExchanges *prometheus.CounterVec // requests to the token endpoint, by issuer and outcome
 
 	Agents   prometheus.Gauge // connected
 	PushStep prometheus.Histogram
@@ -50,6 +51,10 @@ func New(r prometheus.Registerer) *Metrics {
 			Name: "hallmark_server_issued_total",
 			Help: "Credentials issued, by kind (x509, jwt, wit) and reason (workload, node, mint, downstream, server).",
 		}, []string{"kind", "reason"}),
+		TokenExchanges: make.NewCounterVec(prometheus.CounterOpts{
+			Name: "hallmark_server_token_exchanges_total",
+			Help: "Requests to the token endpoint, by issuer of the token (unknown: none that is trusted, or none was reached) and outcome (OK, or the error of OAuth).",
+		}, []string{"issuer", "outcome"}),
 		Agents: make.NewGauge(prometheus.GaugeOpts{
 			Name: "hallmark_server_agents_connected",
 			Help: "Agents that hold a push stream.",

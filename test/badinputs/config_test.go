@@ -54,6 +54,12 @@ var configs = []struct {
 	{"server", "bundle endpoint where agents are served", "trust_domain: a\nlisten: 127.0.0.1:1\nbundle_endpoint: {listen: '127.0.0.1:1'}\n", []string{"where agents are served", "choose another port"}},
 	{"server", "bundle endpoint without a key", "trust_domain: a\nbundle_endpoint: {listen: ':8443', https_web: {certificate: /x}}\n", []string{"needs the files certificate and key"}},
 
+	{"server", "token issuer over http", "trust_domain: a\nnode_attestors: {oidc: {issuers: [{name: x, issuer: 'http://id.example'}]}}\n", []string{"http://id.example", "it is not https"}},
+	{"server", "condition that is none", "trust_domain: a\nnode_attestors: {oidc: {issuers: [{name: x, issuer: 'https://id.example', condition: claims.sub}]}}\n", []string{"condition", "compare claims with something"}},
+	{"server", "token exchange nowhere", "trust_domain: a\ntoken_exchange: {issuer: 'https://t.example', issuers: [{name: x, issuer: 'https://id.example'}]}\n", []string{"token_exchange has no listen", "0.0.0.0:8444"}},
+	{"server", "token exchange without issuers", "trust_domain: a\ntoken_exchange: {listen: ':8444', issuer: 'https://t.example'}\n", []string{"issuers is missing"}},
+	{"server", "token exchange over http", "trust_domain: a\ntoken_exchange: {listen: ':8444', issuer: 'http://t.example', issuers: [{name: x, issuer: 'https://id.example'}]}\n", []string{"is not an https URL"}},
+
 	{"agent", "empty", "", []string{"trust_domain is missing", "hallmark token generate"}},
 	{"agent", "no server", "trust_domain: a\n", []string{"server is missing", "host:port"}},
 	{"agent", "server without port", "trust_domain: a\nserver: localhost\n", []string{"not host:port", "for example"}},
@@ -68,6 +74,7 @@ var configs = []struct {
 	{"agent", "no workload attestor", "trust_domain: a\nserver: b:1\nworkload_attestors: {}\n", []string{"names no attestor", "choose unix"}},
 	{"agent", "empty token", "trust_domain: a\nserver: b:1\nnode_attestor: {join_token: {token: ''}}\n", []string{"token"}},
 	{"agent", "too many SVIDs", "trust_domain: a\nserver: b:1\nheld_svids: 0\n", []string{"held_svids is 0", "between 1 and"}},
+	{"agent", "token from nowhere", "trust_domain: a\nserver: b:1\nnode_attestor: {oidc: {}}\n", []string{"set either token_path or token_env"}},
 	{"agent", "text for a boolean", "trust_domain: a\nserver: b:1\ninsecure_bootstrap: maybe\n", []string{"insecure_bootstrap", "true or false"}},
 	{"agent", "limit too high", "trust_domain: a\nserver: b:1\nlimits: {calls_per_second: 2000000}\n", []string{"calls_per_second is 2000000", "between 1 and"}},
 }
@@ -107,6 +114,8 @@ var seenByValidateOnly = map[string]bool{
 	"server limit below zero": true, "server unknown variable": true,
 	"server bundle endpoint nowhere": true, "server bundle endpoint without port": true,
 	"server bundle endpoint where agents are served": true, "server bundle endpoint without a key": true,
+	"server token exchange nowhere": true, "server token exchange without issuers": true, "server token exchange over http": true,
+	"server token issuer over http": true, "server condition that is none": true,
 	"agent server without port": true, "agent server of nowhere": true, "agent join is no join string": true,
 	"agent join is cut": true, "agent no trust bundle": true, "agent trust bundle is a directory": true,
 	"agent same sockets": true, "agent socket path too long": true, "agent no workload attestor": true,

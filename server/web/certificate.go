@@ -1,4 +1,4 @@
-package federation
+package web
 
 import (
 	"crypto/tls"
@@ -43,7 +43,7 @@ func (f *Files) Certificate() (*tls.Certificate, error) {
 		f.looked = now
 		if err := f.load(); err != nil {
 			if !f.failed {
-				f.log.Warn("the certificate of the bundle endpoint cannot be read; the last one stays", "error", err)
+				f.log.Warn("the certificate of an endpoint cannot be read; the last one stays", "file", f.certificate, "error", err)
 			}
 			f.failed = true
 		}
@@ -74,7 +74,7 @@ func (f *Files) load() error {
 		return fmt.Errorf("certificate %s with key %s: %w", f.certificate, f.key, err)
 	}
 	if f.now != nil {
-		f.log.Info("the bundle endpoint has a new certificate", "file", f.certificate, "expires_at", pair.Leaf.NotAfter)
+		f.log.Info("an endpoint has a new certificate", "file", f.certificate, "expires_at", pair.Leaf.NotAfter)
 	}
 	f.now, f.read, f.failed = &pair, is, false
 	return nil
