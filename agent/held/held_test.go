@@ -381,6 +381,9 @@ func TestAChangeOfAnyFieldIsNoticed(t *testing.T) {
 		for i := range reflect.TypeFor[entry.Entry]().NumField() {
 			changed := *e
 			field := reflect.TypeFor[entry.Entry]().Field(i)
+			if !field.IsExported() {
+				continue
+			}
 			switch v := reflect.ValueOf(&changed).Elem().Field(i).Addr().Interface().(type) {
 			case *string:
 				if *v += "x"; field.Name == "ID" {

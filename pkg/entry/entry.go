@@ -67,10 +67,17 @@ func (e *Entry) Expired(now time.Time) bool {
 // so its selectors are those of nodes, not of workloads.
 func (e *Entry) IsAlias() bool { return e.ParentID.Path() == ServerPath }
 
-// Reserved reports whether an ID is in the namespace of servers and agents,
-// /spire/, where no workload may have its ID: it could pass for one of them.
+// Reserved reports whether an ID is in a namespace where no workload may have
+// its ID: that of servers and agents, /spire/, where it could pass for one of
+// them, or that of outside issuers, /hallmark/, where it would be authorized for
+// what is registered for an issuer's tokens.
 func Reserved(id spiffeid.ID) bool {
-	return id.Path() == "/spire" || strings.HasPrefix(id.Path(), "/spire/")
+	for _, namespace := range []string{"/spire", "/hallmark"} {
+		if rest, ok := strings.CutPrefix(id.Path(), namespace); ok && (rest == "" || rest[0] == '/') {
+			return true
+		}
+	}
+	return false
 }
 
 // ServerPath is the path of the server's own SPIFFE ID, as SPIRE has it.
@@ -116,7 +123,7 @@ func (e *Entry) Validate(td spiffeid.TrustDomain) error {
 		return fmt.Errorf("SPIFFE ID %q has no path", e.SPIFFEID)
 	}
 	if Reserved(e.SPIFFEID) {
-		return fmt.Errorf("SPIFFE ID %q is in the namespace /spire/, which is reserved for servers and agents", e.SPIFFEID)
+		return fmt.Errorf("SPIFFE ID %q is in a namespace that is reserved: /spire/ for servers and agents, /hallmark/ for outside issuers", e.SPIFFEID)
 	}
 	if err := validateMember("parent ID", e.ParentID, td); err != nil {
 		return err

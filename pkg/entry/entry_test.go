@@ -66,6 +66,7 @@ func TestInvalidEntriesAreRefusedByName(t *testing.T) {
 		{func(e *entry.Entry) { e.ParentID = td.ID() }, "has no path"},
 		{func(e *entry.Entry) { e.SPIFFEID = spiffeid.RequireFromPath(td, "/spire/server") }, "reserved"},
 		{func(e *entry.Entry) { e.SPIFFEID = spiffeid.RequireFromPath(td, "/spire/agent/join_token/x") }, "reserved"},
+		{func(e *entry.Entry) { e.SPIFFEID = spiffeid.RequireFromPath(td, "/hallmark/issuer/github") }, "reserved"},
 		{func(e *entry.Entry) { e.SPIFFEID = spiffeid.RequireFromPath(other, "/a") }, "not in this server's trust domain"},
 		{func(e *entry.Entry) { e.ParentID = spiffeid.RequireFromPath(other, "/a") }, "not in this server's trust domain"},
 		{func(e *entry.Entry) { e.Selectors = nil }, "missing selectors"},

@@ -21,7 +21,7 @@ var commands = []struct {
 	{"malformed selector", []string{"entry", "create", "--spiffe-id", "/web", "--parent-id", "/dev", "--selector", "unix"}, 2, []string{"selector", "type:value"}},
 	{"ID of another trust domain", []string{"entry", "create", "--spiffe-id", "spiffe://other.org/web", "--parent-id", "/dev", "--selector", "unix:uid:1"}, 1, []string{"other.org", "example.org"}},
 	{"ID with a query", []string{"entry", "create", "--spiffe-id", "spiffe://example.org/web?a", "--parent-id", "/dev", "--selector", "unix:uid:1"}, 2, []string{"is no SPIFFE ID", "write spiffe://DOMAIN/PATH"}},
-	{"reserved ID", []string{"entry", "create", "--spiffe-id", "/spire/server", "--parent-id", "/dev", "--selector", "unix:uid:1"}, 1, []string{"reserved for servers and agents"}},
+	{"reserved ID", []string{"entry", "create", "--spiffe-id", "/spire/server", "--parent-id", "/dev", "--selector", "unix:uid:1"}, 1, []string{"reserved: /spire/ for servers and agents"}},
 	{"bad DNS name", []string{"entry", "create", "--spiffe-id", "/web", "--parent-id", "/dev", "--selector", "unix:uid:1", "--dns", "a b"}, 1, []string{"DNS name", "a b"}},
 	{"lifetime without unit", []string{"entry", "create", "--spiffe-id", "/web", "--parent-id", "/dev", "--selector", "unix:uid:1", "--x509-ttl", "60"}, 2, []string{"has no unit", "write 60s"}},
 	{"entry that is not there", []string{"entry", "show", "none"}, 3, []string{"not found"}},
