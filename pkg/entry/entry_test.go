@@ -135,7 +135,7 @@ func TestRecordsKeepEveryField(t *testing.T) {
 	e.Admin, e.Downstream, e.StoreSVID, e.DisableX509Prefetch, e.JWTIncludeJTI = true, true, true, true, true
 	e.ExpiresAt, e.CreatedAt, e.RevisionNumber = time.Unix(2, 0), time.Unix(1, 0), 3
 	for i := range v.NumField() {
-		if v.Field(i).IsZero() {
+		if v.Type().Field(i).IsExported() && v.Field(i).IsZero() {
 			t.Fatalf("the test leaves %s empty", v.Type().Field(i).Name)
 		}
 	}
