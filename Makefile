@@ -54,6 +54,10 @@ soak: build test-deps ## ten minutes of one-minute SVIDs under mTLS, with crashe
 chaos: build test-deps ## three servers, and all that happens to servers, twenty times (as root)
 	HALLMARK_CHAOS=20,30s $(GO) test -count=1 -timeout 3h -run 'TestChaos' -v ./test
 
+.PHONY: churn
+churn: test-deps ## 2,000 processes on few PIDs and 200 containers come and go (as root)
+	HALLMARK_CHURN=2000,200 $(GO) test -count=1 -timeout 20m -run 'TestNo(Process|Container)GetsAnothersIdentity' -v ./test
+
 .PHONY: bench
 bench: build ## benchmarks; docs/performance.md explains them
 	$(GO) test -run '^$$' -bench . -benchtime 2s -timeout 30m ./test/bench ./server/... ./agent/...
