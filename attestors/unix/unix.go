@@ -12,7 +12,17 @@
 //	path:/usr/bin/app         the program, as its own mount namespace names it
 //	sha256:9f86d08…           of the program's file
 //
-// The last two tell the programs of one user apart only against mistakes:
+// and, beyond SPIRE's, where configured:
+//
+//	parent_path:/usr/sbin/cron    the program of the parent
+//	ancestor_path:/usr/bin/init   the program of each process further up
+//	start_time:8412345            hundredths of a second since boot
+//	traced:false                  whether a debugger holds it
+//
+// Nothing is told of the script that an interpreter runs: what there is to go
+// by, its arguments and open files, is the process's own to change.
+//
+// path and sha256 tell the programs of one user apart only against mistakes:
 // whoever runs as a user can make any program of that user do its will, and
 // can, in a mount namespace of its own, run any file under any path. Give
 // programs that must not trust each other users of their own.
@@ -49,7 +59,22 @@ type Config struct {
 	// MaxSize is how large a program's file may be to be read for sha256, in
 	// bytes. A larger one has no such selector. Default 1073741824, 1 GiB.
 	MaxSize int64 `yaml:"max_size"`
+	// Parents is for how many processes up from the attested one the program's
+	// path is a selector: parent_path for the first, ancestor_path for those
+	// above it. At most 16. Like path, it takes an agent that may look into
+	// processes. Default 0.
+	Parents int `yaml:"parents"`
+	// StartTime adds the selector start_time, which tells one run of a program
+	// from the next.
+	StartTime bool `yaml:"start_time"`
+	// Traced adds the selector traced, true or false: whether another process
+	// traces this one, by ptrace(2), while it is attested.
+	Traced bool `yaml:"traced"`
 }
+
+// MaxParents is the most that Parents may be: what supervisors, shells and
+// containers' shims stack up is less.
+const MaxParents = 16
 
 // DefaultMaxSize is how large a program is read by default, in bytes: large
 // ones with all their data embedded fit, and it is read within the time that
@@ -65,10 +90,13 @@ type Attestor struct {
 
 var _ attestors.Workload = (*Attestor)(nil)
 
-// New makes an attestor. It fails if MaxSize is negative.
+// New makes an attestor. It fails if MaxSize or Parents is out of bounds.
 func New(c Config) (*Attestor, error) {
 	if c.MaxSize < 0 {
 		return nil, fmt.Errorf("max_size of the unix attestor is %d; give a number of bytes, or 0 for %d", c.MaxSize, DefaultMaxSize)
+	}
+	if c.Parents < 0 || c.Parents > MaxParents {
+		return nil, fmt.Errorf("parents of the unix attestor is %d; give a number from 0 to %d", c.Parents, MaxParents)
 	}
 	if c.MaxSize == 0 {
 		c.MaxSize = DefaultMaxSize
@@ -113,13 +141,37 @@ func (a *Attestor) Attest(ctx context.Context, p attestors.Process) ([]selector.
 			add("supplementary_group", name)
 		}
 	}
+	if a.config.Traced {
+		add("traced", strconv.FormatBool(status.Tracer != 0))
+	}
+	if a.config.StartTime {
+		birth, err := peercred.ReadBirth(p.PID)
+		if err != nil {
+			return out, fmt.Errorf("find when process %d started: %w", p.PID, err)
+		}
+		add("start_time", strconv.FormatUint(birth.Start, 10))
+	}
+	var missing error // why there are no selectors of parents
+	if a.config.Parents > 0 {
+		paths, err := parents(p.PID, a.config.Parents)
+		if err != nil {
+			missing = fmt.Errorf("find the parents of process %d: %w", p.PID, err)
+		}
+		for i, path := range paths {
+			if i == 0 {
+				add("parent_path", path)
+			} else {
+				add("ancestor_path", path)
+			}
+		}
+	}
 	if !a.config.Path && !a.config.SHA256 {
-		return out, nil
+		return out, missing
 	}
 
 	exe, err := openProgram(p.PID)
 	if err != nil {
-		return out, err
+		return out, errors.Join(missing, err)
 	}
 	defer exe.file.Close()
 	if a.config.Path {
@@ -128,11 +180,11 @@ func (a *Attestor) Attest(ctx context.Context, p attestors.Process) ([]selector.
 	if a.config.SHA256 {
 		sum, err := a.sums.of(ctx, exe.file, a.config.MaxSize)
 		if err != nil {
-			return out, fmt.Errorf("hash the program of process %d, %s: %w", p.PID, exe.path, err)
+			return out, errors.Join(missing, fmt.Errorf("hash the program of process %d, %s: %w", p.PID, exe.path, err))
 		}
 		add("sha256", sum)
 	}
-	return out, nil
+	return out, missing
 }
 
 type program struct {

@@ -30,6 +30,17 @@ func TestMain(m *testing.M) {
 	if os.Getenv("UNIX_TEST_PROCESS") == "" {
 		os.Exit(m.Run())
 	}
+	if os.Getenv("UNIX_TEST_PROCESS") == "parent" { // leaves a child behind
+		child := exec.Command(os.Args[0])
+		child.Env = []string{"UNIX_TEST_PROCESS=1", "GORACE=atexit_sleep_ms=0"}
+		child.Stdin = os.Stdin
+		if err := child.Start(); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		fmt.Println(child.Process.Pid)
+		os.Exit(0)
+	}
 	fmt.Println("ready")
 	io.Copy(io.Discard, os.Stdin)
 }

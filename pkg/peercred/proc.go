@@ -28,6 +28,9 @@ type Status struct {
 	// Nested says that the process has a PID namespace of its own, below that
 	// of /proc: it knows processes by other PIDs than we do.
 	Nested bool
+	// Tracer is the process that traces it (ptrace(2)), and so reads and
+	// changes its memory; 0 if none does that /proc shows.
+	Tracer int32
 }
 
 // EffectiveUID returns the user ID that the process acts as.
@@ -68,6 +71,11 @@ func parseStatus(b []byte) (Status, error) {
 			err = parseFour(&s.GIDs, value)
 		case "NSpid": // the PID in each namespace, from that of /proc inwards; since Linux 4.1
 			s.Nested = len(bytes.Fields(value)) > 1
+		case "TracerPid":
+			seen |= 8
+			var n uint64
+			n, err = strconv.ParseUint(string(bytes.TrimSpace(value)), 10, 31)
+			s.Tracer = int32(n)
 		case "Groups":
 			seen |= 4
 			for f := range bytes.FieldsSeq(value) {
@@ -82,8 +90,8 @@ func parseStatus(b []byte) (Status, error) {
 			return Status{}, fmt.Errorf("line %q: %w", key, err)
 		}
 	}
-	if seen != 7 {
-		return Status{}, errors.New("a line of Uid, Gid and Groups is missing")
+	if seen != 15 {
+		return Status{}, errors.New("a line of Uid, Gid, TracerPid and Groups is missing")
 	}
 	return s, nil
 }
@@ -109,8 +117,33 @@ func parseFour(into *[4]uint32, value []byte) error {
 
 // stat is what /proc/PID/stat says of a process.
 type stat struct {
-	state byte
-	start uint64 // clock ticks since boot
+	state  byte
+	parent int32  // 0: none that /proc shows
+	start  uint64 // clock ticks since boot
+}
+
+// Birth is where a process comes from.
+type Birth struct {
+	// Parent is the process that it is a child of now; 0 if /proc shows none.
+	// When a parent ends, another takes its place.
+	Parent int32
+	// Start is when it was started, in hundredths of a second since boot.
+	// With the PID it names one process.
+	Start uint64
+}
+
+// ReadBirth reads /proc/PID/stat. It fails with [ErrEnded] if the process has
+// ended. The caller checks afterwards that the process is still the one it
+// means.
+func ReadBirth(pid int32) (Birth, error) {
+	s, err := readStat(pid)
+	if err != nil {
+		return Birth{}, err
+	}
+	if s.ended() {
+		return Birth{}, fmt.Errorf("pid %d: %w", pid, ErrEnded)
+	}
+	return Birth{Parent: s.parent, Start: s.start}, nil
 }
 
 // ended reports whether the process is dead and only waits for its parent.
@@ -130,8 +163,9 @@ func readStat(pid int32) (stat, error) {
 
 // Fields of proc_pid_stat(5), counted from the one after the command's name.
 const (
-	statState = 0  // field 3
-	statStart = 19 // field 22
+	statState  = 0  // field 3
+	statParent = 1  // field 4
+	statStart  = 19 // field 22
 )
 
 func parseStat(b []byte) (stat, error) {
@@ -150,6 +184,12 @@ func parseStat(b []byte) (stat, error) {
 				return stat{}, fmt.Errorf("state %q is not one letter", f)
 			}
 			s.state = f[0]
+		case statParent:
+			n, err := strconv.ParseUint(string(f), 10, 31)
+			if err != nil {
+				return stat{}, fmt.Errorf("parent: %w", err)
+			}
+			s.parent = int32(n)
 		case statStart:
 			n, err := strconv.ParseUint(string(f), 10, 64)
 			if err != nil {

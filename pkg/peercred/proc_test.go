@@ -42,7 +42,7 @@ func TestABrokenStatIsRefused(t *testing.T) {
 	}
 }
 
-const goodStatus = "Name:\tx\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t9 10 \n"
+const goodStatus = "Name:\tx\nTracerPid:\t77\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t9 10 \n"
 
 func TestAProcessOfAnotherPIDNamespaceIsTold(t *testing.T) {
 	for line, want := range map[string]bool{"": false, "NSpid:\t7\n": false, "NSpid:\t4711\t7\n": true, "NSpid:\t4711\t7\t1\n": true} {
