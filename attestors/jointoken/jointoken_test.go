@@ -60,20 +60,42 @@ func TestAnUnknownTokenIsRefused(t *testing.T) {
 	}
 }
 
-func TestWhatCannotBeATokenIsNeverLookedUp(t *testing.T) {
-	s := jointoken.New(func(_ context.Context, token string) error {
-		t.Errorf("%q was looked up", token)
-		return nil
-	})
-	for _, token := range []string{"", strings.Repeat("x", 256), "a/b", "a b", ".", "..", "t\x00", "t\xff", "tök"} {
-		if _, err := s.Verify(t.Context(), []byte(token), nil); err == nil {
-			t.Errorf("%q is accepted", token)
-		} else if token != "" && len(token) > 2 && strings.Contains(err.Error(), token) {
-			t.Errorf("the error holds the token: %v", err)
-		}
-		if _, err := jointoken.NewAgent(token); err == nil {
-			t.Errorf("%q makes an agent's half", token)
-		}
+// What someone without a token tries. What cannot be one is refused before it
+// is looked up.
+func TestAttacksWithoutAToken(t *testing.T) {
+	const form = "join token is malformed"
+	for _, c := range []struct{ name, payload, want string }{
+		{"nothing", "", "is empty"},
+		{"a token longer than any", strings.Repeat("x", jointoken.MaxToken+1), "256 bytes long"},
+		{"a payload of the largest size", strings.Repeat("x", 64<<10), "65536 bytes long"},
+		{"the path of another agent", "a/b", form},
+		{"the path of the server", "../server", form},
+		{"the segment of oneself", ".", form},
+		{"the segment above", "..", form},
+		{"a query", "the-token?x=1", form},
+		{"a fragment", "the-token#x", form},
+		{"an escaped separator", "a%2fb", form},
+		{"a space after a good token", "the-token ", form},
+		{"a line's end after a good token", "the-token\n", form},
+		{"a zero byte after a good token", "the-token\x00", form},
+		{"bytes that are no text", "t\xff", form},
+		{"a letter that only looks alike", "the-tоken", form},
+		{"JSON", `{"token":"the-token"}`, form},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := jointoken.New(func(_ context.Context, token string) error {
+				t.Errorf("%q was looked up", token)
+				return nil
+			})
+			if _, err := s.Verify(t.Context(), []byte(c.payload), nil); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("error is %v; want %q", err, c.want)
+			} else if len(c.payload) > 2 && strings.Contains(err.Error(), c.payload) {
+				t.Errorf("the error holds the token: %v", err)
+			}
+			if _, err := jointoken.NewAgent(c.payload); err == nil {
+				t.Error("it makes an agent's half")
+			}
+		})
 	}
 }
 
