@@ -85,8 +85,22 @@ func serve(t testing.TB, h http.HandlerFunc) (socket string) {
 }
 
 func TestWhatADaemonAnswersIsChecked(t *testing.T) {
-	inside := inGroup(t, "/hallmark-test/docker/"+id)
-	outside := inGroup(t, "/hallmark-test/docker/"+other)
+	for _, engine := range []struct {
+		name, group string
+		make        func(socket string) (*docker.Attestor, error)
+	}{
+		{docker.Name, "/hallmark-test/docker/", func(socket string) (*docker.Attestor, error) { return docker.New(docker.Config{Socket: socket}) }},
+		{docker.PodmanName, "/hallmark-test/libpod_parent/libpod-", func(socket string) (*docker.Attestor, error) {
+			return docker.NewPodman(docker.PodmanConfig{Socket: socket})
+		}},
+	} {
+		t.Run(engine.name, func(t *testing.T) { checkAnswers(t, engine.group, engine.make) })
+	}
+}
+
+func checkAnswers(t *testing.T, group string, attestor func(socket string) (*docker.Attestor, error)) {
+	inside := inGroup(t, group+id)
+	outside := inGroup(t, group+other)
 	for _, c := range []struct {
 		name string
 		h    http.HandlerFunc
@@ -115,7 +129,7 @@ func TestWhatADaemonAnswersIsChecked(t *testing.T) {
 		{"a closed connection", func(w http.ResponseWriter, r *http.Request) { panic(http.ErrAbortHandler) }, "EOF"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			a, err := docker.New(docker.Config{Socket: serve(t, c.h)})
+			a, err := attestor(serve(t, c.h))
 			must(t, err)
 			got, err := a.Attest(t.Context(), attestors.Process{PID: inside})
 			if len(got) != 0 {
