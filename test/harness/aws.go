@@ -36,12 +36,12 @@ type AWS struct {
 	cert *x509.Certificate
 	key  *rsa.PrivateKey
 
+	cloudFaults
+
 	mu       sync.Mutex
 	instance EC2Instance
 	keys     map[string]aws.Credentials // those that the APIs know, by ID
 	asked    []string                   // of the APIs, in order
-	failing  http.HandlerFunc           // answers instead of the metadata service
-	broken   http.HandlerFunc           // answers instead of the APIs
 }
 
 // EC2Instance is one.
@@ -92,20 +92,6 @@ func (a *AWS) Set(i EC2Instance) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.instance = i
-}
-
-// Fail has the metadata service answer otherwise; nil ends that.
-func (a *AWS) Fail(h http.HandlerFunc) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.failing = h
-}
-
-// Break has the APIs answer otherwise; nil ends that.
-func (a *AWS) Break(h http.HandlerFunc) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.broken = h
 }
 
 // Key makes credentials that the APIs know.
@@ -213,27 +199,16 @@ func (a *AWS) Metadata(t testing.TB) http.Handler {
 		})
 		return string(out)
 	})
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		a.mu.Lock()
-		failing := a.failing
-		a.mu.Unlock()
-		if failing != nil {
-			failing(w, r)
-			return
-		}
+	return a.metadata(func(w http.ResponseWriter, r *http.Request) {
 		mux.ServeHTTP(w, r)
 	})
 }
 
 // API is EC2, IAM and STS at one address. Their requests must be signed.
 func (a *AWS) API() http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	return a.api(func(w http.ResponseWriter, r *http.Request) {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		if a.broken != nil {
-			a.broken(w, r)
-			return
-		}
 		body, err := io.ReadAll(io.LimitReader(r.Body, 1<<20))
 		r.Body = io.NopCloser(bytes.NewReader(body))
 		refuse := func(code string) {

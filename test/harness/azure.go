@@ -28,12 +28,12 @@ type Azure struct {
 	Root, Intermediate, Leaf *x509.Certificate
 	RootKey, Key             *rsa.PrivateKey // of the root, and of the leaf
 
+	cloudFaults
+
 	mu      sync.Mutex
 	machine AzureMachine
-	failing http.HandlerFunc // answers instead of the metadata service
-	broken  http.HandlerFunc // answers instead of the API
-	fetched int              // how often the intermediate certificate was
-	asked   []string         // for tokens, by whom
+	fetched int      // how often the intermediate certificate was
+	asked   []string // for tokens, by whom
 }
 
 // AzureMachine is one.
@@ -99,20 +99,6 @@ func (a *Azure) Set(m AzureMachine) {
 	a.machine = m
 }
 
-// Fail has the metadata service answer otherwise; nil ends that.
-func (a *Azure) Fail(h http.HandlerFunc) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.failing = h
-}
-
-// Break has the API answer otherwise; nil ends that.
-func (a *Azure) Break(h http.HandlerFunc) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.broken = h
-}
-
 // Fetched returns how often the intermediate certificate was fetched.
 func (a *Azure) Fetched() int {
 	a.mu.Lock()
@@ -162,13 +148,8 @@ func (a *Azure) Metadata(t testing.TB) http.Handler {
 		a.asked = append(a.asked, "managed identity")
 		reply(w, map[string]string{"access_token": "token-of-azure", "expires_in": "86399", "token_type": "Bearer"})
 	})
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		a.mu.Lock()
-		failing := a.failing
-		a.mu.Unlock()
+	return a.metadata(func(w http.ResponseWriter, r *http.Request) {
 		switch {
-		case failing != nil:
-			failing(w, r)
 		case r.Header.Get("Metadata") != "true" || r.FormValue("api-version") == "" || r.Header.Get("X-Forwarded-For") != "":
 			http.Error(w, `{"error":"Bad request. Required metadata header not specified"}`, http.StatusBadRequest)
 		default:
@@ -232,13 +213,9 @@ func (a *Azure) API() http.Handler {
 		}
 		_ = json.NewEncoder(w).Encode(map[string]any{"totalRecords": len(data), "count": len(data), "data": data, "resultTruncated": "false"})
 	})
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	return a.api(func(w http.ResponseWriter, r *http.Request) {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		if a.broken != nil {
-			a.broken(w, r)
-			return
-		}
 		mux.ServeHTTP(w, r)
 	})
 }

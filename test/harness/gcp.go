@@ -25,12 +25,12 @@ type GCP struct {
 	Keys string // JWKS file of the public key, for the configuration
 	Key  *rsa.PrivateKey
 
+	cloudFaults
+
 	mu       sync.Mutex
 	instance GCPInstance
-	account  *rsa.PrivateKey  // of a service account
-	failing  http.HandlerFunc // answers instead of the metadata server
-	broken   http.HandlerFunc // answers instead of the API
-	asked    []string         // for tokens, by whom
+	account  *rsa.PrivateKey // of a service account
+	asked    []string        // for tokens, by whom
 }
 
 // GCPInstance is one.
@@ -65,20 +65,6 @@ func (g *GCP) Set(i GCPInstance) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.instance = i
-}
-
-// Fail has the metadata server answer otherwise; nil ends that.
-func (g *GCP) Fail(h http.HandlerFunc) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.failing = h
-}
-
-// Break has the API answer otherwise; nil ends that.
-func (g *GCP) Break(h http.HandlerFunc) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.broken = h
 }
 
 // Asked returns who asked for tokens of the API.
@@ -146,14 +132,7 @@ func (g *GCP) Metadata(t testing.TB) http.Handler {
 		g.asked = append(g.asked, "instance")
 		io.WriteString(w, `{"access_token":"ya29.token","expires_in":3599,"token_type":"Bearer"}`)
 	})
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		g.mu.Lock()
-		failing := g.failing
-		g.mu.Unlock()
-		if failing != nil {
-			failing(w, r)
-			return
-		}
+	return g.metadata(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Metadata-Flavor") != "Google" || r.Header.Get("X-Forwarded-For") != "" {
 			http.Error(w, "Missing Metadata-Flavor:Google header.", http.StatusForbidden)
 			return
@@ -204,13 +183,9 @@ func (g *GCP) API() http.Handler {
 			"tags": map[string]any{"items": i.Tags}, "metadata": map[string]any{"kind": "compute#metadata", "items": items},
 		})
 	})
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	return g.api(func(w http.ResponseWriter, r *http.Request) {
 		g.mu.Lock()
 		defer g.mu.Unlock()
-		if g.broken != nil {
-			g.broken(w, r)
-			return
-		}
 		mux.ServeHTTP(w, r)
 	})
 }
