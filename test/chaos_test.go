@@ -34,7 +34,10 @@ const (
 	chaosAgents   = 2
 	chaosPace     = 40 * time.Millisecond // between the writes of one writer
 	chaosLifetime = 30                    // seconds, of the workloads' SVIDs
-	chaosDisk     = "size=2g"             // of each server
+	// chaosPatience is for a server that was cut off: TCP tries again after about as
+	// long as it could not be heard.
+	chaosPatience = 2 * time.Minute
+	chaosDisk     = "size=2g" // of each server
 )
 
 // TestChaos does to three servers, each on a host of its own, what happens to
@@ -349,7 +352,9 @@ func (c *chaos) end(t *testing.T) {
 	harness.Eventually(t, "one state of all servers", func(ctx context.Context) error {
 		seen := make(map[string]bool)
 		for _, name := range c.names {
-			resp, err := hallmarkv1.NewAdminServiceClient(c.dial(t, name)).GetServer(ctx, &hallmarkv1.GetServerRequest{})
+			conn := c.dial(t, name)
+			resp, err := hallmarkv1.NewAdminServiceClient(conn).GetServer(ctx, &hallmarkv1.GetServerRequest{})
+			conn.Close()
 			if err != nil {
 				return err
 			}
@@ -555,15 +560,23 @@ func (w *writers) acknowledged() (present map[string]string, gone map[string]boo
 // after waits until a server has acknowledged something after a moment.
 func (w *writers) after(t *testing.T, name string, moment time.Time) {
 	t.Helper()
-	harness.Eventually(t, "an acknowledged write at "+name, func(context.Context) error {
+	deadline := time.After(chaosPatience)
+	tick := time.NewTicker(chaosPace)
+	defer tick.Stop()
+	for {
 		w.mu.Lock()
-		defer w.mu.Unlock()
 		at := w.at[name]
-		if len(at) == 0 || !at[len(at)-1].After(moment) {
-			return fmt.Errorf("there were %d, none of them since", len(at))
+		there := len(at) > 0 && at[len(at)-1].After(moment)
+		w.mu.Unlock()
+		if there {
+			return
 		}
-		return nil
-	})
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatalf("%s has acknowledged no write for %v", name, chaosPatience)
+		}
+	}
 }
 
 // pause returns the longest time since a moment in which a server acknowledged

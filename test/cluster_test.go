@@ -107,7 +107,9 @@ func (s *servers) leader(t *testing.T, ask string) (leader string) {
 func (s *servers) entries(t *testing.T, name string) map[string]bool {
 	t.Helper()
 	ids := make(map[string]bool)
-	client := entryv1.NewEntryClient(s.dial(t, name))
+	conn := s.dial(t, name)
+	defer conn.Close() // a socket takes so many and no more
+	client := entryv1.NewEntryClient(conn)
 	for page := ""; ; {
 		resp, err := client.ListEntries(t.Context(), &entryv1.ListEntriesRequest{PageSize: 1000, PageToken: page})
 		if err != nil {
