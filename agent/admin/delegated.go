@@ -114,7 +114,7 @@ func (s *delegatedService) SubscribeToX509SVIDs(r *delegatedv1.SubscribeToX509SV
 		return err
 	}
 	defer stop()
-	return e.Follow(ctx, delivery.Stream{Send: stream.SendMsg, Check: e.check, Sent: e.audit.X509()}, encodeDelegated)
+	return e.Follow(ctx, delivery.Stream{Send: stream.SendMsg, Check: e.check, Record: e.audit.X509()}, encodeDelegated)
 }
 
 // encodeDelegated returns nil if there are identities and none of them can be

@@ -67,7 +67,7 @@ func (s *Server) SubscribeToX509SVID(r *broker.SubscribeToX509SVIDRequest, strea
 	}
 	defer stop()
 	to := e.to(stream)
-	to.Sent = e.audit.X509()
+	to.Record = e.audit.X509()
 	return e.Follow(ctx, to, encodeX509SVIDs)
 }
 

@@ -16,8 +16,8 @@ type Audit struct {
 	Reference slog.Attr // how they named the workload
 }
 
-// X509 returns what is to be told of each update that a stream has sent. It
-// records an X509-SVID once for each stream.
+// X509 returns what is to be told of each update that a stream sends, before it
+// does. It records an X509-SVID once for each stream.
 func (a Audit) X509() func(*held.Update) {
 	var recorded map[*held.X509SVID]bool
 	return func(u *held.Update) {

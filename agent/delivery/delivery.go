@@ -73,8 +73,9 @@ type Stream struct {
 	// None makes the error that a stream ends with while there is nothing to be
 	// had. Nil: then too it has a message.
 	None func() error
-	// Sent, if set, is told what went out.
-	Sent func(*held.Update)
+	// Record, if set, is told what is about to be sent: nothing goes out that is
+	// not on record.
+	Record func(*held.Update)
 }
 
 // Follow sends what encode makes of the share, now and whenever anything of it
@@ -194,13 +195,13 @@ func (to Stream) send(message endpoint.Encoded, last *endpoint.Encoded, u *held.
 	if *last != nil && bytes.Equal(*last, message) {
 		return nil
 	}
+	if to.Record != nil {
+		to.Record(u)
+	}
 	if err := to.Send(message); err != nil {
 		return err
 	}
 	*last = message
-	if to.Sent != nil {
-		to.Sent(u)
-	}
 	return nil
 }
 

@@ -30,7 +30,7 @@ func (s *Server) FetchWITSVID(r *workload.WITSVIDRequest, stream grpc.ServerStre
 		return err
 	}
 	to := s.to(stream, c, selectors)
-	to.Sent = s.first(c, span, "WIT-SVIDs given", func(u *held.Update) iter.Seq[spiffeid.ID] { return delivery.WITIDs(u, id) })
+	to.Record = s.first(c, span, "WIT-SVIDs given", func(u *held.Update) iter.Seq[spiffeid.ID] { return delivery.WITIDs(u, id) })
 	return s.share(selectors).FollowWIT(ctx, to, id, encodeWITSVIDs)
 }
 

@@ -103,8 +103,8 @@ func (s *Server) to(stream grpc.ServerStream, c *endpoint.Caller, selectors sele
 	}
 }
 
-// first returns what ends a span, and logs which IDs a caller was given SVIDs
-// of, once a stream's first message is sent.
+// first returns what ends a span, and logs which IDs a caller is given SVIDs
+// of, when a stream's first message goes out.
 func (s *Server) first(c *endpoint.Caller, span trace.Span, what string, ids func(*held.Update) iter.Seq[spiffeid.ID]) func(*held.Update) {
 	sent := false
 	return func(u *held.Update) {

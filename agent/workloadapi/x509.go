@@ -24,7 +24,7 @@ func (s *Server) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.ServerSt
 		return err
 	}
 	to := s.to(stream, c, selectors)
-	to.Sent = s.first(c, span, "X509-SVIDs given", idsOf)
+	to.Record = s.first(c, span, "X509-SVIDs given", idsOf)
 	return s.share(selectors).Follow(ctx, to, once(x509SVIDs, encodeX509SVIDs))
 }
 

@@ -2,6 +2,7 @@ package docker_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -108,16 +109,22 @@ func attest(t testing.TB, a *docker.Attestor, pid int32) []string {
 	return selector.NewSet(got...).Strings()
 }
 
-// childOf waits for a child of a process and returns its PID.
+// childOf waits for a child of a process and returns its PID. Any thread may
+// have started it, and the kernel lists it there.
 func childOf(t testing.TB, pid int32) (child int32) {
 	t.Helper()
 	harness.Eventually(t, "a child", func(context.Context) error {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+		lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
 		if err != nil {
 			return err
 		}
-		_, err = fmt.Sscan(string(b), &child)
-		return err
+		for _, list := range lists {
+			if b, err := os.ReadFile(list); err == nil && len(b) > 0 {
+				_, err = fmt.Sscan(string(b), &child)
+				return err
+			}
+		}
+		return errors.New("it has none yet")
 	})
 	return child
 }
