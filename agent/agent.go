@@ -152,6 +152,12 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 		}
 		return err
 	})
+	for _, p := range s.plugins {
+		below.Go(func() error {
+			p.Run(base, log)
+			return nil
+		})
+	}
 	below.Go(func() error { return f.Run(base) })
 	below.Go(func() error { return h.Run(base) })
 

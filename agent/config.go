@@ -2,9 +2,11 @@ package agent
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -21,6 +23,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors/k8s"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
 	"github.com/hallmark-id/hallmark/attestors/oidc"
+	"github.com/hallmark-id/hallmark/attestors/plugin"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
 	"github.com/hallmark-id/hallmark/attestors/systemd"
 	"github.com/hallmark-id/hallmark/attestors/tpmdevid"
@@ -165,6 +168,11 @@ type NodeAttestorConfig struct {
 	AzureIMDS *azureimds.AgentConfig `yaml:"azure_imds"` // by the attested document of its virtual machine of Azure
 	GCPIIT    *gcpiit.AgentConfig    `yaml:"gcp_iit"`    // by the identity token of its instance of Google Cloud
 	OIDC      *oidc.AgentConfig      `yaml:"oidc"`       // by the token of an outside issuer
+
+	// Plugins is an external program that was written for SPIRE, by its name: a
+	// node attestor, of which the server needs the other half under the same name.
+	// It runs with the rights of the agent. Default: none.
+	Plugins map[string]plugin.Config `yaml:"plugins"`
 }
 
 // JoinTokenConfig is attestation by join token.
@@ -182,6 +190,11 @@ type WorkloadAttestorsConfig struct {
 	Podman  *docker.PodmanConfig `yaml:"podman"`  // by the container of podman that it runs in
 	Systemd *systemd.Config      `yaml:"systemd"` // by the unit of systemd that it runs in
 	K8s     *k8s.Config          `yaml:"k8s"`     // by the pod and the container of Kubernetes that it runs in
+
+	// Plugins are external programs that were written for SPIRE, by name: its
+	// workload attestors. Each runs with the rights of the agent. At most 16.
+	// Default: none.
+	Plugins map[string]plugin.Config `yaml:"plugins"`
 }
 
 // nodeAttestors is the table of what a node can prove itself with. A
@@ -341,6 +354,7 @@ type settings struct {
 	trust     *bundle.Bundle // of trust_bundle; nil: none
 	node      *node.Attestor // nil: none
 	workloads map[string]attestors.Workload
+	plugins   []runner // the attestors that are external programs
 	delegates []spiffeid.ID
 	brokers   []broker.Policy // none: there is no Broker API
 }
@@ -504,6 +518,11 @@ func (s *settings) checkPaths(wrong wrongFunc) {
 	}
 }
 
+// runner is an attestor that runs beside the agent.
+type runner interface {
+	Run(context.Context, *slog.Logger)
+}
+
 // checkAttestors makes the attestors.
 func (s *settings) checkAttestors(wrong wrongFunc) {
 	if c := s.NodeAttestor; c != nil {
@@ -522,9 +541,18 @@ func (s *settings) checkAttestors(wrong wrongFunc) {
 			}
 			s.node = cmp.Or(a, s.node)
 		}
+		for name, plugged := range c.Plugins {
+			named++
+			a, err := plugin.NewAgent(name, plugged, s.td)
+			if err != nil {
+				wrong("node_attestor.plugins."+name, "plugin %s: %v", name, err)
+				continue
+			}
+			s.node, s.plugins = &node.Attestor{Name: name, Agent: a}, append(s.plugins, a)
+		}
 		switch {
 		case named == 0:
-			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek, tpm_devid, k8s_psat, aws_iid, azure_imds or gcp_iit, or remove it")
+			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek, tpm_devid, k8s_psat, aws_iid, azure_imds, gcp_iit, oidc or one of plugins, or remove it")
 		case named > 1:
 			wrong("node_attestor", "node_attestor names %d attestors; a node proves what it is by one", named)
 		}
@@ -536,9 +564,13 @@ func (s *settings) checkAttestors(wrong wrongFunc) {
 		}
 	}
 
+	named := 0
 	s.workloads = make(map[string]attestors.Workload)
 	for _, kind := range workloadAttestors {
 		a, err := kind.make(s.WorkloadAttestors)
+		if err != nil || a != nil {
+			named++
+		}
 		if err != nil {
 			wrong("workload_attestors."+kind.name, "%v", err)
 			continue
@@ -547,7 +579,19 @@ func (s *settings) checkAttestors(wrong wrongFunc) {
 			s.workloads[kind.name] = a
 		}
 	}
-	if *s.WorkloadAttestors == (WorkloadAttestorsConfig{}) {
+	plugged := s.WorkloadAttestors.Plugins
+	if err := plugin.CheckAll(plugged); err != nil {
+		wrong("workload_attestors.plugins", "plugins: %v", err)
+	}
+	for name, c := range plugged {
+		a, err := plugin.NewWorkload(name, c, s.td)
+		if err != nil {
+			wrong("workload_attestors.plugins."+name, "plugin %s: %v", name, err)
+			continue
+		}
+		s.workloads[name], s.plugins = a, append(s.plugins, a)
+	}
+	if named == 0 && len(plugged) == 0 {
 		wrong("workload_attestors", "workload_attestors names no attestor, so no process would get an identity; choose unix, or remove it")
 	}
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/agent"
 	"github.com/hallmark-id/hallmark/agent/node/nodetest"
+	"github.com/hallmark-id/hallmark/attestors/plugin"
 	"github.com/hallmark-id/hallmark/pkg/config"
 )
 
@@ -177,5 +178,16 @@ func TestTheLayoutIsWhatTheAgentUses(t *testing.T) {
 	if want := (config.Layout{TrustDomain: "example.org", AdminSocket: "/a", DataDirs: []string{dir}, Connections: 4096, Descriptors: 2,
 		Socket: "/w", Server: "ca.example.org:8081"}); !reflect.DeepEqual(l, want) {
 		t.Errorf("got %+v, want %+v", l, want)
+	}
+}
+
+func TestNoPluginTakesTheNameOfABuiltInAttestor(t *testing.T) {
+	good := plugin.Config{Command: "/x", InsecureNoChecksum: true}
+	for _, section := range []any{agent.NodeAttestorConfig{}, agent.WorkloadAttestorsConfig{}} {
+		for _, f := range reflect.VisibleFields(reflect.TypeOf(section)) {
+			if name := f.Tag.Get("yaml"); name != "plugins" && good.Check(name) == nil {
+				t.Errorf("a plugin may be called %s", name)
+			}
+		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -16,6 +17,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
 	"github.com/hallmark-id/hallmark/attestors/oidc"
+	"github.com/hallmark-id/hallmark/attestors/plugin"
 	"github.com/hallmark-id/hallmark/attestors/sshpop"
 	"github.com/hallmark-id/hallmark/attestors/tpmdevid"
 	"github.com/hallmark-id/hallmark/attestors/tpmek"
@@ -36,6 +38,11 @@ type NodeAttestorsConfig struct {
 	AzureIMDS *azureimds.ServerConfig `yaml:"azure_imds"` // by the attested document of a virtual machine of Azure
 	GCPIIT    *gcpiit.ServerConfig    `yaml:"gcp_iit"`    // by the identity token of an instance of Google Cloud
 	OIDC      *oidc.ServerConfig      `yaml:"oidc"`       // by the token of an outside issuer
+
+	// Plugins are external programs that were written for SPIRE, by name: its
+	// node attestors. Each runs with the rights of the server. At most 16.
+	// Default: none.
+	Plugins map[string]plugin.Config `yaml:"plugins"`
 }
 
 // JoinTokenConfig enables join tokens; there is nothing to say of them.
@@ -143,7 +150,30 @@ func (s *settings) makeAttestors(reg *registry.Registry, log *slog.Logger) (map[
 			out[kind.name] = a
 		}
 	}
+	for name, c := range s.NodeAttestors.Plugins {
+		a, err := plugin.NewServer(name, c, plugin.Options{
+			TrustDomain: s.td,
+			Agents:      func(id spiffeid.ID) bool { return reg.View().Node(id) != nil },
+			Log:         log,
+		})
+		if err != nil {
+			return nil, fmt.Errorf("node attestor %s: %w", name, err)
+		}
+		out[name] = a
+	}
 	return out, nil
+}
+
+// runPlugins runs the attestors that are external programs until the context
+// ends. What happens to one of them harms nothing else.
+func runPlugins(ctx context.Context, all map[string]attestors.Server, log *slog.Logger) {
+	var running sync.WaitGroup
+	for _, a := range all {
+		if p, ok := a.(*plugin.Server); ok {
+			running.Go(func() { p.Run(ctx, log) })
+		}
+	}
+	running.Wait()
 }
 
 // checkAttestors finds out whether the attestors of nodes can be made.
@@ -151,6 +181,14 @@ func (s *settings) checkAttestors(wrong func(path, format string, args ...any)) 
 	for _, kind := range nodeAttestors {
 		if _, err := kind.make(s, nil, nil); err != nil {
 			wrong("node_attestors."+kind.name, "%s: %v", kind.name, err)
+		}
+	}
+	if err := plugin.CheckAll(s.NodeAttestors.Plugins); err != nil {
+		wrong("node_attestors.plugins", "plugins: %v", err)
+	}
+	for name, c := range s.NodeAttestors.Plugins {
+		if err := c.Check(name); err != nil {
+			wrong("node_attestors.plugins."+name, "plugin %s: %v", name, err)
 		}
 	}
 }

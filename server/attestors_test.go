@@ -10,10 +10,12 @@ import (
 	"math/big"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/hallmark-id/hallmark/attestors/plugin"
 	"github.com/hallmark-id/hallmark/server"
 )
 
@@ -87,6 +89,17 @@ func TestAnAttestorThatCannotBeMadeIsRefusedWithItsPlace(t *testing.T) {
 		err := server.Check(source("trust_domain: example.org\nnode_attestors:\n  " + yaml + "\n"))
 		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "server.yaml:3") {
 			t.Errorf("%s: error is %v, want one on line 3 with %q", yaml, err, want)
+		}
+	}
+}
+
+func TestNoPluginTakesTheNameOfABuiltInAttestor(t *testing.T) {
+	good := plugin.Config{Command: "/x", InsecureNoChecksum: true}
+	for _, section := range []any{server.NodeAttestorsConfig{}} {
+		for _, f := range reflect.VisibleFields(reflect.TypeOf(section)) {
+			if name := f.Tag.Get("yaml"); name != "plugins" && good.Check(name) == nil {
+				t.Errorf("a plugin may be called %s", name)
+			}
 		}
 	}
 }

@@ -128,6 +128,10 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	defer stop()
 	below, base := errgroup.WithContext(base)
 	below.Go(func() error { return reg.Run(base) })
+	below.Go(func() error {
+		runPlugins(base, evidence, log)
+		return nil
+	})
 	if st.member != nil {
 		below.Go(func() error { return st.member.Run(base) })
 	}
