@@ -323,11 +323,10 @@ func TestAPluginGetsNoEnvironmentButWhatIsNamed(t *testing.T) {
 }
 
 // node has an agent's half prove to a server's half what it is.
-func node(t *testing.T, mode string, known ...string) (*attestors.Evidence, int, error) {
+func node(t *testing.T, own *logged, mode string, known ...string) (*attestors.Evidence, int, error) {
 	t.Helper()
-	var own logged
 	s, err := plugin.NewServer("example", config(t, "server", fmt.Sprintf("mode = %q\n", mode)), plugin.Options{
-		TrustDomain: td, Log: slog.New(slog.NewTextHandler(&own, nil)),
+		TrustDomain: td, Log: slog.New(slog.NewTextHandler(own, nil)),
 		Agents: func(id spiffeid.ID) bool { return len(known) > 0 && id.String() == known[0] },
 	})
 	if err != nil {
@@ -352,25 +351,34 @@ func node(t *testing.T, mode string, known ...string) (*attestors.Evidence, int,
 }
 
 func TestANodeIsAttestedByAPlugin(t *testing.T) {
-	e, challenges, err := node(t, "")
+	e, challenges, err := node(t, &logged{}, "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	if e.Path != "example/node-1" || fmt.Sprint(e.Selectors) != "[example:node:node-1]" || !e.CanReattest || challenges != 1 {
 		t.Errorf("evidence is %+v after %d challenges", e, challenges)
 	}
-	if e, _, err = node(t, "", "spiffe://example.org/spire/agent/example/node-1"); err != nil || len(e.Selectors) != 2 {
+	if e, _, err = node(t, &logged{}, "", "spiffe://example.org/spire/agent/example/node-1"); err != nil || len(e.Selectors) != 2 {
 		t.Errorf("of a node that is known: %+v, %v", e, err)
 	}
 }
 
 func TestAPluginSpeaksForItsOwnNodesAlone(t *testing.T) {
-	for _, mode := range []string{"foreign", "other", "workload", "itself", "many", "challenges", "crash", "panic", "fail"} {
+	const elsewhere = "is not below spiffe://example.org/spire/agent/example/"
+	for mode, says := range map[string]string{
+		"foreign": elsewhere, "other": elsewhere, "workload": elsewhere, "itself": elsewhere,
+		"many": "1001 selectors", "challenges": "more than 10 challenges",
+		"crash": "Unavailable", "panic": "Unavailable", "fail": "it fails",
+	} {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
-			e, challenges, err := node(t, mode)
+			var own logged
+			e, challenges, err := node(t, &own, mode)
 			if !errors.Is(err, attestors.ErrUnavailable) || e != nil {
 				t.Errorf("evidence is %+v, %v", e, err)
+			}
+			if !strings.Contains(own.String(), says) {
+				t.Errorf("the log does not say %q:\n%s", says, own.String())
 			}
 			if challenges > 11 {
 				t.Errorf("it sent %d challenges", challenges)
