@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -22,25 +21,10 @@ import (
 // do they when the plugin itself was killed, or the agent.
 func TestPluginsOfSPIREAttestNodesAndWorkloads(t *testing.T) {
 	harness.NeedRoot(t)
-	dir, err := os.MkdirTemp("", "hallmark-plugins-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	program := filepath.Join(dir, "plugin")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", program, "./plugin")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build the plugin: %v\n%s", err, out)
-	}
+	dir := t.TempDir()
+	program := harness.Program(t, "github.com/hallmark-id/hallmark/test/plugin")
 	data, err := os.ReadFile(program)
 	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(program, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	plugin := func(what, checksum, data string) string {
@@ -76,29 +60,30 @@ func TestPluginsOfSPIREAttestNodesAndWorkloads(t *testing.T) {
 	d.Admin(t, "entry", "create", "--spiffe-id", "/by-uid", "--parent-id", agent, "--selector", fmt.Sprintf("unix:uid:%d", echoUID+1))
 
 	byPlugin := harness.Command{Args: []string{"fetch", "x509", "--socket", d.Socket}, UID: echoUID}
+	byUID := harness.Command{Args: byPlugin.Args, UID: echoUID + 1}
+	// both asks more at once than the answers that a plugin may owe.
 	both := func(when string) {
 		t.Helper()
-		for _, c := range []struct {
-			fetch harness.Command
-			id    string
-		}{
-			{byPlugin, "spiffe://example.org/by-plugin"},
-			{harness.Command{Args: byPlugin.Args, UID: echoUID + 1}, "spiffe://example.org/by-uid"},
-		} {
-			harness.Eventually(t, c.id+" "+when, func(context.Context) error {
-				if out, stderr, code := c.fetch.Try(t); code != 0 || !strings.Contains(out, c.id) {
-					return fmt.Errorf("fetch x509 printed:\n%s%s", out, stderr)
+		harness.Eventually(t, "identities "+when, func(context.Context) error {
+			asked := map[*harness.Process]string{}
+			for range 2 {
+				asked[byPlugin.Start(t)] = "spiffe://example.org/by-plugin"
+				asked[byUID.Start(t)] = "spiffe://example.org/by-uid"
+			}
+			var missing error
+			for p, id := range asked {
+				if code := p.Wait(t); code != 0 || !strings.Contains(p.Stdout(), id) {
+					missing = fmt.Errorf("%s: fetch x509 printed:\n%s%s", id, p.Stdout(), p.Stderr())
 				}
-				return nil
-			})
-		}
+			}
+			return missing
+		})
 	}
 	both("at first")
 	for _, said := range []string{"is not the configured one, so it is not run", "it ended: exit status 3", "it hangs: 3 answers", "1001 selectors"} {
-		both("until the log has " + said)
 		harness.Eventually(t, said, func(context.Context) error {
-			byPlugin.Try(t)
 			if !strings.Contains(d.Agent.Stderr(), said) {
+				byPlugin.Try(t)
 				return fmt.Errorf("the agent's log has no %q", said)
 			}
 			return nil

@@ -65,12 +65,11 @@ func (a *Agent) Proof(ctx context.Context) ([]byte, error) {
 		a.cancel(errors.New("another attempt has begun"))
 	}
 	ctx, a.cancel = context.WithCancelCause(ctx)
-	a.instance = i
-	a.stream, err = agentattestorv1.NewNodeAttestorClient(i.conn).AidAttestation(ctx)
-	if err != nil {
-		return nil, clipped(err)
-	}
-	return a.receive((*agentattestorv1.PayloadOrChallengeResponse).GetPayload)
+	a.instance, a.stream = i, nil
+	return a.receive((*agentattestorv1.PayloadOrChallengeResponse).GetPayload, func() (err error) {
+		a.stream, err = agentattestorv1.NewNodeAttestorClient(i.conn).AidAttestation(ctx)
+		return err
+	})
 }
 
 // Respond has the plugin answer a challenge of the server.
@@ -83,12 +82,20 @@ func (a *Agent) Respond(_ context.Context, challenge []byte) ([]byte, error) {
 	if len(challenge) > maxPayload {
 		return nil, fmt.Errorf("challenge is %d bytes long; the most is %d", len(challenge), maxPayload)
 	}
-	_ = a.stream.Send(&agentattestorv1.Challenge{Challenge: challenge}) // receive says what is wrong
-	return a.receive((*agentattestorv1.PayloadOrChallengeResponse).GetChallengeResponse)
+	return a.receive((*agentattestorv1.PayloadOrChallengeResponse).GetChallengeResponse, func() error {
+		_ = a.stream.Send(&agentattestorv1.Challenge{Challenge: challenge}) // Recv says what is wrong
+		return nil
+	})
 }
 
-func (a *Agent) receive(part func(*agentattestorv1.PayloadOrChallengeResponse) []byte) ([]byte, error) {
-	answer, err := step(a.instance, a.cancel, stepTimeout, a.stream.Recv)
+// receive returns a part of what the plugin answers to what ask sends.
+func (a *Agent) receive(part func(*agentattestorv1.PayloadOrChallengeResponse) []byte, ask func() error) ([]byte, error) {
+	answer, err := step(a.instance, a.cancel, a.times.step, func() (*agentattestorv1.PayloadOrChallengeResponse, error) {
+		if err := ask(); err != nil {
+			return nil, err
+		}
+		return a.stream.Recv()
+	})
 	switch {
 	case errors.Is(err, io.EOF):
 		return nil, errors.New("plugin ended the conversation")
@@ -139,14 +146,18 @@ func (s *Server) Verify(ctx context.Context, payload []byte, challenge func(cont
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	stream, err := serverattestorv1.NewNodeAttestorClient(i.conn).Attest(ctx)
-	if err != nil {
-		return nil, s.refused(err)
-	}
+	var stream serverattestorv1.NodeAttestor_AttestClient
 	request := &serverattestorv1.AttestRequest{Request: &serverattestorv1.AttestRequest_Payload{Payload: payload}}
 	for range maxChallenges + 1 {
-		_ = stream.Send(request) // Recv says what is wrong
-		response, err := step(i, cancel, stepTimeout, stream.Recv)
+		response, err := step(i, cancel, s.times.step, func() (_ *serverattestorv1.AttestResponse, err error) {
+			if stream == nil {
+				if stream, err = serverattestorv1.NewNodeAttestorClient(i.conn).Attest(ctx); err != nil {
+					return nil, err
+				}
+			}
+			_ = stream.Send(request) // Recv says what is wrong
+			return stream.Recv()
+		})
 		if err != nil {
 			return nil, s.refused(err)
 		}
@@ -250,7 +261,7 @@ func NewWorkload(name string, c Config, td spiffeid.TrustDomain) (*Workload, err
 
 // Attest asks the plugin about a process, by its PID in the agent's namespace.
 func (w *Workload) Attest(ctx context.Context, process attestors.Process) ([]selector.Selector, error) {
-	waiting, stop := context.WithTimeout(ctx, callTimeout)
+	waiting, stop := context.WithTimeout(ctx, w.times.call)
 	defer stop()
 	i, err := w.get(waiting)
 	if err != nil {
@@ -258,7 +269,7 @@ func (w *Workload) Attest(ctx context.Context, process attestors.Process) ([]sel
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	answer, err := step(i, cancel, callTimeout, func() (*workloadattestorv1.AttestResponse, error) {
+	answer, err := step(i, cancel, w.times.call, func() (*workloadattestorv1.AttestResponse, error) {
 		return workloadattestorv1.NewWorkloadAttestorClient(i.conn).Attest(ctx, &workloadattestorv1.AttestRequest{Pid: process.PID})
 	})
 	switch {

@@ -16,6 +16,11 @@ import (
 	"github.com/hashicorp/go-hclog"
 	goplugin "github.com/hashicorp/go-plugin"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	// The SDK keeps this package for SPIRE, whose place is taken here: it is the
+	// only way to the generated code of the first and the last call, without which
+	// no plugin serves. What it offers in Go may change with a version of the SDK,
+	// and then this does not compile. What goes over the wire cannot change:
+	// plugins are not built anew for each version of their host.
 	"github.com/spiffe/spire-plugin-sdk/private"
 	agentstorev1 "github.com/spiffe/spire-plugin-sdk/proto/spire/hostservice/server/agentstore/v1"
 	configv1 "github.com/spiffe/spire-plugin-sdk/proto/spire/service/common/config/v1"
@@ -39,8 +44,9 @@ type instance struct {
 	stuck chan struct{} // closed when there were too many
 }
 
-// step runs one step of a conversation, which cancel ends when the answer does
-// not come in time.
+// step runs one step of a conversation, all of it: also opening a stream and
+// sending on it can wait for the plugin. cancel ends it when the answer does not
+// come in time.
 func step[T any](i *instance, cancel context.CancelCauseFunc, limit time.Duration, f func() (T, error)) (T, error) {
 	timer := time.AfterFunc(limit, func() { cancel(errHung) })
 	v, err := f()
@@ -90,12 +96,12 @@ func (s *supervisor) serveOnThread(ctx context.Context, log *slog.Logger) error 
 		SkipHostEnv:      true,
 		SyncStdout:       says,
 		SyncStderr:       says,
-		StartTimeout:     startTimeout,
+		StartTimeout:     s.times.start,
 		Logger:           hclog.NewNullLogger(),
 		GRPCDialOptions: []grpc.DialOption{grpc.WithDefaultCallOptions(
 			grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage))},
 	})
-	starting, cancel := context.WithTimeout(ctx, startTimeout)
+	starting, cancel := context.WithTimeout(ctx, s.times.start)
 	defer cancel()
 	unwatch := context.AfterFunc(starting, p.kill) // much of go-plugin heeds no context
 	i, err := s.begin(starting, client)
@@ -105,7 +111,7 @@ func (s *supervisor) serveOnThread(ctx context.Context, log *slog.Logger) error 
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case !inTime:
-		return fmt.Errorf("it did not start within %v", startTimeout)
+		return fmt.Errorf("it did not start within %v", s.times.start)
 	case err != nil:
 		return err
 	}
@@ -121,9 +127,23 @@ func (s *supervisor) serveOnThread(ctx context.Context, log *slog.Logger) error 
 	}
 }
 
+// connect starts the program and connects to it. Some first lines of a program
+// make go-plugin panic, such as one with a certificate, which was not asked for.
+func connect(client *goplugin.Client) (rpc goplugin.ClientProtocol, err error) {
+	defer func() {
+		if recover() != nil {
+			err = errors.New("its first line is not that of a plugin")
+		}
+	}()
+	if rpc, err = client.Client(); err != nil {
+		return nil, errors.New(bounded(err.Error())) // it holds the first line
+	}
+	return rpc, nil
+}
+
 // begin starts the program and makes it ready.
 func (s *supervisor) begin(ctx context.Context, client *goplugin.Client) (*instance, error) {
-	rpc, err := client.Client()
+	rpc, err := connect(client)
 	if err != nil {
 		return nil, fmt.Errorf("start: %w", err)
 	}
@@ -168,10 +188,10 @@ func (s *supervisor) end(p *process, b *bridge, client *goplugin.Client, i *inst
 		s.live, s.why = nil, errors.New("it has just ended")
 	}
 	s.mu.Unlock()
-	timer := time.AfterFunc(stopTimeout, p.kill)
+	timer := time.AfterFunc(s.times.stop, p.kill)
 	defer timer.Stop()
 	if i != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+		ctx, cancel := context.WithTimeout(context.Background(), s.times.stop)
 		_ = private.Deinit(ctx, i.conn) // it is ended in any case
 		cancel()
 	}

@@ -26,17 +26,26 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// Bounds of a plugin, in time.
-const (
-	startTimeout = 20 * time.Second // from its start until it is configured
-	stopTimeout  = 3 * time.Second  // for it to end when it is told to
-	stepTimeout  = 20 * time.Second // for one answer in the attestation of a node
-	callTimeout  = 2 * time.Second  // for the attestation of a process
-	firstDelay   = time.Second      // before it is started again
-	longestDelay = time.Minute
-	steadyAfter  = time.Minute // what ran so long is started again after firstDelay
-	maxHung      = 3           // answers in a row that did not come: it is started again
-)
+// times bounds a plugin in time.
+type times struct {
+	start        time.Duration // from its start until it is configured
+	stop         time.Duration // for it to end when it is told to
+	step         time.Duration // for one answer in the attestation of a node
+	call         time.Duration // for the attestation of a process
+	firstDelay   time.Duration // before it is started again; doubled each time
+	longestDelay time.Duration
+	steady       time.Duration // what ran so long is started again after firstDelay
+}
+
+var usualTimes = times{
+	start: 20 * time.Second, stop: 3 * time.Second,
+	step: 20 * time.Second, call: 2 * time.Second,
+	firstDelay: time.Second, longestDelay: time.Minute, steady: time.Minute,
+}
+
+// maxHung is how many answers in a row may fail to come before a plugin is
+// started again.
+const maxHung = 3
 
 // Bounds of what a plugin may say and be told.
 const (
@@ -133,6 +142,7 @@ type supervisor struct {
 	config Config
 	td     spiffeid.TrustDomain
 	agents func(spiffeid.ID) bool // whether there is such an agent; nil: it cannot be asked
+	times  times
 
 	mu      sync.Mutex
 	live    *instance     // nil: it does not serve
@@ -144,7 +154,7 @@ func newSupervisor(name string, k kind, c Config, td spiffeid.TrustDomain) (*sup
 	if err := c.Check(name); err != nil {
 		return nil, err
 	}
-	return &supervisor{name: name, kind: k, config: c, td: td, changed: make(chan struct{})}, nil
+	return &supervisor{name: name, kind: k, config: c, td: td, times: usualTimes, changed: make(chan struct{})}, nil
 }
 
 // Run runs the program until the context ends, whatever happens to it.
@@ -153,7 +163,7 @@ func (s *supervisor) Run(ctx context.Context, log *slog.Logger) {
 	if s.config.InsecureNoChecksum {
 		log.Warn("plugin runs without a checksum; whoever can change its program has the rights of this one", "command", s.config.Command)
 	}
-	delay := firstDelay
+	delay := s.times.firstDelay
 	for {
 		began := time.Now()
 		err := s.serve(ctx, log)
@@ -162,15 +172,15 @@ func (s *supervisor) Run(ctx context.Context, log *slog.Logger) {
 			return
 		}
 		s.set(nil, err)
-		if time.Since(began) > steadyAfter {
-			delay = firstDelay
+		if time.Since(began) > s.times.steady {
+			delay = s.times.firstDelay
 		}
 		log.Error("plugin does not serve; it is started again", "error", err, "in", delay)
 		select {
 		case <-ctx.Done():
 		case <-time.After(delay):
 		}
-		delay = min(2*delay, longestDelay)
+		delay = min(2*delay, s.times.longestDelay)
 	}
 }
 

@@ -4,12 +4,11 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -26,45 +25,43 @@ import (
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
 
-var built struct {
-	sync.Once
-	program []byte
-	err     error
+func TestMain(m *testing.M) {
+	code := m.Run()
+	harness.Cleanup()
+	os.Exit(code)
 }
 
-// program builds the example that is written with SPIRE's SDK, and returns its
-// path, in a directory of the test's own.
-func program(t testing.TB) string {
+// config runs the example that is written with SPIRE's SDK. It is built once.
+func config(t testing.TB, what, data string) plugin.Config {
 	t.Helper()
-	built.Do(func() {
-		dir, err := os.MkdirTemp("", "hallmark-plugin-")
+	path := harness.Program(t, "github.com/hallmark-id/hallmark/test/plugin")
+	checksum.Do(func() {
+		program, err := os.ReadFile(path)
 		if err != nil {
-			built.err = err
-			return
+			t.Fatal(err)
 		}
-		defer os.RemoveAll(dir)
-		file := filepath.Join(dir, "plugin")
-		if out, err := exec.Command("go", "build", "-o", file, "github.com/hallmark-id/hallmark/test/plugin").CombinedOutput(); err != nil {
-			built.err = fmt.Errorf("%w\n%s", err, out)
-			return
-		}
-		built.program, built.err = os.ReadFile(file)
+		checksum.text = fmt.Sprintf("%x", sha256.Sum256(program))
 	})
-	if built.err != nil {
-		t.Fatal(built.err)
+	return plugin.Config{Command: path, Args: []string{what}, Checksum: checksum.text, Data: data}
+}
+
+var checksum struct {
+	sync.Once
+	text string
+}
+
+// copied is the example in a file of the test's own.
+func copied(t testing.TB, from string) string {
+	t.Helper()
+	program, err := os.ReadFile(from)
+	if err != nil {
+		t.Fatal(err)
 	}
 	path := filepath.Join(t.TempDir(), "plugin")
-	if err := os.WriteFile(path, built.program, 0o755); err != nil {
+	if err := os.WriteFile(path, program, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	return path
-}
-
-func config(t testing.TB, what, data string) plugin.Config {
-	t.Helper()
-	path := program(t)
-	sum := sha256.Sum256(built.program)
-	return plugin.Config{Command: path, Args: []string{what}, Checksum: hex.EncodeToString(sum[:]), Data: data}
 }
 
 // logged is a log that is read while it is written.
@@ -102,6 +99,7 @@ func (l *logged) has(t testing.TB, words ...string) {
 func run(t testing.TB, p interface {
 	Run(context.Context, *slog.Logger)
 }) (log *logged, stop func()) {
+	t.Helper()
 	log = &logged{}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -116,12 +114,20 @@ func run(t testing.TB, p interface {
 
 func workload(t testing.TB, data string) (*plugin.Workload, *logged) {
 	t.Helper()
-	w, err := plugin.NewWorkload("example", config(t, "workload", data), td)
+	w := newWorkload(t, config(t, "workload", data))
+	log, _ := run(t, w)
+	return w, log
+}
+
+// newWorkload makes a plugin that is started again at once.
+func newWorkload(t testing.TB, c plugin.Config) *plugin.Workload {
+	t.Helper()
+	w, err := plugin.NewWorkload("example", c, td)
 	if err != nil {
 		t.Fatal(err)
 	}
-	log, _ := run(t, w)
-	return w, log
+	w.Hurry()
+	return w
 }
 
 func self() attestors.Process { return attestors.Process{PID: int32(os.Getpid())} }
@@ -146,6 +152,7 @@ func pid(t testing.TB, w *plugin.Workload) int {
 }
 
 func TestAProcessIsAttestedByAPlugin(t *testing.T) {
+	t.Parallel()
 	w, _ := workload(t, "")
 	comm, err := os.ReadFile("/proc/self/comm")
 	if err != nil {
@@ -161,6 +168,7 @@ func TestAProcessIsAttestedByAPlugin(t *testing.T) {
 }
 
 func TestAPluginThatIsKilledIsStartedAgain(t *testing.T) {
+	t.Parallel()
 	w, log := workload(t, "")
 	first := pid(t, w)
 	if err := unix.Kill(first, unix.SIGKILL); err != nil {
@@ -180,12 +188,9 @@ func TestAPluginIsEndedWithItsHostAndLeavesNothing(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { os.RemoveAll(tmp) })
+			c := config(t, "workload", "") // what is built for all tests is elsewhere
 			t.Setenv("TMPDIR", tmp)
-			c := config(t, "workload", "")
-			w, err := plugin.NewWorkload("example", c, td)
-			if err != nil {
-				t.Fatal(err)
-			}
+			w := newWorkload(t, c)
 			_, stop := run(t, w)
 			n := pid(t, w)
 			if stopped { // it cannot answer any more
@@ -217,7 +222,11 @@ func TestAPluginThatMisbehavesGivesNothing(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
 			file := filepath.Join(t.TempDir(), "misbehave")
-			w, log := workload(t, fmt.Sprintf("mode = %q\nfile = %q\n", mode, file))
+			w := newWorkload(t, config(t, "workload", fmt.Sprintf("mode = %q\nfile = %q\n", mode, file)))
+			if mode == "hang" {
+				w.Impatient()
+			}
+			log, _ := run(t, w)
 			first := pid(t, w)
 			if err := os.WriteFile(file, nil, 0o600); err != nil {
 				t.Fatal(err)
@@ -240,7 +249,10 @@ func TestAPluginThatMisbehavesGivesNothing(t *testing.T) {
 			}
 		})
 	}
-	for mode, says := range map[string]string{"many": "1001 selectors", "fail": `Internal: "it fails"`} {
+	for mode, says := range map[string]string{
+		"many": "1001 selectors", "fail": `Internal: "it fails"`, "huge": "larger than max",
+		"long": "selector", "control": "no readable text", "empty": "selector",
+	} {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
 			w, _ := workload(t, fmt.Sprintf("mode = %q\n", mode))
@@ -251,47 +263,99 @@ func TestAPluginThatMisbehavesGivesNothing(t *testing.T) {
 	}
 }
 
+func TestAPluginCannotGiveSelectorsOfAnotherType(t *testing.T) {
+	t.Parallel()
+	w, _ := workload(t, `mode = "usurper"`)
+	got, err := w.Attest(t.Context(), self())
+	if err != nil || fmt.Sprint(got) != "[example:unix:uid:0]" {
+		t.Errorf("it gave %v, %v", got, err)
+	}
+}
+
 func TestAProgramThatIsNotWhatItShouldBeIsNotRun(t *testing.T) {
+	t.Parallel()
 	script := []byte("#!/bin/sh\ntouch \"$1\"\n")
+	says := func(line string) func(*testing.T, *plugin.Config) {
+		return func(_ *testing.T, c *plugin.Config) { c.Args = []string{"says", line} }
+	}
 	for name, c := range map[string]struct {
 		spoil func(t *testing.T, c *plugin.Config)
 		says  string
 	}{
 		"another checksum": {func(_ *testing.T, c *plugin.Config) { c.Checksum = strings.Repeat("0", 64) }, "checksum of"},
 		"changed": {func(t *testing.T, c *plugin.Config) {
+			c.Command = filepath.Join(t.TempDir(), "plugin")
 			if err := os.WriteFile(c.Command, script, 0o755); err != nil {
 				t.Fatal(err)
 			}
 		}, "checksum of"},
 		"writable by others": {func(t *testing.T, c *plugin.Config) {
+			c.Command = copied(t, c.Command)
 			if err := os.Chmod(c.Command, 0o757); err != nil {
 				t.Fatal(err)
 			}
 		}, "can be changed by other users"},
+		"of another user": {func(t *testing.T, c *plugin.Config) {
+			harness.NeedRoot(t)
+			c.Command = copied(t, c.Command)
+			if err := os.Chown(c.Command, 65534, -1); err != nil {
+				t.Fatal(err)
+			}
+		}, "belongs to another user"},
 		"a directory":           {func(_ *testing.T, c *plugin.Config) { c.Command = filepath.Dir(c.Command) }, "is no file"},
 		"gone":                  {func(_ *testing.T, c *plugin.Config) { c.Command += ".gone" }, "no such file"},
 		"another kind":          {func(_ *testing.T, c *plugin.Config) { c.Args = []string{"server"} }, "made with SPIRE's SDK"},
 		"no plugin":             {func(_ *testing.T, c *plugin.Config) { c.Args = nil }, "made with SPIRE's SDK"},
 		"configuration refused": {func(_ *testing.T, c *plugin.Config) { c.Data = `mode = "refuse"` }, "no such mode"},
+		"a port":                {says("1|1|tcp|127.0.0.1:1|grpc"), "not at a Unix socket in its TMPDIR"},
+		"another's socket":      {says("1|1|unix|/tmp/plugin.sock|grpc"), "not at a Unix socket in its TMPDIR"},
+		"another protocol":      {says("9|1|unix|x|grpc"), "incompatible core API version"},
+		"a certificate":         {withCertificate, "first line is not that of a plugin"},
+		"a line without end":    {says(strings.Repeat("x", 100<<10)), "made with SPIRE's SDK"},
+		"a long line":           {says(strings.Repeat("y", 50<<10)), "Unrecognized remote plugin message"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			conf := config(t, "workload", "")
 			c.spoil(t, &conf)
-			w, err := plugin.NewWorkload("example", conf, td)
-			if err != nil {
-				t.Fatal(err)
-			}
-			log, _ := run(t, w)
+			w := newWorkload(t, conf)
+			log, stop := run(t, w)
 			log.has(t, c.says)
 			if got, err := w.Attest(t.Context(), self()); err == nil {
 				t.Errorf("it gave %v", got)
+			}
+			stop()
+			for line := range strings.Lines(log.String()) {
+				if len(line) > 8<<10 {
+					t.Errorf("a line of %d bytes is logged", len(line))
+				}
 			}
 		})
 	}
 }
 
+// withCertificate has a program answer as if it had been asked for TLS, at a
+// socket where it may be.
+func withCertificate(t *testing.T, c *plugin.Config) {
+	cert := harness.NewAuthority(t).Server(t, "localhost").Certificate[0]
+	c.Args = []string{"says", "1|1|unix|TMPDIR/x|grpc|" + base64.RawStdEncoding.EncodeToString(cert)}
+}
+
+func TestAProgramThatDoesNotBeginIsGivenUp(t *testing.T) {
+	t.Parallel()
+	c := config(t, "workload", "")
+	c.Args = []string{"mute"}
+	w := newWorkload(t, c)
+	w.ImpatientAtStart()
+	log, _ := run(t, w)
+	log.has(t, "it did not start within 1s")
+	if got, err := w.Attest(t.Context(), self()); err == nil {
+		t.Errorf("it gave %v", got)
+	}
+}
+
 func TestTheHalfOfTheAgentIsNoHalfOfTheServer(t *testing.T) {
+	t.Parallel()
 	p, err := plugin.NewServer("example", config(t, "agent", ""), plugin.Options{TrustDomain: td})
 	if err != nil {
 		t.Fatal(err)
@@ -308,10 +372,7 @@ func TestAPluginGetsNoEnvironmentButWhatIsNamed(t *testing.T) {
 	t.Setenv("HALLMARK_WANTED", "wanted")
 	c := config(t, "workload", "")
 	c.Env = []string{"HALLMARK_WANTED"}
-	w, err := plugin.NewWorkload("example", c, td)
-	if err != nil {
-		t.Fatal(err)
-	}
+	w := newWorkload(t, c)
 	run(t, w)
 	env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid(t, w)))
 	if err != nil {
@@ -332,12 +393,9 @@ func node(t *testing.T, own *logged, mode string, known ...string) (*attestors.E
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, err := plugin.NewAgent("example", config(t, "agent", ""), td)
-	if err != nil {
-		t.Fatal(err)
-	}
+	s.Hurry()
+	a := agentsHalf(t, "")
 	run(t, s)
-	run(t, a)
 	payload, err := a.Proof(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -350,7 +408,20 @@ func node(t *testing.T, own *logged, mode string, known ...string) (*attestors.E
 	return evidence, challenges, err
 }
 
+// agentsHalf runs an agent's half.
+func agentsHalf(t *testing.T, mode string) *plugin.Agent {
+	t.Helper()
+	a, err := plugin.NewAgent("example", config(t, "agent", fmt.Sprintf("mode = %q\n", mode)), td)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.Hurry()
+	run(t, a)
+	return a
+}
+
 func TestANodeIsAttestedByAPlugin(t *testing.T) {
+	t.Parallel()
 	e, challenges, err := node(t, &logged{}, "")
 	if err != nil {
 		t.Fatal(err)
@@ -363,7 +434,43 @@ func TestANodeIsAttestedByAPlugin(t *testing.T) {
 	}
 }
 
+func TestAProofOfAPluginIsBounded(t *testing.T) {
+	t.Parallel()
+	for mode, says := range map[string]string{"large": "65537 bytes", "fail": "it fails", "crash": "Unavailable", "panic": "Unavailable"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			if proof, err := agentsHalf(t, mode).Proof(t.Context()); err == nil || !strings.Contains(err.Error(), says) {
+				t.Errorf("it gave %d bytes, %v", len(proof), err)
+			}
+		})
+	}
+}
+
+// A plugin that reads nothing of what it is sent is not waited for.
+func TestAPluginThatDoesNotListenIsGivenUp(t *testing.T) {
+	t.Parallel()
+	a, err := plugin.NewAgent("example", config(t, "agent", `mode = "deaf"`), td)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.Impatient()
+	run(t, a)
+	harness.Eventually(t, "a proof", func(ctx context.Context) error {
+		_, err := a.Proof(t.Context())
+		return err
+	})
+	for range 100 {
+		if _, err = a.Respond(t.Context(), make([]byte, 64<<10)); err != nil {
+			break
+		}
+	}
+	if err == nil || !strings.Contains(err.Error(), "did not answer in time") {
+		t.Errorf("error is %v", err)
+	}
+}
+
 func TestAPluginSpeaksForItsOwnNodesAlone(t *testing.T) {
+	t.Parallel()
 	const elsewhere = "is not below spiffe://example.org/spire/agent/example/"
 	for mode, says := range map[string]string{
 		"foreign": elsewhere, "other": elsewhere, "workload": elsewhere, "itself": elsewhere,
@@ -388,6 +495,7 @@ func TestAPluginSpeaksForItsOwnNodesAlone(t *testing.T) {
 }
 
 func TestANodeThatAnswersWronglyIsToldSo(t *testing.T) {
+	t.Parallel()
 	s, err := plugin.NewServer("example", config(t, "server", ""), plugin.Options{TrustDomain: td, Agents: func(spiffeid.ID) bool { return false }})
 	if err != nil {
 		t.Fatal(err)

@@ -6,10 +6,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -21,40 +21,52 @@ import (
 // patience bounds every wait; it is far above what anything takes.
 const patience = 30 * time.Second
 
-var build struct {
-	sync.Once
-	dir, binary string
-	err         error
+var built struct {
+	sync.Mutex
+	dir      string
+	programs map[string]string // path by package
 }
 
 // Binary builds the hallmark binary, static, once, and returns its path. Any
 // user may run it, in a container too. Call [Cleanup] when all tests are done.
 func Binary(t testing.TB) string {
 	t.Helper()
-	build.Do(func() {
-		if build.dir, build.err = os.MkdirTemp("", "hallmark-test-"); build.err != nil {
-			return
-		}
-		if build.err = os.Chmod(build.dir, 0o755); build.err != nil {
-			return
-		}
-		build.binary = filepath.Join(build.dir, "hallmark")
-		cmd := exec.Command("go", "build", "-o", build.binary, "github.com/hallmark-id/hallmark")
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			build.err = fmt.Errorf("go build: %w\n%s", err, out)
-		}
-	})
-	if build.err != nil {
-		t.Fatal(build.err)
-	}
-	return build.binary
+	return Program(t, "github.com/hallmark-id/hallmark")
 }
 
-// Cleanup removes what Binary built.
+// Program builds what Binary does of another command of this repository, by its
+// package.
+func Program(t testing.TB, pkg string) string {
+	t.Helper()
+	built.Lock()
+	defer built.Unlock()
+	if path, ok := built.programs[pkg]; ok {
+		return path
+	}
+	if built.dir == "" {
+		dir, err := os.MkdirTemp("", "hallmark-test-")
+		if err != nil {
+			t.Fatal(err)
+		}
+		built.dir, built.programs = dir, make(map[string]string)
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	out := filepath.Join(built.dir, path.Base(pkg))
+	cmd := exec.Command("go", "build", "-o", out, pkg)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if said, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go build %s: %v\n%s", pkg, err, said)
+	}
+	built.programs[pkg] = out
+	return out
+}
+
+// Cleanup removes what was built.
 func Cleanup() {
-	if build.dir != "" {
-		os.RemoveAll(build.dir)
+	if built.dir != "" {
+		os.RemoveAll(built.dir)
 	}
 }
 

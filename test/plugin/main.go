@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/spiffe/spire-plugin-sdk/pluginmain"
 	"github.com/spiffe/spire-plugin-sdk/pluginsdk"
@@ -39,6 +40,11 @@ func main() {
 		pluginmain.Serve(serverv1.NodeAttestorPluginServer(&server{configured: c}), configv1.ConfigServiceServer(c))
 	case "workload":
 		pluginmain.Serve(workloadv1.WorkloadAttestorPluginServer(&workload{configured: c}), configv1.ConfigServiceServer(c))
+	case "says": // it is none: for tests of what may come in place of a plugin's first line
+		fmt.Println(strings.ReplaceAll(strings.Join(os.Args[2:], " "), "TMPDIR", os.TempDir()))
+		time.Sleep(time.Hour)
+	case "mute":
+		time.Sleep(time.Hour)
 	default:
 		fmt.Fprintln(os.Stderr, "usage: plugin agent|server|workload")
 		os.Exit(2)
@@ -89,7 +95,7 @@ func (c *configured) misbehave(ctx context.Context) error {
 		<-ctx.Done()
 		return ctx.Err()
 	case "flood":
-		for range 100_000 {
+		for range 10_000 {
 			fmt.Fprintln(os.Stderr, strings.Repeat("noise ", 20))
 		}
 	case "fail":
@@ -109,6 +115,15 @@ func (a *agent) AidAttestation(stream agentv1.NodeAttestor_AidAttestationServer)
 		return err
 	}
 	answer := &agentv1.PayloadOrChallengeResponse{Data: &agentv1.PayloadOrChallengeResponse_Payload{Payload: []byte("node-1")}}
+	switch a.now.Load().mode {
+	case "large":
+		answer.GetData().(*agentv1.PayloadOrChallengeResponse_Payload).Payload = make([]byte, 64<<10+1)
+	case "deaf": // it answers what it has not read
+		response := &agentv1.PayloadOrChallengeResponse{Data: &agentv1.PayloadOrChallengeResponse_ChallengeResponse{ChallengeResponse: []byte("x")}}
+		for err := stream.Send(answer); err == nil; err = stream.Send(response) {
+		}
+		return nil
+	}
 	for {
 		if err := stream.Send(answer); err != nil {
 			return err
@@ -199,8 +214,19 @@ func (w *workload) Attest(ctx context.Context, req *workloadv1.AttestRequest) (*
 	if err := w.misbehave(ctx); err != nil {
 		return nil, err
 	}
-	if w.now.Load().mode == "many" {
+	switch w.now.Load().mode {
+	case "many":
 		return &workloadv1.AttestResponse{SelectorValues: make([]string, 1001)}, nil
+	case "huge":
+		return &workloadv1.AttestResponse{SelectorValues: []string{strings.Repeat("x", 5<<20)}}, nil
+	case "long":
+		return &workloadv1.AttestResponse{SelectorValues: []string{strings.Repeat("x", 5<<10)}}, nil
+	case "control":
+		return &workloadv1.AttestResponse{SelectorValues: []string{"good", "a\nb"}}, nil
+	case "empty":
+		return &workloadv1.AttestResponse{SelectorValues: []string{"good", ""}}, nil
+	case "usurper":
+		return &workloadv1.AttestResponse{SelectorValues: []string{"unix:uid:0"}}, nil
 	}
 	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", req.Pid))
 	if err != nil {
