@@ -21,7 +21,14 @@ import (
 // do they when the plugin itself was killed, or the agent.
 func TestPluginsOfSPIREAttestNodesAndWorkloads(t *testing.T) {
 	harness.NeedRoot(t)
-	dir := t.TempDir()
+	dir, err := os.MkdirTemp("", "hallmark-plugins-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil { // the agent's user reads the bundle
+		t.Fatal(err)
+	}
 	program := harness.Program(t, "github.com/hallmark-id/hallmark/test/plugin")
 	data, err := os.ReadFile(program)
 	if err != nil {
