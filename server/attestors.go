@@ -1,11 +1,14 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -52,16 +55,16 @@ type JoinTokenConfig struct{}
 // if its part of the configuration is not there. The registry and the log are
 // for what it makes: they are nil when a configuration is only checked.
 var nodeAttestors = []struct {
-	name string // of the attestor, and in the configuration
-	make func(*settings, *registry.Registry, *slog.Logger) (attestors.Server, error)
+	attestors.Profile // its name is that in the configuration
+	make              func(*settings, *registry.Registry, *slog.Logger) (attestors.Server, error)
 }{
-	{jointoken.Name, func(s *settings, reg *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+	{jointoken.Profile, func(s *settings, reg *registry.Registry, log *slog.Logger) (attestors.Server, error) {
 		if s.NodeAttestors.JoinToken == nil {
 			return nil, nil
 		}
 		return joinTokenAttestor(reg, log), nil
 	}},
-	{x509pop.Name, func(s *settings, reg *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+	{x509pop.Profile, func(s *settings, reg *registry.Registry, log *slog.Logger) (attestors.Server, error) {
 		if s.NodeAttestors.X509PoP == nil {
 			return nil, nil
 		}
@@ -76,49 +79,49 @@ var nodeAttestors = []struct {
 			Log: log,
 		})
 	}},
-	{sshpop.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+	{sshpop.Profile, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
 		if s.NodeAttestors.SSHPoP == nil {
 			return nil, nil
 		}
 		return sshpop.New(*s.NodeAttestors.SSHPoP, sshpop.Options{Log: log})
 	}},
-	{tpmek.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+	{tpmek.Profile, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
 		if s.NodeAttestors.TPMEK == nil {
 			return nil, nil
 		}
 		return tpmek.New(*s.NodeAttestors.TPMEK, tpmek.Options{Log: log})
 	}},
-	{tpmdevid.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+	{tpmdevid.Profile, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
 		if s.NodeAttestors.TPMDevID == nil {
 			return nil, nil
 		}
 		return tpmdevid.New(*s.NodeAttestors.TPMDevID, tpmdevid.Options{Log: log})
 	}},
-	{k8spsat.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+	{k8spsat.Profile, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
 		if s.NodeAttestors.K8sPSAT == nil {
 			return nil, nil
 		}
 		return k8spsat.New(*s.NodeAttestors.K8sPSAT, k8spsat.Options{Log: log})
 	}},
-	{awsiid.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+	{awsiid.Profile, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
 		if s.NodeAttestors.AWSIID == nil {
 			return nil, nil
 		}
 		return awsiid.New(*s.NodeAttestors.AWSIID, awsiid.Options{Log: log})
 	}},
-	{azureimds.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+	{azureimds.Profile, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
 		if s.NodeAttestors.AzureIMDS == nil {
 			return nil, nil
 		}
 		return azureimds.New(*s.NodeAttestors.AzureIMDS, azureimds.Options{Log: log})
 	}},
-	{gcpiit.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+	{gcpiit.Profile, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
 		if s.NodeAttestors.GCPIIT == nil {
 			return nil, nil
 		}
 		return gcpiit.New(*s.NodeAttestors.GCPIIT, gcpiit.Options{Log: log})
 	}},
-	{oidc.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+	{oidc.Profile, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
 		if s.NodeAttestors.OIDC == nil {
 			return nil, nil
 		}
@@ -138,16 +141,36 @@ func joinTokenAttestor(reg *registry.Registry, log *slog.Logger) *jointoken.Serv
 	})
 }
 
+// NodeAttestors returns what is known of the ways to attest nodes that a server
+// has, but for external programs: the weakest first.
+func NodeAttestors() []attestors.Profile {
+	var out []attestors.Profile
+	for _, kind := range nodeAttestors {
+		out = append(out, kind.Profile)
+	}
+	slices.SortStableFunc(out, func(a, b attestors.Profile) int { return cmp.Compare(a.Strength, b.Strength) })
+	return out
+}
+
+// profiles are those that this server has.
+func (s *settings) profiles() []attestors.Profile {
+	var out []attestors.Profile
+	for _, name := range slices.Sorted(maps.Keys(s.NodeAttestors.Plugins)) {
+		out = append(out, plugin.Profile(name))
+	}
+	return append(out, NodeAttestors()...)
+}
+
 // makeAttestors makes the attestors of nodes that are configured, by name.
 func (s *settings) makeAttestors(reg *registry.Registry, log *slog.Logger) (map[string]attestors.Server, error) {
 	out := make(map[string]attestors.Server)
 	for _, kind := range nodeAttestors {
 		a, err := kind.make(s, reg, log)
 		if err != nil {
-			return nil, fmt.Errorf("node attestor %s: %w", kind.name, err)
+			return nil, fmt.Errorf("node attestor %s: %w", kind.Name, err)
 		}
 		if a != nil {
-			out[kind.name] = a
+			out[kind.Name] = a
 		}
 	}
 	for name, c := range s.NodeAttestors.Plugins {
@@ -180,7 +203,7 @@ func runPlugins(ctx context.Context, all map[string]attestors.Server, log *slog.
 func (s *settings) checkAttestors(wrong func(path, format string, args ...any)) {
 	for _, kind := range nodeAttestors {
 		if _, err := kind.make(s, nil, nil); err != nil {
-			wrong("node_attestors."+kind.name, "%s: %v", kind.name, err)
+			wrong("node_attestors."+kind.Name, "%s: %v", kind.Name, err)
 		}
 	}
 	if err := plugin.CheckAll(s.NodeAttestors.Plugins); err != nil {

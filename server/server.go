@@ -227,6 +227,7 @@ func (s *settings) newAPI(st *opened, name string, reg *registry.Registry, autho
 		Issuer:        issuer,
 		Feed:          pushes,
 		NodeAttestors: evidence,
+		Profiles:      s.profiles(),
 		Cluster:       st.cluster(name),
 		AdminIDs:      s.adminIDs,
 		Advertise:     s.Advertise,

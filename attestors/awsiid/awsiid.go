@@ -35,6 +35,25 @@ import (
 // its selectors.
 const Name = "aws_iid"
 
+// Profile says what it is worth.
+var Profile = attestors.Profile{
+	Name:     Name,
+	Strength: attestors.Bearer,
+	Needed:   "the instance's document, before its agent shows it: any process on the instance can have it",
+	Selectors: []attestors.Form{
+		{Value: "account_id:ID", Meaning: "the account"},
+		{Value: "region:NAME", Meaning: "the region"},
+		{Value: "az:NAME", Meaning: "the availability zone"},
+		{Value: "instance:id:ID", Meaning: "the instance"},
+		{Value: "image:id:ID", Meaning: "the image that it was started from"},
+		{Value: "tag:KEY:VALUE", Meaning: "its tags, with describe"},
+		{Value: "sg:id:ID", Meaning: "its security groups, with describe"},
+		{Value: "sg:name:NAME", Meaning: "their names, with describe"},
+		{Value: "iamrole:ARN", Meaning: "its roles, with describe"},
+	},
+	Page: "docs/attestors/aws_iid.md",
+}
+
 // Bounds of what a node sends and its metadata service answers.
 const (
 	maxPayload   = 64 << 10 // bytes, as every attestation's

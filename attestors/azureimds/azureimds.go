@@ -40,6 +40,25 @@ import (
 // its selectors.
 const Name = "azure_imds"
 
+// Profile says what it is worth.
+var Profile = attestors.Profile{
+	Name:     Name,
+	Strength: attestors.Bearer,
+	Needed:   "a document over the server's nonce, before the agent has one: any process on the machine can have it made",
+	Selectors: []attestors.Form{
+		{Value: "subscription-id:ID", Meaning: "the subscription"},
+		{Value: "vm-name:NAME", Meaning: "the machine, with describe"},
+		{Value: "vm-location:REGION", Meaning: "its region, with describe"},
+		{Value: "resource-group:GROUP", Meaning: "its resource group, with describe"},
+		{Value: "vmss-name:NAME", Meaning: "its scale set, with describe"},
+		{Value: "vm-tag:KEY:VALUE", Meaning: "its tags that are configured, with describe"},
+		{Value: "network-security-group:GROUP:NAME", Meaning: "security groups of its interfaces, with describe"},
+		{Value: "virtual-network:NET", Meaning: "its networks, with describe"},
+		{Value: "virtual-network-subnet:NET:SUBNET", Meaning: "their subnets, with describe"},
+	},
+	Page: "docs/attestors/azure_imds.md",
+}
+
 // Bounds of what one side takes from the other.
 const (
 	maxResponse  = 64 << 10 // bytes, as every attestation's

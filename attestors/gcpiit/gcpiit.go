@@ -29,6 +29,23 @@ import (
 // its selectors.
 const Name = "gcp_iit"
 
+// Profile says what it is worth.
+var Profile = attestors.Profile{
+	Name:     Name,
+	Strength: attestors.Bearer,
+	Needed:   "the instance's token, before its agent shows one: any process on the instance can have it",
+	Selectors: []attestors.Form{
+		{Value: "project-id:ID", Meaning: "the project"},
+		{Value: "zone:NAME", Meaning: "the zone"},
+		{Value: "instance-name:NAME", Meaning: "the instance"},
+		{Value: "sa:EMAIL", Meaning: "the service account that the token is of"},
+		{Value: "tag:TAG", Meaning: "its network tags, with use_instance_metadata"},
+		{Value: "label:KEY:VALUE", Meaning: "its labels that are configured, with use_instance_metadata"},
+		{Value: "metadata:KEY:VALUE", Meaning: "its metadata that are configured, with use_instance_metadata"},
+	},
+	Page: "docs/attestors/gcp_iit.md",
+}
+
 // DefaultAudience is what tokens are for; SPIRE's agents have no other.
 const DefaultAudience = "spire-gcp-node-attestor"
 

@@ -25,6 +25,14 @@ import (
 // Name is the attestor's name on the wire and in configuration.
 const Name = "join_token"
 
+// Profile says what it is worth.
+var Profile = attestors.Profile{
+	Name:     Name,
+	Strength: attestors.Bearer,
+	Needed:   "a token that was not used yet: from its operator, a shell's history, a script",
+	Page:     "docs/attestors/join_token.md",
+}
+
 // MaxToken is the longest token, in bytes.
 const MaxToken = 255
 

@@ -48,6 +48,26 @@ import (
 // of its selectors.
 const Name = "k8s_psat"
 
+// Profile says what it is worth.
+var Profile = attestors.Profile{
+	Name:     Name,
+	Strength: attestors.Bearer,
+	Needed:   "a token of the agent's pod: root on the node, or to create pods or tokens of its service account",
+	Selectors: []attestors.Form{
+		{Value: "cluster:NAME", Meaning: "the cluster, as it is configured"},
+		{Value: "agent_ns:NAMESPACE", Meaning: "the namespace of the agent's pod"},
+		{Value: "agent_sa:NAME", Meaning: "its service account"},
+		{Value: "agent_pod_name:NAME", Meaning: "the name of the pod"},
+		{Value: "agent_pod_uid:UID", Meaning: "the UID of the pod"},
+		{Value: "agent_node_name:NAME", Meaning: "the name of the node"},
+		{Value: "agent_node_uid:UID", Meaning: "the UID of the node"},
+		{Value: "agent_node_ip:IP", Meaning: "the address of the node"},
+		{Value: "agent_node_label:KEY:VALUE", Meaning: "labels of the node that are configured"},
+		{Value: "agent_pod_label:KEY:VALUE", Meaning: "labels of the pod that are configured"},
+	},
+	Page: "docs/attestors/k8s_psat.md",
+}
+
 const (
 	defaultTokenPath = "/var/run/secrets/tokens/hallmark"
 	defaultAudience  = "hallmark-server"

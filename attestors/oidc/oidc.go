@@ -39,6 +39,20 @@ import (
 // of its selectors.
 const Name = "oidc"
 
+// Profile says what it is worth.
+var Profile = attestors.Profile{
+	Name:     Name,
+	Strength: attestors.Bearer,
+	Needed:   "a token that was not shown yet: wherever the issuer hands one out, or it lies",
+	Selectors: []attestors.Form{
+		{Value: "issuer:NAME", Meaning: "the issuer, as it is configured"},
+		{Value: "iss:URL", Meaning: "the issuer, as the token names it"},
+		{Value: "sub:SUBJECT", Meaning: "the subject"},
+		{Value: "claim:NAME:VALUE", Meaning: "claims that are configured"},
+	},
+	Page: "docs/attestors/oidc.md",
+}
+
 const maxPayload = 64 << 10 // bytes, as every attestation's
 
 // payload is what a node sends.

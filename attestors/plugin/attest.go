@@ -117,6 +117,18 @@ type Server struct {
 	log *slog.Logger
 }
 
+// Profile says of a node attestor, by its name, that nothing is known of what it
+// is worth.
+func Profile(name string) attestors.Profile {
+	return attestors.Profile{
+		Name:      name,
+		Strength:  attestors.Unknown,
+		Needed:    "what satisfies the program that is configured under this name",
+		Selectors: []attestors.Form{{Value: "VALUE", Meaning: "what the program says"}},
+		Page:      "docs/how-to/plugins.md",
+	}
+}
+
 // Options of [NewServer].
 type Options struct {
 	TrustDomain spiffeid.TrustDomain

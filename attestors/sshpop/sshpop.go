@@ -36,11 +36,25 @@ import (
 	"fmt"
 
 	"golang.org/x/crypto/ssh"
+
+	"github.com/hallmark-id/hallmark/attestors"
 )
 
 // Name is the attestor's name, on the wire and in configuration, and the type
 // of its selectors.
 const Name = "sshpop"
+
+// Profile says what it is worth.
+var Profile = attestors.Profile{
+	Name:     Name,
+	Strength: attestors.Key,
+	Needed:   "the key of a host certificate of a trusted authority, or to have one issued",
+	Selectors: []attestors.Form{
+		{Value: "principal:NAME", Meaning: "each host name in the certificate"},
+		{Value: "ca:fingerprint:HASH", Meaning: "the authority that signed it"},
+	},
+	Page: "docs/attestors/sshpop.md",
+}
 
 // Bounds of what one side takes from the other.
 const (

@@ -40,11 +40,26 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+
+	"github.com/hallmark-id/hallmark/attestors"
 )
 
 // Name is the attestor's name, on the wire and in configuration, and the type of
 // its selectors.
 const Name = "tpm_devid"
+
+// Profile says what it is worth.
+var Profile = attestors.Profile{
+	Name:     Name,
+	Strength: attestors.Hardware,
+	Needed:   "the use of the node's TPM: root on the node, while it attests",
+	Selectors: []attestors.Form{
+		{Value: "subject:cn:NAME", Meaning: "the common name of the certificate"},
+		{Value: "issuer:cn:NAME", Meaning: "that of its issuer"},
+		{Value: "ca:fingerprint:SHA1", Meaning: "each certificate above it"},
+	},
+	Page: "docs/attestors/tpm_devid.md",
+}
 
 // Bounds of what one side takes from the other.
 const (

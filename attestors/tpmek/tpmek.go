@@ -41,11 +41,29 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+
+	"github.com/hallmark-id/hallmark/attestors"
 )
 
 // Name is the attestor's name, on the wire and in configuration, and the type of
 // its selectors.
 const Name = "tpm_ek"
+
+// Profile says what it is worth.
+var Profile = attestors.Profile{
+	Name:     Name,
+	Strength: attestors.Hardware,
+	Needed:   "the use of the node's TPM: root on the node, while it attests",
+	Selectors: []attestors.Form{
+		{Value: "ek:sha256:HASH", Meaning: "the endorsement key"},
+		{Value: "ca:sha256:HASH", Meaning: "each authority above its certificate"},
+		{Value: "manufacturer:id:HEX", Meaning: "the manufacturer of the TPM"},
+		{Value: "model:NAME", Meaning: "the model of the TPM"},
+		{Value: "version:NUMBER", Meaning: "the version of its firmware"},
+		{Value: "pcr:sha256:N:HASH", Meaning: "what the machine has booted, for each PCR that is configured"},
+	},
+	Page: "docs/attestors/tpm_ek.md",
+}
 
 // Bounds of what one side takes from the other.
 const (

@@ -44,11 +44,27 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+
+	"github.com/hallmark-id/hallmark/attestors"
 )
 
 // Name is the attestor's name, on the wire and in configuration, and the type
 // of its selectors.
 const Name = "x509pop"
+
+// Profile says what it is worth.
+var Profile = attestors.Profile{
+	Name:     Name,
+	Strength: attestors.Key,
+	Needed:   "the key of a certificate of a trusted authority, or to have one issued",
+	Selectors: []attestors.Form{
+		{Value: "subject:cn:NAME", Meaning: "the common name of the certificate"},
+		{Value: "ca:fingerprint:SHA1", Meaning: "each certificate above it"},
+		{Value: "serialnumber:HEX", Meaning: "its serial number"},
+		{Value: "san:KEY:VALUE", Meaning: "its names x509pop://TRUST-DOMAIN/KEY/VALUE"},
+	},
+	Page: "docs/attestors/x509pop.md",
+}
 
 // Bounds of what one side takes from the other.
 const (

@@ -39,6 +39,7 @@ func files(root string) (map[string][]byte, error) {
 		return nil, err
 	}
 	out["docs/reference/cli.md"] = cliPage()
+	out["docs/attestors/README.md"] = attestorsPage()
 	docs := comments{root: root}
 	for _, p := range []program{
 		{"server", reflect.ValueOf(server.Defaults())},

@@ -459,6 +459,15 @@ func (s *fakeServer) ListConnections(context.Context, *hallmarkv1.ListConnection
 	}}}, nil
 }
 
+func (s *fakeServer) ListNodeAttestors(context.Context, *hallmarkv1.ListNodeAttestorsRequest) (*hallmarkv1.ListNodeAttestorsResponse, error) {
+	return &hallmarkv1.ListNodeAttestorsResponse{NodeAttestors: []*hallmarkv1.NodeAttestor{
+		{Name: "join_token", Configured: true, Strength: "bearer", Needed: "a token that was not used yet", Page: "docs/attestors/join_token.md"},
+		{Name: "x509pop", Strength: "key", Needed: "the key of a certificate", Page: "docs/attestors/x509pop.md", Selectors: []*hallmarkv1.SelectorForm{
+			{Form: "x509pop:subject:cn:NAME", Meaning: "the common name"}, {Form: "x509pop:serialnumber:HEX", Meaning: "the serial number"},
+		}},
+	}}, nil
+}
+
 func (s *fakeServer) Backup(_ *hallmarkv1.BackupRequest, stream grpc.ServerStreamingServer[hallmarkv1.BackupResponse]) error {
 	for _, part := range []*hallmarkv1.BackupResponse{{Data: []byte("first ")}, {Data: []byte("second\n"), Revision: 42, Done: true}} {
 		if err := stream.Send(part); err != nil {

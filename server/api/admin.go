@@ -176,6 +176,19 @@ func (s *adminService) RotateAuthority(ctx context.Context, req *hallmarkv1.Rota
 	return &hallmarkv1.RotateAuthorityResponse{Activated: rec, Agents: int32(agents)}, nil
 }
 
+// ListNodeAttestors says what each way to attest nodes is worth.
+func (s *adminService) ListNodeAttestors(context.Context, *hallmarkv1.ListNodeAttestorsRequest) (*hallmarkv1.ListNodeAttestorsResponse, error) {
+	resp := &hallmarkv1.ListNodeAttestorsResponse{}
+	for _, p := range s.profiles {
+		a := &hallmarkv1.NodeAttestor{Name: p.Name, Configured: s.attestors[p.Name] != nil, Strength: p.Strength.String(), Needed: p.Needed, Page: p.Page}
+		for _, f := range p.Selectors {
+			a.Selectors = append(a.Selectors, &hallmarkv1.SelectorForm{Form: p.Name + ":" + f.Value, Meaning: f.Meaning})
+		}
+		resp.NodeAttestors = append(resp.NodeAttestors, a)
+	}
+	return resp, nil
+}
+
 // ListConnections lists the agents that hold a push stream.
 func (s *adminService) ListConnections(context.Context, *hallmarkv1.ListConnectionsRequest) (*hallmarkv1.ListConnectionsResponse, error) {
 	resp := &hallmarkv1.ListConnectionsResponse{}

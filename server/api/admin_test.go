@@ -316,3 +316,19 @@ func TestASecondStreamAndNonsenseAreToldApart(t *testing.T) {
 	_, err = fresh.stream.Recv()
 	expectCode(t, err, codes.InvalidArgument, "acknowledges revision")
 }
+
+func TestTheServerSaysWhatItsAttestorsAreWorth(t *testing.T) {
+	w := newWorld(t)
+	resp, err := hallmarkv1.NewAdminServiceClient(w.admin()).ListNodeAttestors(t.Context(), &hallmarkv1.ListNodeAttestorsRequest{})
+	must(t, err)
+	if len(resp.NodeAttestors) != 2 {
+		t.Fatalf("it has %v", resp.NodeAttestors)
+	}
+	token, tpm := resp.NodeAttestors[0], resp.NodeAttestors[1]
+	if token.Name != "join_token" || !token.Configured || token.Strength != "bearer" || token.Needed == "" || len(token.Selectors) != 0 {
+		t.Errorf("join tokens: %v", token)
+	}
+	if tpm.Name != "tpm_ek" || tpm.Configured || tpm.Strength != "hardware" || tpm.Page != "docs/attestors/tpm_ek.md" || tpm.Selectors[0].Form != "tpm_ek:ek:sha256:HASH" {
+		t.Errorf("TPMs: %v", tpm)
+	}
+}

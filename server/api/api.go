@@ -54,6 +54,7 @@ type Options struct {
 	Issuer        *issue.Issuer
 	Feed          *feed.Feed
 	NodeAttestors map[string]attestors.Server // by name; how nodes may attest
+	Profiles      []attestors.Profile         // of those, and of others that are not configured
 	Cluster       *Cluster                    // nil: the server is alone
 	Federation    *federation.Client          // fetches foreign bundles; nil: one with the system's roots
 	AdminIDs      []spiffeid.ID               // administer besides the entries with admin set
@@ -76,6 +77,7 @@ type API struct {
 	issuer      *issue.Issuer
 	feed        *feed.Feed
 	attestors   map[string]attestors.Server
+	profiles    []attestors.Profile
 	cluster     *Cluster
 	federation  *federation.Client
 	adminIDs    map[spiffeid.ID]bool
@@ -119,6 +121,7 @@ func New(o Options) *API {
 		issuer:      o.Issuer,
 		feed:        o.Feed,
 		attestors:   o.NodeAttestors,
+		profiles:    o.Profiles,
 		cluster:     o.Cluster,
 		federation:  cmp.Or(o.Federation, &federation.Client{}),
 		adminIDs:    make(map[spiffeid.ID]bool),

@@ -141,12 +141,13 @@ var methods = map[string]method{
 
 	hallmarkv1.FeedService_Follow_FullMethodName: {callers: agent, watches: true},
 
-	hallmarkv1.AdminService_GetServer_FullMethodName:       {callers: local},
-	hallmarkv1.AdminService_Backup_FullMethodName:          {callers: local, audit: true},
-	hallmarkv1.AdminService_ListAuthorities_FullMethodName: {callers: local},
-	hallmarkv1.AdminService_RotateAuthority_FullMethodName: {callers: local, audit: true},
-	hallmarkv1.AdminService_ListConnections_FullMethodName: {callers: local},
-	hallmarkv1.AdminService_GetJoinInfo_FullMethodName:     {callers: local},
+	hallmarkv1.AdminService_GetServer_FullMethodName:         {callers: local},
+	hallmarkv1.AdminService_Backup_FullMethodName:            {callers: local, audit: true},
+	hallmarkv1.AdminService_ListAuthorities_FullMethodName:   {callers: local},
+	hallmarkv1.AdminService_RotateAuthority_FullMethodName:   {callers: local, audit: true},
+	hallmarkv1.AdminService_ListConnections_FullMethodName:   {callers: local},
+	hallmarkv1.AdminService_ListNodeAttestors_FullMethodName: {callers: local},
+	hallmarkv1.AdminService_GetJoinInfo_FullMethodName:       {callers: local},
 
 	hallmarkv1.ClusterService_ListServers_FullMethodName:  {callers: local},
 	hallmarkv1.ClusterService_Invite_FullMethodName:       {callers: local, audit: true},

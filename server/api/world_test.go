@@ -36,6 +36,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
+	"github.com/hallmark-id/hallmark/attestors/tpmek"
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/server/api"
@@ -109,8 +110,9 @@ func startWorld(t testing.TB, wit bool, change ...func(*api.Options)) *world {
 				return err
 			}),
 		},
-		Now: now,
-		Log: log,
+		Profiles: []attestors.Profile{jointoken.Profile, tpmek.Profile},
+		Now:      now,
+		Log:      log,
 	}
 	for _, c := range change {
 		c(&o)

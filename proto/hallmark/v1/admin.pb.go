@@ -775,6 +775,226 @@ func (x *GetJoinInfoResponse) GetRootHashes() [][]byte {
 	return nil
 }
 
+type ListNodeAttestorsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListNodeAttestorsRequest) Reset() {
+	*x = ListNodeAttestorsRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListNodeAttestorsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListNodeAttestorsRequest) ProtoMessage() {}
+
+func (x *ListNodeAttestorsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListNodeAttestorsRequest.ProtoReflect.Descriptor instead.
+func (*ListNodeAttestorsRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{14}
+}
+
+type ListNodeAttestorsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	NodeAttestors []*NodeAttestor        `protobuf:"bytes,1,rep,name=node_attestors,json=nodeAttestors,proto3" json:"node_attestors,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListNodeAttestorsResponse) Reset() {
+	*x = ListNodeAttestorsResponse{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListNodeAttestorsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListNodeAttestorsResponse) ProtoMessage() {}
+
+func (x *ListNodeAttestorsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListNodeAttestorsResponse.ProtoReflect.Descriptor instead.
+func (*ListNodeAttestorsResponse) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ListNodeAttestorsResponse) GetNodeAttestors() []*NodeAttestor {
+	if x != nil {
+		return x.NodeAttestors
+	}
+	return nil
+}
+
+// NodeAttestor is a way to attest nodes, and what it is worth.
+type NodeAttestor struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Name       string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`              // in the configuration, of its selectors and in agents' IDs
+	Configured bool                   `protobuf:"varint,2,opt,name=configured,proto3" json:"configured,omitempty"` // nodes can attest by it
+	// The kind of thing that one needs to pass for a node: "unknown", "network",
+	// "bearer", "key" or "hardware", from the weakest to the strongest.
+	Strength      string          `protobuf:"bytes,3,opt,name=strength,proto3" json:"strength,omitempty"`
+	Needed        string          `protobuf:"bytes,4,opt,name=needed,proto3" json:"needed,omitempty"` // what one needs to pass for a node, in words
+	Selectors     []*SelectorForm `protobuf:"bytes,5,rep,name=selectors,proto3" json:"selectors,omitempty"`
+	Page          string          `protobuf:"bytes,6,opt,name=page,proto3" json:"page,omitempty"` // of the documentation, a path in the repository
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeAttestor) Reset() {
+	*x = NodeAttestor{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeAttestor) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeAttestor) ProtoMessage() {}
+
+func (x *NodeAttestor) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeAttestor.ProtoReflect.Descriptor instead.
+func (*NodeAttestor) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *NodeAttestor) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NodeAttestor) GetConfigured() bool {
+	if x != nil {
+		return x.Configured
+	}
+	return false
+}
+
+func (x *NodeAttestor) GetStrength() string {
+	if x != nil {
+		return x.Strength
+	}
+	return ""
+}
+
+func (x *NodeAttestor) GetNeeded() string {
+	if x != nil {
+		return x.Needed
+	}
+	return ""
+}
+
+func (x *NodeAttestor) GetSelectors() []*SelectorForm {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *NodeAttestor) GetPage() string {
+	if x != nil {
+		return x.Page
+	}
+	return ""
+}
+
+// SelectorForm is a kind of selector, of a node that was attested.
+type SelectorForm struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Form          string                 `protobuf:"bytes,1,opt,name=form,proto3" json:"form,omitempty"` // with its type; what varies is in capitals
+	Meaning       string                 `protobuf:"bytes,2,opt,name=meaning,proto3" json:"meaning,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SelectorForm) Reset() {
+	*x = SelectorForm{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SelectorForm) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SelectorForm) ProtoMessage() {}
+
+func (x *SelectorForm) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SelectorForm.ProtoReflect.Descriptor instead.
+func (*SelectorForm) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *SelectorForm) GetForm() string {
+	if x != nil {
+		return x.Form
+	}
+	return ""
+}
+
+func (x *SelectorForm) GetMeaning() string {
+	if x != nil {
+		return x.Meaning
+	}
+	return ""
+}
+
 var File_hallmark_v1_admin_proto protoreflect.FileDescriptor
 
 const file_hallmark_v1_admin_proto_rawDesc = "" +
@@ -827,14 +1047,30 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x1f\n" +
 	"\vroot_hashes\x18\x03 \x03(\fR\n" +
-	"rootHashes2\x8b\x04\n" +
+	"rootHashes\"\x1a\n" +
+	"\x18ListNodeAttestorsRequest\"]\n" +
+	"\x19ListNodeAttestorsResponse\x12@\n" +
+	"\x0enode_attestors\x18\x01 \x03(\v2\x19.hallmark.v1.NodeAttestorR\rnodeAttestors\"\xc3\x01\n" +
+	"\fNodeAttestor\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
+	"\n" +
+	"configured\x18\x02 \x01(\bR\n" +
+	"configured\x12\x1a\n" +
+	"\bstrength\x18\x03 \x01(\tR\bstrength\x12\x16\n" +
+	"\x06needed\x18\x04 \x01(\tR\x06needed\x127\n" +
+	"\tselectors\x18\x05 \x03(\v2\x19.hallmark.v1.SelectorFormR\tselectors\x12\x12\n" +
+	"\x04page\x18\x06 \x01(\tR\x04page\"<\n" +
+	"\fSelectorForm\x12\x12\n" +
+	"\x04form\x18\x01 \x01(\tR\x04form\x12\x18\n" +
+	"\ameaning\x18\x02 \x01(\tR\ameaning2\xef\x04\n" +
 	"\fAdminService\x12J\n" +
 	"\tGetServer\x12\x1d.hallmark.v1.GetServerRequest\x1a\x1e.hallmark.v1.GetServerResponse\x12C\n" +
 	"\x06Backup\x12\x1a.hallmark.v1.BackupRequest\x1a\x1b.hallmark.v1.BackupResponse0\x01\x12\\\n" +
 	"\x0fListAuthorities\x12#.hallmark.v1.ListAuthoritiesRequest\x1a$.hallmark.v1.ListAuthoritiesResponse\x12\\\n" +
 	"\x0fRotateAuthority\x12#.hallmark.v1.RotateAuthorityRequest\x1a$.hallmark.v1.RotateAuthorityResponse\x12\\\n" +
 	"\x0fListConnections\x12#.hallmark.v1.ListConnectionsRequest\x1a$.hallmark.v1.ListConnectionsResponse\x12P\n" +
-	"\vGetJoinInfo\x12\x1f.hallmark.v1.GetJoinInfoRequest\x1a .hallmark.v1.GetJoinInfoResponseB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
+	"\vGetJoinInfo\x12\x1f.hallmark.v1.GetJoinInfoRequest\x1a .hallmark.v1.GetJoinInfoResponse\x12b\n" +
+	"\x11ListNodeAttestors\x12%.hallmark.v1.ListNodeAttestorsRequest\x1a&.hallmark.v1.ListNodeAttestorsResponseB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
 
 var (
 	file_hallmark_v1_admin_proto_rawDescOnce sync.Once
@@ -848,48 +1084,56 @@ func file_hallmark_v1_admin_proto_rawDescGZIP() []byte {
 	return file_hallmark_v1_admin_proto_rawDescData
 }
 
-var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_hallmark_v1_admin_proto_goTypes = []any{
-	(*GetServerRequest)(nil),        // 0: hallmark.v1.GetServerRequest
-	(*GetServerResponse)(nil),       // 1: hallmark.v1.GetServerResponse
-	(*BackupRequest)(nil),           // 2: hallmark.v1.BackupRequest
-	(*BackupResponse)(nil),          // 3: hallmark.v1.BackupResponse
-	(*ListAuthoritiesRequest)(nil),  // 4: hallmark.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil), // 5: hallmark.v1.ListAuthoritiesResponse
-	(*AuthorityUse)(nil),            // 6: hallmark.v1.AuthorityUse
-	(*RotateAuthorityRequest)(nil),  // 7: hallmark.v1.RotateAuthorityRequest
-	(*RotateAuthorityResponse)(nil), // 8: hallmark.v1.RotateAuthorityResponse
-	(*ListConnectionsRequest)(nil),  // 9: hallmark.v1.ListConnectionsRequest
-	(*ListConnectionsResponse)(nil), // 10: hallmark.v1.ListConnectionsResponse
-	(*Connection)(nil),              // 11: hallmark.v1.Connection
-	(*GetJoinInfoRequest)(nil),      // 12: hallmark.v1.GetJoinInfoRequest
-	(*GetJoinInfoResponse)(nil),     // 13: hallmark.v1.GetJoinInfoResponse
-	(*Authority)(nil),               // 14: hallmark.v1.Authority
-	(Authority_Kind)(0),             // 15: hallmark.v1.Authority.Kind
+	(*GetServerRequest)(nil),          // 0: hallmark.v1.GetServerRequest
+	(*GetServerResponse)(nil),         // 1: hallmark.v1.GetServerResponse
+	(*BackupRequest)(nil),             // 2: hallmark.v1.BackupRequest
+	(*BackupResponse)(nil),            // 3: hallmark.v1.BackupResponse
+	(*ListAuthoritiesRequest)(nil),    // 4: hallmark.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),   // 5: hallmark.v1.ListAuthoritiesResponse
+	(*AuthorityUse)(nil),              // 6: hallmark.v1.AuthorityUse
+	(*RotateAuthorityRequest)(nil),    // 7: hallmark.v1.RotateAuthorityRequest
+	(*RotateAuthorityResponse)(nil),   // 8: hallmark.v1.RotateAuthorityResponse
+	(*ListConnectionsRequest)(nil),    // 9: hallmark.v1.ListConnectionsRequest
+	(*ListConnectionsResponse)(nil),   // 10: hallmark.v1.ListConnectionsResponse
+	(*Connection)(nil),                // 11: hallmark.v1.Connection
+	(*GetJoinInfoRequest)(nil),        // 12: hallmark.v1.GetJoinInfoRequest
+	(*GetJoinInfoResponse)(nil),       // 13: hallmark.v1.GetJoinInfoResponse
+	(*ListNodeAttestorsRequest)(nil),  // 14: hallmark.v1.ListNodeAttestorsRequest
+	(*ListNodeAttestorsResponse)(nil), // 15: hallmark.v1.ListNodeAttestorsResponse
+	(*NodeAttestor)(nil),              // 16: hallmark.v1.NodeAttestor
+	(*SelectorForm)(nil),              // 17: hallmark.v1.SelectorForm
+	(*Authority)(nil),                 // 18: hallmark.v1.Authority
+	(Authority_Kind)(0),               // 19: hallmark.v1.Authority.Kind
 }
 var file_hallmark_v1_admin_proto_depIdxs = []int32{
-	14, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
+	18, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
 	6,  // 1: hallmark.v1.ListAuthoritiesResponse.uses:type_name -> hallmark.v1.AuthorityUse
-	15, // 2: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
-	14, // 3: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
+	19, // 2: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
+	18, // 3: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
 	11, // 4: hallmark.v1.ListConnectionsResponse.connections:type_name -> hallmark.v1.Connection
-	0,  // 5: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
-	2,  // 6: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
-	4,  // 7: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
-	7,  // 8: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
-	9,  // 9: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
-	12, // 10: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
-	1,  // 11: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
-	3,  // 12: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
-	5,  // 13: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
-	8,  // 14: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
-	10, // 15: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
-	13, // 16: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
-	11, // [11:17] is the sub-list for method output_type
-	5,  // [5:11] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	16, // 5: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
+	17, // 6: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
+	0,  // 7: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
+	2,  // 8: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
+	4,  // 9: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
+	7,  // 10: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
+	9,  // 11: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
+	12, // 12: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
+	14, // 13: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
+	1,  // 14: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
+	3,  // 15: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
+	5,  // 16: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
+	8,  // 17: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
+	10, // 18: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
+	13, // 19: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
+	15, // 20: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
+	14, // [14:21] is the sub-list for method output_type
+	7,  // [7:14] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_hallmark_v1_admin_proto_init() }
@@ -904,7 +1148,7 @@ func file_hallmark_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_admin_proto_rawDesc), len(file_hallmark_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -19,12 +19,13 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	AdminService_GetServer_FullMethodName       = "/hallmark.v1.AdminService/GetServer"
-	AdminService_Backup_FullMethodName          = "/hallmark.v1.AdminService/Backup"
-	AdminService_ListAuthorities_FullMethodName = "/hallmark.v1.AdminService/ListAuthorities"
-	AdminService_RotateAuthority_FullMethodName = "/hallmark.v1.AdminService/RotateAuthority"
-	AdminService_ListConnections_FullMethodName = "/hallmark.v1.AdminService/ListConnections"
-	AdminService_GetJoinInfo_FullMethodName     = "/hallmark.v1.AdminService/GetJoinInfo"
+	AdminService_GetServer_FullMethodName         = "/hallmark.v1.AdminService/GetServer"
+	AdminService_Backup_FullMethodName            = "/hallmark.v1.AdminService/Backup"
+	AdminService_ListAuthorities_FullMethodName   = "/hallmark.v1.AdminService/ListAuthorities"
+	AdminService_RotateAuthority_FullMethodName   = "/hallmark.v1.AdminService/RotateAuthority"
+	AdminService_ListConnections_FullMethodName   = "/hallmark.v1.AdminService/ListConnections"
+	AdminService_GetJoinInfo_FullMethodName       = "/hallmark.v1.AdminService/GetJoinInfo"
+	AdminService_ListNodeAttestors_FullMethodName = "/hallmark.v1.AdminService/ListNodeAttestors"
 )
 
 // AdminServiceClient is the client API for AdminService service.
@@ -49,6 +50,9 @@ type AdminServiceClient interface {
 	ListConnections(ctx context.Context, in *ListConnectionsRequest, opts ...grpc.CallOption) (*ListConnectionsResponse, error)
 	// GetJoinInfo returns what a join string needs besides the token.
 	GetJoinInfo(ctx context.Context, in *GetJoinInfoRequest, opts ...grpc.CallOption) (*GetJoinInfoResponse, error)
+	// ListNodeAttestors lists the ways to attest nodes that this server has,
+	// whether they are configured or not, the weakest first.
+	ListNodeAttestors(ctx context.Context, in *ListNodeAttestorsRequest, opts ...grpc.CallOption) (*ListNodeAttestorsResponse, error)
 }
 
 type adminServiceClient struct {
@@ -128,6 +132,16 @@ func (c *adminServiceClient) GetJoinInfo(ctx context.Context, in *GetJoinInfoReq
 	return out, nil
 }
 
+func (c *adminServiceClient) ListNodeAttestors(ctx context.Context, in *ListNodeAttestorsRequest, opts ...grpc.CallOption) (*ListNodeAttestorsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListNodeAttestorsResponse)
+	err := c.cc.Invoke(ctx, AdminService_ListNodeAttestors_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServiceServer is the server API for AdminService service.
 // All implementations must embed UnimplementedAdminServiceServer
 // for forward compatibility.
@@ -150,6 +164,9 @@ type AdminServiceServer interface {
 	ListConnections(context.Context, *ListConnectionsRequest) (*ListConnectionsResponse, error)
 	// GetJoinInfo returns what a join string needs besides the token.
 	GetJoinInfo(context.Context, *GetJoinInfoRequest) (*GetJoinInfoResponse, error)
+	// ListNodeAttestors lists the ways to attest nodes that this server has,
+	// whether they are configured or not, the weakest first.
+	ListNodeAttestors(context.Context, *ListNodeAttestorsRequest) (*ListNodeAttestorsResponse, error)
 	mustEmbedUnimplementedAdminServiceServer()
 }
 
@@ -177,6 +194,9 @@ func (UnimplementedAdminServiceServer) ListConnections(context.Context, *ListCon
 }
 func (UnimplementedAdminServiceServer) GetJoinInfo(context.Context, *GetJoinInfoRequest) (*GetJoinInfoResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetJoinInfo not implemented")
+}
+func (UnimplementedAdminServiceServer) ListNodeAttestors(context.Context, *ListNodeAttestorsRequest) (*ListNodeAttestorsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListNodeAttestors not implemented")
 }
 func (UnimplementedAdminServiceServer) mustEmbedUnimplementedAdminServiceServer() {}
 func (UnimplementedAdminServiceServer) testEmbeddedByValue()                      {}
@@ -300,6 +320,24 @@ func _AdminService_GetJoinInfo_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_ListNodeAttestors_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListNodeAttestorsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ListNodeAttestors(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ListNodeAttestors_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ListNodeAttestors(ctx, req.(*ListNodeAttestorsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // AdminService_ServiceDesc is the grpc.ServiceDesc for AdminService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -326,6 +364,10 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetJoinInfo",
 			Handler:    _AdminService_GetJoinInfo_Handler,
+		},
+		{
+			MethodName: "ListNodeAttestors",
+			Handler:    _AdminService_ListNodeAttestors_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
