@@ -60,7 +60,7 @@ churn: test-deps ## 2,000 processes on few PIDs and 200 containers come and go (
 
 .PHONY: bench
 bench: build ## benchmarks; docs/performance.md explains them
-	$(GO) test -run '^$$' -bench . -benchtime 2s -timeout 30m ./test/bench ./server/... ./agent/...
+	$(GO) test -run '^$$' -bench . -benchtime 2s -timeout 30m ./test/bench ./server/... ./agent/... ./attestors/...
 
 .PHONY: fuzz
 fuzz: ## every fuzz target, FUZZTIME each (default 60s)

@@ -16,7 +16,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/docker"
@@ -312,27 +311,4 @@ func TestImpossibleSettingsAreRefused(t *testing.T) {
 			t.Errorf("%s: got %v", want, err)
 		}
 	}
-}
-
-func BenchmarkAttest(b *testing.B) {
-	inside := inGroup(b, "/hallmark-test/docker/"+id)
-	var calls atomic.Int32
-	socket := serve(b, func(w http.ResponseWriter, r *http.Request) {
-		calls.Add(1)
-		io.WriteString(w, answer(id, inside, true))
-	})
-	a, err := docker.New(docker.Config{Socket: socket})
-	must(b, err)
-	var took []time.Duration
-	for b.Loop() {
-		began := time.Now()
-		if _, err := a.Attest(b.Context(), attestors.Process{PID: inside}); err != nil {
-			b.Fatal(err)
-		}
-		took = append(took, time.Since(began))
-	}
-	slices.Sort(took)
-	b.ReportMetric(float64(took[len(took)/2].Microseconds()), "p50-µs")
-	b.ReportMetric(float64(took[len(took)*99/100].Microseconds()), "p99-µs")
-	b.ReportMetric(float64(calls.Load())/float64(len(took)), "calls/op")
 }

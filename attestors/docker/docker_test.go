@@ -128,3 +128,35 @@ func childOf(t testing.TB, pid int32) (child int32) {
 	})
 	return child
 }
+
+// BenchmarkAttest asks the real engines about the process of a container: the
+// first time that the container is seen, and while it is known.
+func BenchmarkAttest(b *testing.B) {
+	for _, e := range engines {
+		b.Run(e.name, func(b *testing.B) {
+			engine := e.start(b)
+			engine.Import(b, "example.com/shop/web:1.4", program(b))
+			web := engine.Run(b, "--label", "app=web", "example.com/shop/web:1.4")
+			counted, calls := harness.Counted(b, engine.Socket)
+			fresh := func(socket string) *docker.Attestor {
+				a, err := e.make(socket)
+				must(b, err)
+				return a
+			}
+			b.Run("first", func(b *testing.B) {
+				var a *docker.Attestor
+				harness.Attestations(b, calls.Load, func() { a = fresh(counted) }, func() error {
+					_, err := a.Attest(b.Context(), attestors.Process{PID: web.PID})
+					return err
+				})
+			})
+			b.Run("known", func(b *testing.B) {
+				a := fresh(counted)
+				harness.Attestations(b, calls.Load, nil, func() error {
+					_, err := a.Attest(b.Context(), attestors.Process{PID: web.PID})
+					return err
+				})
+			})
+		})
+	}
+}

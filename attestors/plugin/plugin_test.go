@@ -529,3 +529,14 @@ func TestAConfigurationIsChecked(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// BenchmarkAttest asks the example, which reads the name of the process.
+func BenchmarkAttest(b *testing.B) {
+	w, _ := workload(b, "")
+	calls := int64(0)
+	harness.Attestations(b, func() int64 { return calls }, nil, func() error {
+		calls++ // it knows nothing from before
+		_, err := w.Attest(b.Context(), self())
+		return err
+	})
+}
