@@ -20,6 +20,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors/azureimds"
 	"github.com/hallmark-id/hallmark/attestors/docker"
 	"github.com/hallmark-id/hallmark/attestors/gcpiit"
+	"github.com/hallmark-id/hallmark/attestors/httpchallenge"
 	"github.com/hallmark-id/hallmark/attestors/k8s"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
 	"github.com/hallmark-id/hallmark/attestors/oidc"
@@ -169,6 +170,8 @@ type NodeAttestorConfig struct {
 	GCPIIT    *gcpiit.AgentConfig    `yaml:"gcp_iit"`    // by the identity token of its instance of Google Cloud
 	OIDC      *oidc.AgentConfig      `yaml:"oidc"`       // by the token of an outside issuer
 
+	HTTPChallenge *httpchallenge.AgentConfig `yaml:"http_challenge"` // by its name in the DNS
+
 	// Plugins is an external program that was written for SPIRE, by its name: a
 	// node attestor, of which the server needs the other half under the same name.
 	// It runs with the rights of the agent. Default: none.
@@ -294,6 +297,16 @@ var nodeAttestors = []struct {
 			return nil, err
 		}
 		return &node.Attestor{Name: oidc.Name, Agent: a}, nil
+	}},
+	{"node_attestor.http_challenge", func(c *NodeAttestorConfig) (*node.Attestor, error) {
+		if c.HTTPChallenge == nil {
+			return nil, nil
+		}
+		a, err := httpchallenge.NewAgent(*c.HTTPChallenge)
+		if err != nil {
+			return nil, err
+		}
+		return &node.Attestor{Name: httpchallenge.Name, Agent: a}, nil
 	}},
 }
 
@@ -552,7 +565,7 @@ func (s *settings) checkAttestors(wrong wrongFunc) {
 		}
 		switch {
 		case named == 0:
-			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek, tpm_devid, k8s_psat, aws_iid, azure_imds, gcp_iit, oidc or one of plugins, or remove it")
+			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek, tpm_devid, k8s_psat, aws_iid, azure_imds, gcp_iit, oidc, http_challenge or one of plugins, or remove it")
 		case named > 1:
 			wrong("node_attestor", "node_attestor names %d attestors; a node proves what it is by one", named)
 		}

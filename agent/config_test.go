@@ -61,6 +61,8 @@ func TestConfigurationsThatAreComplete(t *testing.T) {
 			"\nnode_attestor: {azure_imds: {tenant_domain: example.com}}",
 		"an instance of Google Cloud": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
 			"\nnode_attestor: {gcp_iit: {service_account: 'a@p.iam.gserviceaccount.com', audience: x}}",
+		"a name in the DNS": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
+			"\nnode_attestor: {http_challenge: {hostname: p1.example.org, agentname: blue, port: 8080, advertised_port: 80, address: 127.0.0.1}}",
 		"a TPM": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +
 			"\nnode_attestor: {tpm_ek: {tpm_device_path: /dev/tpmrm0, endorsement_key: p-256, certificate_path: ek.pem, endorsement_hierarchy_password: x}}",
 		"a DevID": "trust_domain: example.org\nserver: localhost:8081\ntrust_bundle: " + bundleFile(t) +

@@ -23,7 +23,7 @@ import (
 // Agent is the half that proves what a node is.
 type Agent interface {
 	// Proof returns the attestation's payload. It is called once for each
-	// attempt.
+	// attempt, with whose end the context ends.
 	Proof(ctx context.Context) ([]byte, error)
 	// Respond answers a challenge of the server.
 	Respond(ctx context.Context, challenge []byte) ([]byte, error)

@@ -17,6 +17,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors/awsiid"
 	"github.com/hallmark-id/hallmark/attestors/azureimds"
 	"github.com/hallmark-id/hallmark/attestors/gcpiit"
+	"github.com/hallmark-id/hallmark/attestors/httpchallenge"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
 	"github.com/hallmark-id/hallmark/attestors/oidc"
@@ -41,6 +42,8 @@ type NodeAttestorsConfig struct {
 	AzureIMDS *azureimds.ServerConfig `yaml:"azure_imds"` // by the attested document of a virtual machine of Azure
 	GCPIIT    *gcpiit.ServerConfig    `yaml:"gcp_iit"`    // by the identity token of an instance of Google Cloud
 	OIDC      *oidc.ServerConfig      `yaml:"oidc"`       // by the token of an outside issuer
+
+	HTTPChallenge *httpchallenge.ServerConfig `yaml:"http_challenge"` // by its name in the DNS
 
 	// Plugins are external programs that were written for SPIRE, by name: its
 	// node attestors. Each runs with the rights of the server. At most 16.
@@ -126,6 +129,12 @@ var nodeAttestors = []struct {
 			return nil, nil
 		}
 		return oidc.New(*s.NodeAttestors.OIDC, oidc.Options{Audience: s.td.IDString() + entry.ServerPath, Log: log})
+	}},
+	{httpchallenge.Profile, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+		if s.NodeAttestors.HTTPChallenge == nil {
+			return nil, nil
+		}
+		return httpchallenge.New(*s.NodeAttestors.HTTPChallenge, httpchallenge.Options{Log: log})
 	}},
 }
 

@@ -56,6 +56,7 @@ func TestNodesMayAttestInSeveralWays(t *testing.T) {
 		"aws_iid: {account_allow_list: ['123456789012'], region_allow_list: [us-west-2], max_age: 15m, certificates: [{region: xx-west-1, path: " + ca + "}], describe: {assume_role: hallmark, endpoint: 'https://ec2.internal'}, agent_path_template: 'aws_iid/{{ .InstanceID }}/{{ .Tags.Name }}'}",
 		"azure_imds: {tenants: [{tenant_id: 11111111-2222-3333-4444-555555555555, subscription_allow_list: [d5b40d61-272e-48da-beb9-05f295c42bd6], describe: {allowed_vm_tags: [team]}}], ca_bundle_path: " + ca + ", metadata_domains: [metadata.azure.us]}",
 		"gcp_iit: {projectid_allow_list: [big-kahuna-123456], audience: 'spiffe://example.org', max_age: 10m, use_instance_metadata: true, allowed_label_keys: [team]}",
+		"http_challenge: {allowed_dns_patterns: ['p[0-9]+\\.example\\.org'], required_port: 80, allow_reattestation: true, networks: [10.1.0.0/16], resolver: '10.0.0.53:53'}",
 		"sshpop: {cert_authorities: [" + sshKey + "], canonical_domain: example.org, agent_path_template: 'sshpop/{{ .Hostname }}'}",
 		"x509pop: {mode: spiffe, trust_domain: other.org, svid_prefix: /nodes}",
 	} {
@@ -81,9 +82,10 @@ func TestAnAttestorThatCannotBeMadeIsRefusedWithItsPlace(t *testing.T) {
 	}
 	for yaml, want := range map[string]string{
 		"k8s_psat: {clusters: [{name: production}]}": "service_account_allow_list is missing",
-		"azure_imds: {}": "tenants is missing",
-		"gcp_iit: {}":    "projectid_allow_list is missing",
-		"aws_iid: {}":    "account_allow_list is missing",
+		"azure_imds: {}":     "tenants is missing",
+		"gcp_iit: {}":        "projectid_allow_list is missing",
+		"aws_iid: {}":        "account_allow_list is missing",
+		"http_challenge: {}": "allowed_dns_patterns is missing",
 		"aws_iid: {account_allow_list: [\"123\"]}": "has 12 digits",
 	} {
 		err := server.Check(source("trust_domain: example.org\nnode_attestors:\n  " + yaml + "\n"))

@@ -115,6 +115,8 @@ func (n *Node) obtain(ctx context.Context) (*svid, *trust, error) {
 
 // prove runs the AttestAgent conversation on an authenticated link.
 func (n *Node) prove(ctx context.Context, l *Link, csr []byte) (*agentv1.AttestAgentResponse_Result, error) {
+	ctx, cancel := context.WithCancel(ctx) // with it ends what the proof has opened
+	defer cancel()
 	a := n.o.Attestor
 	payload, err := a.Agent.Proof(ctx)
 	if err != nil {
@@ -123,8 +125,6 @@ func (n *Node) prove(ctx context.Context, l *Link, csr []byte) (*agentv1.AttestA
 	if len(payload) > maxPayload {
 		return nil, fmt.Errorf("proof is %d bytes long; the most is %d", len(payload), maxPayload)
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	stream, err := agentv1.NewAgentClient(l.conn).AttestAgent(ctx)
 	if err != nil {
 		return nil, err
