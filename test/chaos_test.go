@@ -556,7 +556,8 @@ func (w *writers) acknowledged() (present map[string]string, gone map[string]boo
 	return maps.Clone(w.present), maps.Clone(w.gone)
 }
 
-// after waits until a server has acknowledged something after a moment.
+// after waits until a server has acknowledged something that was asked of it
+// after a moment: the second thing, as the first may have been under way.
 func (w *writers) after(t *testing.T, name string, moment time.Time) {
 	t.Helper()
 	deadline := time.After(chaosPatience)
@@ -565,7 +566,7 @@ func (w *writers) after(t *testing.T, name string, moment time.Time) {
 	for {
 		w.mu.Lock()
 		at := w.at[name]
-		there := len(at) > 0 && at[len(at)-1].After(moment)
+		there := len(at) > 1 && at[len(at)-2].After(moment)
 		w.mu.Unlock()
 		if there {
 			return
