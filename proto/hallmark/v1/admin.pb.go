@@ -679,6 +679,102 @@ func (x *Connection) GetBehind() bool {
 	return false
 }
 
+type AwaitAgentsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Wait          int32                  `protobuf:"varint,1,opt,name=wait,proto3" json:"wait,omitempty"` // how long at most, in seconds; 0 means 30
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AwaitAgentsRequest) Reset() {
+	*x = AwaitAgentsRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AwaitAgentsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AwaitAgentsRequest) ProtoMessage() {}
+
+func (x *AwaitAgentsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AwaitAgentsRequest.ProtoReflect.Descriptor instead.
+func (*AwaitAgentsRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *AwaitAgentsRequest) GetWait() int32 {
+	if x != nil {
+		return x.Wait
+	}
+	return 0
+}
+
+type AwaitAgentsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      int64                  `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"` // what they have acknowledged, or a later one
+	Agents        int32                  `protobuf:"varint,2,opt,name=agents,proto3" json:"agents,omitempty"`     // how many they are
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AwaitAgentsResponse) Reset() {
+	*x = AwaitAgentsResponse{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AwaitAgentsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AwaitAgentsResponse) ProtoMessage() {}
+
+func (x *AwaitAgentsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AwaitAgentsResponse.ProtoReflect.Descriptor instead.
+func (*AwaitAgentsResponse) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *AwaitAgentsResponse) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *AwaitAgentsResponse) GetAgents() int32 {
+	if x != nil {
+		return x.Agents
+	}
+	return 0
+}
+
 type GetJoinInfoRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -687,7 +783,7 @@ type GetJoinInfoRequest struct {
 
 func (x *GetJoinInfoRequest) Reset() {
 	*x = GetJoinInfoRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -699,7 +795,7 @@ func (x *GetJoinInfoRequest) String() string {
 func (*GetJoinInfoRequest) ProtoMessage() {}
 
 func (x *GetJoinInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -712,7 +808,7 @@ func (x *GetJoinInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJoinInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetJoinInfoRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 type GetJoinInfoResponse struct {
@@ -726,7 +822,7 @@ type GetJoinInfoResponse struct {
 
 func (x *GetJoinInfoResponse) Reset() {
 	*x = GetJoinInfoResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[13]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -738,7 +834,7 @@ func (x *GetJoinInfoResponse) String() string {
 func (*GetJoinInfoResponse) ProtoMessage() {}
 
 func (x *GetJoinInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[13]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -751,7 +847,7 @@ func (x *GetJoinInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJoinInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetJoinInfoResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *GetJoinInfoResponse) GetTrustDomain() string {
@@ -783,7 +879,7 @@ type ListNodeAttestorsRequest struct {
 
 func (x *ListNodeAttestorsRequest) Reset() {
 	*x = ListNodeAttestorsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -795,7 +891,7 @@ func (x *ListNodeAttestorsRequest) String() string {
 func (*ListNodeAttestorsRequest) ProtoMessage() {}
 
 func (x *ListNodeAttestorsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -808,7 +904,7 @@ func (x *ListNodeAttestorsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodeAttestorsRequest.ProtoReflect.Descriptor instead.
 func (*ListNodeAttestorsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 type ListNodeAttestorsResponse struct {
@@ -820,7 +916,7 @@ type ListNodeAttestorsResponse struct {
 
 func (x *ListNodeAttestorsResponse) Reset() {
 	*x = ListNodeAttestorsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -832,7 +928,7 @@ func (x *ListNodeAttestorsResponse) String() string {
 func (*ListNodeAttestorsResponse) ProtoMessage() {}
 
 func (x *ListNodeAttestorsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -845,7 +941,7 @@ func (x *ListNodeAttestorsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodeAttestorsResponse.ProtoReflect.Descriptor instead.
 func (*ListNodeAttestorsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListNodeAttestorsResponse) GetNodeAttestors() []*NodeAttestor {
@@ -872,7 +968,7 @@ type NodeAttestor struct {
 
 func (x *NodeAttestor) Reset() {
 	*x = NodeAttestor{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -884,7 +980,7 @@ func (x *NodeAttestor) String() string {
 func (*NodeAttestor) ProtoMessage() {}
 
 func (x *NodeAttestor) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -897,7 +993,7 @@ func (x *NodeAttestor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeAttestor.ProtoReflect.Descriptor instead.
 func (*NodeAttestor) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *NodeAttestor) GetName() string {
@@ -953,7 +1049,7 @@ type SelectorForm struct {
 
 func (x *SelectorForm) Reset() {
 	*x = SelectorForm{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -965,7 +1061,7 @@ func (x *SelectorForm) String() string {
 func (*SelectorForm) ProtoMessage() {}
 
 func (x *SelectorForm) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -978,7 +1074,7 @@ func (x *SelectorForm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SelectorForm.ProtoReflect.Descriptor instead.
 func (*SelectorForm) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SelectorForm) GetForm() string {
@@ -1041,7 +1137,12 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\fconnected_at\x18\x03 \x01(\x03R\vconnectedAt\x12#\n" +
 	"\ragent_version\x18\x04 \x01(\tR\fagentVersion\x12\x18\n" +
 	"\aaddress\x18\x05 \x01(\tR\aaddress\x12\x16\n" +
-	"\x06behind\x18\x06 \x01(\bR\x06behind\"\x14\n" +
+	"\x06behind\x18\x06 \x01(\bR\x06behind\"(\n" +
+	"\x12AwaitAgentsRequest\x12\x12\n" +
+	"\x04wait\x18\x01 \x01(\x05R\x04wait\"I\n" +
+	"\x13AwaitAgentsResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x16\n" +
+	"\x06agents\x18\x02 \x01(\x05R\x06agents\"\x14\n" +
 	"\x12GetJoinInfoRequest\"s\n" +
 	"\x13GetJoinInfoResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
@@ -1062,13 +1163,14 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\x04page\x18\x06 \x01(\tR\x04page\"<\n" +
 	"\fSelectorForm\x12\x12\n" +
 	"\x04form\x18\x01 \x01(\tR\x04form\x12\x18\n" +
-	"\ameaning\x18\x02 \x01(\tR\ameaning2\xef\x04\n" +
+	"\ameaning\x18\x02 \x01(\tR\ameaning2\xc1\x05\n" +
 	"\fAdminService\x12J\n" +
 	"\tGetServer\x12\x1d.hallmark.v1.GetServerRequest\x1a\x1e.hallmark.v1.GetServerResponse\x12C\n" +
 	"\x06Backup\x12\x1a.hallmark.v1.BackupRequest\x1a\x1b.hallmark.v1.BackupResponse0\x01\x12\\\n" +
 	"\x0fListAuthorities\x12#.hallmark.v1.ListAuthoritiesRequest\x1a$.hallmark.v1.ListAuthoritiesResponse\x12\\\n" +
 	"\x0fRotateAuthority\x12#.hallmark.v1.RotateAuthorityRequest\x1a$.hallmark.v1.RotateAuthorityResponse\x12\\\n" +
 	"\x0fListConnections\x12#.hallmark.v1.ListConnectionsRequest\x1a$.hallmark.v1.ListConnectionsResponse\x12P\n" +
+	"\vAwaitAgents\x12\x1f.hallmark.v1.AwaitAgentsRequest\x1a .hallmark.v1.AwaitAgentsResponse\x12P\n" +
 	"\vGetJoinInfo\x12\x1f.hallmark.v1.GetJoinInfoRequest\x1a .hallmark.v1.GetJoinInfoResponse\x12b\n" +
 	"\x11ListNodeAttestors\x12%.hallmark.v1.ListNodeAttestorsRequest\x1a&.hallmark.v1.ListNodeAttestorsResponseB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
 
@@ -1084,7 +1186,7 @@ func file_hallmark_v1_admin_proto_rawDescGZIP() []byte {
 	return file_hallmark_v1_admin_proto_rawDescData
 }
 
-var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*GetServerRequest)(nil),          // 0: hallmark.v1.GetServerRequest
 	(*GetServerResponse)(nil),         // 1: hallmark.v1.GetServerResponse
@@ -1098,39 +1200,43 @@ var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*ListConnectionsRequest)(nil),    // 9: hallmark.v1.ListConnectionsRequest
 	(*ListConnectionsResponse)(nil),   // 10: hallmark.v1.ListConnectionsResponse
 	(*Connection)(nil),                // 11: hallmark.v1.Connection
-	(*GetJoinInfoRequest)(nil),        // 12: hallmark.v1.GetJoinInfoRequest
-	(*GetJoinInfoResponse)(nil),       // 13: hallmark.v1.GetJoinInfoResponse
-	(*ListNodeAttestorsRequest)(nil),  // 14: hallmark.v1.ListNodeAttestorsRequest
-	(*ListNodeAttestorsResponse)(nil), // 15: hallmark.v1.ListNodeAttestorsResponse
-	(*NodeAttestor)(nil),              // 16: hallmark.v1.NodeAttestor
-	(*SelectorForm)(nil),              // 17: hallmark.v1.SelectorForm
-	(*Authority)(nil),                 // 18: hallmark.v1.Authority
-	(Authority_Kind)(0),               // 19: hallmark.v1.Authority.Kind
+	(*AwaitAgentsRequest)(nil),        // 12: hallmark.v1.AwaitAgentsRequest
+	(*AwaitAgentsResponse)(nil),       // 13: hallmark.v1.AwaitAgentsResponse
+	(*GetJoinInfoRequest)(nil),        // 14: hallmark.v1.GetJoinInfoRequest
+	(*GetJoinInfoResponse)(nil),       // 15: hallmark.v1.GetJoinInfoResponse
+	(*ListNodeAttestorsRequest)(nil),  // 16: hallmark.v1.ListNodeAttestorsRequest
+	(*ListNodeAttestorsResponse)(nil), // 17: hallmark.v1.ListNodeAttestorsResponse
+	(*NodeAttestor)(nil),              // 18: hallmark.v1.NodeAttestor
+	(*SelectorForm)(nil),              // 19: hallmark.v1.SelectorForm
+	(*Authority)(nil),                 // 20: hallmark.v1.Authority
+	(Authority_Kind)(0),               // 21: hallmark.v1.Authority.Kind
 }
 var file_hallmark_v1_admin_proto_depIdxs = []int32{
-	18, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
+	20, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
 	6,  // 1: hallmark.v1.ListAuthoritiesResponse.uses:type_name -> hallmark.v1.AuthorityUse
-	19, // 2: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
-	18, // 3: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
+	21, // 2: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
+	20, // 3: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
 	11, // 4: hallmark.v1.ListConnectionsResponse.connections:type_name -> hallmark.v1.Connection
-	16, // 5: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
-	17, // 6: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
+	18, // 5: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
+	19, // 6: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
 	0,  // 7: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
 	2,  // 8: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
 	4,  // 9: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
 	7,  // 10: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
 	9,  // 11: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
-	12, // 12: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
-	14, // 13: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
-	1,  // 14: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
-	3,  // 15: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
-	5,  // 16: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
-	8,  // 17: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
-	10, // 18: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
-	13, // 19: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
-	15, // 20: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
-	14, // [14:21] is the sub-list for method output_type
-	7,  // [7:14] is the sub-list for method input_type
+	12, // 12: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
+	14, // 13: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
+	16, // 14: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
+	1,  // 15: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
+	3,  // 16: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
+	5,  // 17: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
+	8,  // 18: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
+	10, // 19: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
+	13, // 20: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
+	15, // 21: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
+	17, // 22: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
+	15, // [15:23] is the sub-list for method output_type
+	7,  // [7:15] is the sub-list for method input_type
 	7,  // [7:7] is the sub-list for extension type_name
 	7,  // [7:7] is the sub-list for extension extendee
 	0,  // [0:7] is the sub-list for field type_name
@@ -1148,7 +1254,7 @@ func file_hallmark_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_admin_proto_rawDesc), len(file_hallmark_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
