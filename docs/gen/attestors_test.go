@@ -11,7 +11,7 @@ import (
 )
 
 var (
-	inPages = regexp.MustCompile("(?m)^\\|.*")
+	inPages = regexp.MustCompile(`(?m)^\|.*`)
 	quoted  = regexp.MustCompile("`([a-z0-9_]+):([^`]+)`")
 	varying = regexp.MustCompile(`[A-Z].*`)
 )
