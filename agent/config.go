@@ -18,6 +18,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/awsiid"
 	"github.com/hallmark-id/hallmark/attestors/azureimds"
+	"github.com/hallmark-id/hallmark/attestors/azuremsi"
 	"github.com/hallmark-id/hallmark/attestors/docker"
 	"github.com/hallmark-id/hallmark/attestors/gcpiit"
 	"github.com/hallmark-id/hallmark/attestors/httpchallenge"
@@ -167,6 +168,7 @@ type NodeAttestorConfig struct {
 	K8sPSAT   *k8spsat.AgentConfig   `yaml:"k8s_psat"`   // by the service account token of its pod of Kubernetes
 	AWSIID    *awsiid.AgentConfig    `yaml:"aws_iid"`    // by the identity document of its EC2 instance
 	AzureIMDS *azureimds.AgentConfig `yaml:"azure_imds"` // by the attested document of its virtual machine of Azure
+	AzureMSI  *azuremsi.AgentConfig  `yaml:"azure_msi"`  // by the token of the managed identity of its virtual machine of Azure
 	GCPIIT    *gcpiit.AgentConfig    `yaml:"gcp_iit"`    // by the identity token of its instance of Google Cloud
 	OIDC      *oidc.AgentConfig      `yaml:"oidc"`       // by the token of an outside issuer
 
@@ -277,6 +279,16 @@ var nodeAttestors = []struct {
 			return nil, err
 		}
 		return &node.Attestor{Name: azureimds.Name, Agent: a}, nil
+	}},
+	{"node_attestor.azure_msi", func(c *NodeAttestorConfig) (*node.Attestor, error) {
+		if c.AzureMSI == nil {
+			return nil, nil
+		}
+		a, err := azuremsi.NewAgent(*c.AzureMSI)
+		if err != nil {
+			return nil, err
+		}
+		return &node.Attestor{Name: azuremsi.Name, Agent: a}, nil
 	}},
 	{"node_attestor.gcp_iit", func(c *NodeAttestorConfig) (*node.Attestor, error) {
 		if c.GCPIIT == nil {
@@ -565,7 +577,7 @@ func (s *settings) checkAttestors(wrong wrongFunc) {
 		}
 		switch {
 		case named == 0:
-			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek, tpm_devid, k8s_psat, aws_iid, azure_imds, gcp_iit, oidc, http_challenge or one of plugins, or remove it")
+			wrong("node_attestor", "node_attestor names no attestor; choose join_token, x509pop, sshpop, tpm_ek, tpm_devid, k8s_psat, aws_iid, azure_imds, azure_msi, gcp_iit, oidc, http_challenge or one of plugins, or remove it")
 		case named > 1:
 			wrong("node_attestor", "node_attestor names %d attestors; a node proves what it is by one", named)
 		}

@@ -88,7 +88,7 @@ var (
 // builtIn are the names that no plugin may take.
 var builtIn = []string{
 	"join_token", "x509pop", "sshpop", "tpm_ek", "tpm_devid", "k8s_psat",
-	"aws_iid", "azure_imds", "gcp_iit", "oidc", "http_challenge",
+	"aws_iid", "azure_imds", "azure_msi", "gcp_iit", "oidc", "http_challenge",
 	"unix", "docker", "podman", "systemd", "k8s",
 }
 
