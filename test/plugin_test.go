@@ -38,13 +38,18 @@ func TestPluginsOfSPIREAttestNodesAndWorkloads(t *testing.T) {
 		return fmt.Sprintf("{command: %s, args: [%s], checksum: '%s', data: %q}", program, what, checksum, data)
 	}
 	sum := fmt.Sprintf("%x", sha256.Sum256(data))
+	misbehave := filepath.Join(dir, "misbehave") // while it is there they do
+	if err := os.WriteFile(misbehave, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	d := harness.NewDomain(t, harness.Settings{
 		Server: fmt.Sprintf("node_attestors:\n  join_token: {}\n  plugins:\n    example: %s\n    changed: %s\n    liar: %s\n",
 			plugin("server", sum, ""), plugin("server", strings.Repeat("0", 64), ""), plugin("server", sum, `mode = "other"`)),
 		Agent: fmt.Sprintf("trust_bundle: %s/bundle.pem\nnode_attestor: {plugins: {example: %s}}\n"+
 			"workload_attestors:\n  unix: {}\n  plugins:\n    example: %s\n    changed: %s\n    hangs: %s\n    crashes: %s\n    many: %s\n",
 			dir, plugin("agent", sum, ""), plugin("workload", sum, ""), plugin("workload", strings.Repeat("0", 64), ""),
-			plugin("workload", sum, `mode = "hang"`), plugin("workload", sum, `mode = "crash"`), plugin("workload", sum, `mode = "many"`)),
+			plugin("workload", sum, "mode = \"hang\"\nfile = \""+misbehave+"\"\n"), plugin("workload", sum, "mode = \"crash\"\nfile = \""+misbehave+"\"\n"),
+			plugin("workload", sum, `mode = "many"`)),
 	})
 	d.StartServer(t)
 	d.Server.WaitOutput(t, "is not the configured one, so it is not run")
@@ -97,6 +102,9 @@ func TestPluginsOfSPIREAttestNodesAndWorkloads(t *testing.T) {
 		})
 	}
 	both("while others fail")
+	if err := os.Remove(misbehave); err != nil {
+		t.Fatal(err)
+	}
 
 	killed := children(t, d.Agent.PID(), program)
 	for _, pid := range killed {
