@@ -39,6 +39,7 @@ type Agent struct {
 	*supervisor
 	mu       sync.Mutex // of the conversation: there is one at a time
 	stream   agentattestorv1.NodeAttestor_AidAttestationClient
+	ctx      context.Context // of the conversation
 	cancel   context.CancelCauseFunc
 	instance *instance
 }
@@ -64,10 +65,10 @@ func (a *Agent) Proof(ctx context.Context) ([]byte, error) {
 	if a.cancel != nil {
 		a.cancel(errors.New("another attempt has begun"))
 	}
-	ctx, a.cancel = context.WithCancelCause(ctx)
+	a.ctx, a.cancel = context.WithCancelCause(ctx)
 	a.instance, a.stream = i, nil
 	return a.receive((*agentattestorv1.PayloadOrChallengeResponse).GetPayload, func() (err error) {
-		a.stream, err = agentattestorv1.NewNodeAttestorClient(i.conn).AidAttestation(ctx)
+		a.stream, err = agentattestorv1.NewNodeAttestorClient(i.conn).AidAttestation(a.ctx)
 		return err
 	})
 }
@@ -90,7 +91,7 @@ func (a *Agent) Respond(_ context.Context, challenge []byte) ([]byte, error) {
 
 // receive returns a part of what the plugin answers to what ask sends.
 func (a *Agent) receive(part func(*agentattestorv1.PayloadOrChallengeResponse) []byte, ask func() error) ([]byte, error) {
-	answer, err := step(a.instance, a.cancel, a.times.step, func() (*agentattestorv1.PayloadOrChallengeResponse, error) {
+	answer, err := step(a.ctx, a.instance, a.cancel, a.times.step, func() (*agentattestorv1.PayloadOrChallengeResponse, error) {
 		if err := ask(); err != nil {
 			return nil, err
 		}
@@ -161,7 +162,7 @@ func (s *Server) Verify(ctx context.Context, payload []byte, challenge func(cont
 	var stream serverattestorv1.NodeAttestor_AttestClient
 	request := &serverattestorv1.AttestRequest{Request: &serverattestorv1.AttestRequest_Payload{Payload: payload}}
 	for range maxChallenges + 1 {
-		response, err := step(i, cancel, s.times.step, func() (_ *serverattestorv1.AttestResponse, err error) {
+		response, err := step(ctx, i, cancel, s.times.step, func() (_ *serverattestorv1.AttestResponse, err error) {
 			if stream == nil {
 				if stream, err = serverattestorv1.NewNodeAttestorClient(i.conn).Attest(ctx); err != nil {
 					return nil, err
@@ -281,7 +282,7 @@ func (w *Workload) Attest(ctx context.Context, process attestors.Process) ([]sel
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	answer, err := step(i, cancel, w.times.call, func() (*workloadattestorv1.AttestResponse, error) {
+	answer, err := step(ctx, i, cancel, w.times.call, func() (*workloadattestorv1.AttestResponse, error) {
 		return workloadattestorv1.NewWorkloadAttestorClient(i.conn).Attest(ctx, &workloadattestorv1.AttestRequest{Pid: process.PID})
 	})
 	switch {

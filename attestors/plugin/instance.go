@@ -45,9 +45,9 @@ type instance struct {
 }
 
 // step runs one step of a conversation, all of it: also opening a stream and
-// sending on it can wait for the plugin. cancel ends it when the answer does not
-// come in time.
-func step[T any](i *instance, cancel context.CancelCauseFunc, limit time.Duration, f func() (T, error)) (T, error) {
+// sending on it can wait for the plugin. cancel ends it, and the context, when the
+// answer does not come in time.
+func step[T any](ctx context.Context, i *instance, cancel context.CancelCauseFunc, limit time.Duration, f func() (T, error)) (T, error) {
 	timer := time.AfterFunc(limit, func() { cancel(errHung) })
 	v, err := f()
 	if !timer.Stop() {
@@ -57,7 +57,10 @@ func step[T any](i *instance, cancel context.CancelCauseFunc, limit time.Duratio
 		var none T
 		return none, errHung
 	}
-	if code := status.Code(err); code != codes.Canceled && code != codes.DeadlineExceeded {
+	switch code := status.Code(err); {
+	case code == codes.Canceled && ctx.Err() == nil: // the connection is closed on our side
+		err = status.Error(codes.Unavailable, "it has ended")
+	case code != codes.Canceled && code != codes.DeadlineExceeded:
 		i.late.Store(0)
 	}
 	return v, err
