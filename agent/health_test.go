@@ -2,7 +2,6 @@ package agent_test
 
 import (
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -12,17 +11,13 @@ import (
 
 	"github.com/hallmark-id/hallmark/agent"
 	"github.com/hallmark-id/hallmark/pkg/config"
+	"github.com/hallmark-id/hallmark/test/harness"
 )
 
 // watch lets an agent serve its telemetry, and returns the URL of that.
 func watch(t *testing.T, src config.Source) (config.Source, string) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	address := l.Addr().String()
+	address := harness.FreeAddress(t)
 	src.Data = append(src.Data, "telemetry: {listen: '"+address+"'}\n"...)
 	return src, "http://" + address
 }

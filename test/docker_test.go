@@ -13,8 +13,10 @@ import (
 // A container has no identity of its own making: the agent outside asks the
 // engine what runs in it.
 func TestContainersGetTheirIdentities(t *testing.T) {
+	t.Parallel()
 	for name, start := range map[string]func(testing.TB) *harness.Containers{"docker": harness.Docker, "podman": harness.Podman} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			engine := start(t)
 			for path, mode := range map[string]os.FileMode{filepath.Dir(engine.Socket): 0o755, engine.Socket: 0o666} {
 				if err := os.Chmod(path, mode); err != nil { // as a group would be given it
@@ -27,7 +29,7 @@ func TestContainersGetTheirIdentities(t *testing.T) {
 			d.StartServer(t)
 			d.StartAgent(t, d.Join(t))
 			for _, app := range []string{"web", "db"} {
-				d.Admin(t, "entry", "create", "--spiffe-id", "/"+app, "--parent-id", "/node", "--selector", name+":label:app:"+app)
+				d.Register(t, "--spiffe-id", "/"+app, "--parent-id", "/node", "--selector", name+":label:app:"+app)
 			}
 
 			engine.Import(t, "example.com/hallmark:1", harness.Binary(t))

@@ -66,9 +66,7 @@ func startService(t testing.TB, uid int, socket string, env ...string) *harness.
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	path := filepath.Join(dir, "service")
-	if err := os.WriteFile(path, program, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	harness.WriteProgram(t, path, program)
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}

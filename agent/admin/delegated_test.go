@@ -440,7 +440,7 @@ func (a *agent) runAs(t *testing.T, role string, attr *syscall.SysProcAttr, runn
 	program, err := os.ReadFile(os.Args[0])
 	must(t, err)
 	bin := filepath.Join(dir, "delegate")
-	must(t, os.WriteFile(bin, program, 0o755))
+	harness.WriteProgram(t, bin, program)
 	for d := filepath.Dir(a.path); d != "/tmp" && d != "/"; d = filepath.Dir(d) {
 		must(t, os.Chmod(d, 0o755))
 	}

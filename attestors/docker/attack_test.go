@@ -295,7 +295,7 @@ func copyOfTest(t testing.TB) string {
 	b, err := os.ReadFile(os.Args[0])
 	must(t, err)
 	path := filepath.Join(dir, "test")
-	must(t, os.WriteFile(path, b, 0o755))
+	harness.WriteProgram(t, path, b)
 	return path
 }
 

@@ -289,7 +289,7 @@ func connectAs(t *testing.T, uid uint32, l net.Listener) *exec.Cmd {
 	bin := filepath.Join(filepath.Dir(l.Addr().String()), "helper")
 	b, err := os.ReadFile(os.Args[0])
 	must(t, err)
-	must(t, os.WriteFile(bin, b, 0o755))
+	harness.WriteProgram(t, bin, b)
 	cmd.Path, cmd.Dir = bin, "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
 	return cmd

@@ -4,11 +4,15 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 )
 
 // Users of a test domain: nobody else's processes run as them.
@@ -133,16 +137,35 @@ func (d *Domain) Join(t testing.TB) string {
 // Entry creates an entry under the agent for the processes of a user.
 func (d *Domain) Entry(t testing.TB, path string, uid int, more ...string) {
 	t.Helper()
-	d.Admin(t, append([]string{"entry", "create", "--spiffe-id", path, "--parent-id", "/node", "--selector", fmt.Sprintf("unix:uid:%d", uid)}, more...)...)
+	d.Register(t, append([]string{"--spiffe-id", path, "--parent-id", "/node", "--selector", fmt.Sprintf("unix:uid:%d", uid)}, more...)...)
 }
 
-// FreeAddress returns an address on loopback that nothing listened on just now.
-func FreeAddress(t testing.TB) string {
+// Register creates an entry of the agent's. An agent that runs has it on return,
+// which the command that creates it does not wait for.
+func (d *Domain) Register(t testing.TB, args ...string) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	conn, err := grpc.NewClient("unix:"+d.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	must(t, err)
-	defer l.Close()
-	return l.Addr().String()
+	defer conn.Close()
+	admin := hallmarkv1.NewAdminServiceClient(conn)
+	before, err := admin.GetServer(t.Context(), &hallmarkv1.GetServerRequest{})
+	must(t, err)
+	d.Admin(t, append([]string{"entry", "create"}, args...)...)
+	if d.Agent == nil {
+		return
+	}
+	Eventually(t, "the agent has the entry", func(ctx context.Context) error {
+		agents, err := admin.ListConnections(ctx, &hallmarkv1.ListConnectionsRequest{})
+		if err != nil {
+			return err
+		}
+		for _, c := range agents.Connections {
+			if c.AcknowledgedRevision > before.Revision {
+				return nil
+			}
+		}
+		return fmt.Errorf("before there was revision %d, agents are %v", before.Revision, agents.Connections)
+	})
 }
 
 func must(t testing.TB, err error) {

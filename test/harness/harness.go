@@ -5,7 +5,6 @@ package harness
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -18,8 +17,9 @@ import (
 	"time"
 )
 
-// patience bounds every wait; it is far above what anything takes.
-const patience = 30 * time.Second
+// patience bounds every wait; it is far above what anything takes, also where
+// many others work.
+const patience = time.Minute
 
 var build struct {
 	sync.Once
@@ -142,9 +142,9 @@ func (c Command) Start(t testing.TB) *Process {
 	cmd.Stdout, cmd.Stderr = &p.out, &p.err
 	var err error
 	if c.Network == nil {
-		err = start(cmd)
+		err = cmd.Start()
 	} else {
-		c.Network.run(func() { err = start(cmd) })
+		c.Network.run(func() { err = cmd.Start() })
 	}
 	if err != nil {
 		t.Fatalf("start %s: %v", cmd.Path, err)
@@ -162,16 +162,14 @@ func (c Command) Start(t testing.TB) *Process {
 	return p
 }
 
-// start tries again while another thread's fork holds the new binary open.
-func start(cmd *exec.Cmd) error {
-	for range 50 {
-		err := cmd.Start()
-		if !errors.Is(err, syscall.ETXTBSY) {
-			return err
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	return syscall.ETXTBSY
+// WriteProgram writes a program that can be run at once: nothing is forked
+// meanwhile, which would hold its file open for writing until it has become
+// another program (ETXTBSY).
+func WriteProgram(t testing.TB, path string, program []byte) {
+	t.Helper()
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	must(t, os.WriteFile(path, program, 0o755))
 }
 
 func tail(s string) string {
