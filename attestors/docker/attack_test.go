@@ -129,6 +129,7 @@ func checkAnswers(t *testing.T, group string, attestor func(socket string) (*doc
 		{"a closed connection", func(w http.ResponseWriter, r *http.Request) { panic(http.ErrAbortHandler) }, "EOF"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			a, err := attestor(serve(t, c.h))
 			must(t, err)
 			got, err := a.Attest(t.Context(), attestors.Process{PID: inside})
