@@ -34,8 +34,8 @@ const (
 	chaosAgents   = 2
 	chaosPace     = 40 * time.Millisecond // between the writes of one writer
 	chaosLifetime = 30                    // seconds, of the workloads' SVIDs
-	chaosPatience = 2 * time.Minute // until a server writes again
-	chaosDisk     = "size=2g" // of each server
+	chaosPatience = 2 * time.Minute       // until a server writes again
+	chaosDisk     = "size=2g"             // of each server
 )
 
 // TestChaos does to three servers, each on a host of its own, what happens to

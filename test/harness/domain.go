@@ -3,16 +3,13 @@ package harness
 import (
 	"cmp"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
-
-	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 )
 
 // Users of a test domain: nobody else's processes run as them.
@@ -140,31 +137,23 @@ func (d *Domain) Entry(t testing.TB, path string, uid int, more ...string) {
 	d.Register(t, append([]string{"--spiffe-id", path, "--parent-id", "/node", "--selector", fmt.Sprintf("unix:uid:%d", uid)}, more...)...)
 }
 
-// Register creates an entry of the agent's. An agent that runs has it on return,
-// which the command that creates it does not wait for.
+// Register creates an entry. An agent that runs has it on return, which the
+// command that creates it does not wait for.
 func (d *Domain) Register(t testing.TB, args ...string) {
 	t.Helper()
-	conn, err := grpc.NewClient("unix:"+d.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	must(t, err)
-	defer conn.Close()
-	admin := hallmarkv1.NewAdminServiceClient(conn)
-	before, err := admin.GetServer(t.Context(), &hallmarkv1.GetServerRequest{})
-	must(t, err)
 	d.Admin(t, append([]string{"entry", "create"}, args...)...)
 	if d.Agent == nil {
 		return
 	}
-	Eventually(t, "the agent has the entry", func(ctx context.Context) error {
-		agents, err := admin.ListConnections(ctx, &hallmarkv1.ListConnectionsRequest{})
-		if err != nil {
+	Eventually(t, "an agent has the entry", func(context.Context) error {
+		var reached struct{ Agents int }
+		if err := json.Unmarshal([]byte(d.Admin(t, "node", "wait", "-o", "json")), &reached); err != nil {
 			return err
 		}
-		for _, c := range agents.Connections {
-			if c.AcknowledgedRevision > before.Revision {
-				return nil
-			}
+		if reached.Agents == 0 {
+			return errors.New("none is connected")
 		}
-		return fmt.Errorf("before there was revision %d, agents are %v", before.Revision, agents.Connections)
+		return nil
 	})
 }
 
