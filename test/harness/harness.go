@@ -39,7 +39,7 @@ func Binary(t testing.TB) string {
 			return
 		}
 		build.binary = filepath.Join(build.dir, "hallmark")
-		cmd := exec.Command("go", "build", "-o", build.binary, "github.com/hallmark-id/hallmark")
+		cmd := exec.Command("go", "build", "-ldflags=-w", "-o", build.binary, "github.com/hallmark-id/hallmark")
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			build.err = fmt.Errorf("go build: %w\n%s", err, out)
