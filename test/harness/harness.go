@@ -78,6 +78,7 @@ func (c Command) cmd(t testing.TB) *exec.Cmd {
 	cmd := exec.Command(path, c.Args...)
 	cmd.Dir = c.Dir
 	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir()}, c.Env...)
+	// It does not outlive the test; nor the thread that starts it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if c.UID != 0 {
 		NeedRoot(t)
