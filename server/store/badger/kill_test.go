@@ -105,7 +105,6 @@ func value(random *rand.Rand, w, i int) []byte {
 // its writes, or while it opens the store, and opens the store after each time:
 // everything that was acknowledged is there, and no transaction in part.
 func TestKillLosesNothingAcknowledged(t *testing.T) {
-	t.Parallel()
 	const kills = 50
 	dir := t.TempDir()
 	acknowledged := map[string]store.Revision{} // "w i"
