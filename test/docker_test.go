@@ -58,6 +58,7 @@ func TestContainersGetTheirIdentities(t *testing.T) {
 // What is signed is the image in its registry, whatever the container is called
 // here.
 func TestASignedImageIsAnIdentity(t *testing.T) {
+	t.Parallel()
 	const (
 		issuer  = "https://token.actions.githubusercontent.com"
 		release = "https://github.com/acme/shop/.github/workflows/release.yaml@refs/heads/main"
@@ -74,7 +75,7 @@ func TestASignedImageIsAnIdentity(t *testing.T) {
 `, engine.Socket, sigstore.Registry, issuer, sigstore.TrustedRootPath)})
 	d.StartServer(t)
 	d.StartAgent(t, d.Join(t))
-	d.Admin(t, "entry", "create", "--spiffe-id", "/released", "--parent-id", "/node", "--selector", "podman:image-signature-subject:"+release)
+	d.Register(t, "--spiffe-id", "/released", "--parent-id", "/node", "--selector", "podman:image-signature-subject:"+release)
 
 	fetch := func(image string) (string, error) {
 		if _, err := engine.Client("pull", "--tls-verify=false", image); err != nil {
