@@ -149,7 +149,7 @@ func TestAProcessGetsItsIdentityFromAnAgentWithAJoinString(t *testing.T) {
 	stop := run(t, src)
 
 	// Ready or not, the library asks until it is answered.
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClient(w.client(t)))
 	if err != nil {
@@ -231,7 +231,7 @@ func TestABannedAgentStopsServingAndEnds(t *testing.T) {
 	ready := make(chan struct{})
 	go func() { done <- agent.Run(t.Context(), w.source(t), func() { close(ready) }) }()
 	<-ready
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClient(w.client(t)))
 	if err != nil {

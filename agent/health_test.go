@@ -2,7 +2,6 @@ package agent_test
 
 import (
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -12,17 +11,13 @@ import (
 
 	"github.com/hallmark-id/hallmark/agent"
 	"github.com/hallmark-id/hallmark/pkg/config"
+	"github.com/hallmark-id/hallmark/test/harness"
 )
 
 // watch lets an agent serve its telemetry, and returns the URL of that.
 func watch(t *testing.T, src config.Source) (config.Source, string) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	address := l.Addr().String()
+	address := harness.FreeAddress(t)
 	src.Data = append(src.Data, "telemetry: {listen: '"+address+"'}\n"...)
 	return src, "http://" + address
 }
@@ -48,7 +43,7 @@ func TestAnAgentCountsWhatItDoesAndSaysThatItIsReady(t *testing.T) {
 	if _, err := workloadapi.FetchX509SVIDs(t.Context(), workloadapi.WithAddr("unix://"+w.socket())); err != nil {
 		t.Fatal(err)
 	}
-	deadline := time.Now().Add(10 * time.Second) // the SVID may be there an instant before
+	deadline := time.Now().Add(time.Minute) // the SVID may be there an instant before
 	for code, body := get(t, url+"/ready"); code != 200; code, body = get(t, url+"/ready") {
 		if time.Now().After(deadline) {
 			t.Fatalf("/ready: %d %s", code, body)

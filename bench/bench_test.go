@@ -60,6 +60,7 @@ func complete(t *testing.T, r *sizing.Report, titles ...string) {
 }
 
 func TestAServerIsMeasuredByItsEntries(t *testing.T) {
+	t.Parallel()
 	r := measure(t, bench.Entries, sizing.Plan{Sizes: []int{20, 1100}, Samples: 3})
 	complete(t, r, "entries created, in batches of 1,000", "create one entry meanwhile", "entry create → SVID on an open stream",
 		"entry delete → gone from the stream", "a page of 1,000 IDs", "memory of the server", "start of the server",
@@ -67,12 +68,14 @@ func TestAServerIsMeasuredByItsEntries(t *testing.T) {
 }
 
 func TestAServerIsMeasuredByItsAgents(t *testing.T) {
+	t.Parallel()
 	r := measure(t, bench.Agents, sizing.Plan{Sizes: []int{2, 5}, Samples: 2, Idle: time.Second})
 	complete(t, r, "attest and connect an agent", "one change to all → an agent has it", "one change to all → the last has acknowledged",
 		"memory of the server for each agent", "server at rest", "server restarted → an agent is in step again", "all renew at once → an agent has its SVID")
 }
 
 func TestAServerThatStaysIsLeftAsItWas(t *testing.T) {
+	t.Parallel()
 	d := harness.NewDomain(t, harness.Settings{})
 	d.StartServer(t)
 	d.Entry(t, "/mine", 1000)

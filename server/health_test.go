@@ -2,7 +2,6 @@ package server_test
 
 import (
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -12,16 +11,8 @@ import (
 
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server"
+	"github.com/hallmark-id/hallmark/test/harness"
 )
-
-// freeAddress returns an address of loopback on which nothing listens.
-func freeAddress(t testing.TB) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	defer l.Close()
-	return l.Addr().String()
-}
 
 func get(t testing.TB, url string) (code int, body string) {
 	t.Helper()
@@ -34,7 +25,7 @@ func get(t testing.TB, url string) (code int, body string) {
 }
 
 func TestAServerCountsWhatItDoesAndSaysThatItIsReady(t *testing.T) {
-	address := freeAddress(t)
+	address := harness.FreeAddress(t)
 	dir := newDir(t)
 	src := configure(dir)
 	src.Data = append(src.Data, "telemetry: {listen: '"+address+"'}\n"...)

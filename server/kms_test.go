@@ -18,7 +18,7 @@ import (
 
 func TestPKCS11_AServerIsNotReadyWhileItsTokenIsAway(t *testing.T) {
 	token := harness.NewSoftHSM(t)
-	address := freeAddress(t)
+	address := harness.FreeAddress(t)
 	dir := newDir(t)
 	src := configure(dir)
 	src.Data = fmt.Appendf(src.Data, "keys: {kms: {uri: '%s', pin_file: '%s'}}\ntelemetry: {listen: '%s'}\n", token.URI, token.PINFile, address)

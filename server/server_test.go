@@ -120,7 +120,7 @@ func TestAServerServesUntilItIsToldToStop(t *testing.T) {
 	}
 	began := time.Now()
 	must(t, r.stop())
-	if took := time.Since(began); took > 3*time.Second {
+	if took := time.Since(began); took >= 5*time.Second { // which calls that do not end have
 		t.Errorf("it took %v to stop", took)
 	}
 	if _, err := os.Stat(filepath.Join(r.dir, "admin.sock")); !errors.Is(err, os.ErrNotExist) {

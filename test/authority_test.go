@@ -98,6 +98,7 @@ func (w *bundleWatcher) told() time.Time {
 // other and independent verifiers check what they are given. Nothing fails; but
 // what was saved before verifies no more.
 func TestTaintAndRevocationAreNotNoticedButByWhatWasLeaked_T25(t *testing.T) {
+	t.Parallel()
 	harness.NeedCommand(t, "openssl")
 	harness.NeedCommand(t, "certtool")
 	d := harness.NewDomain(t, harness.Settings{}) // SVIDs of an hour: none is renewed by itself
@@ -245,6 +246,7 @@ func TestTaintAndRevocationAreNotNoticedButByWhatWasLeaked_T25(t *testing.T) {
 // TestAnAgentThatWasAwayWhenItsAuthorityWasRevokedSaysWhatToDo revokes the
 // authority of an agent that is not running.
 func TestAnAgentThatWasAwayWhenItsAuthorityWasRevokedSaysWhatToDo(t *testing.T) {
+	t.Parallel()
 	d := harness.NewDomain(t, harness.Settings{})
 	d.StartServer(t)
 	d.StartAgent(t, d.Join(t))

@@ -16,6 +16,7 @@ import (
 // signs them, gives a process an identity by a tag that the EC2 API knows, and
 // lets nobody be the instance a second time until its agent is evicted.
 func TestAnEC2InstanceNeedsNoSecret(t *testing.T) {
+	t.Parallel()
 	network := harness.NewNetwork(t)
 	aws := harness.NewAWS(t, harness.EC2Instance{
 		Account: "123456789012", Region: "us-west-2", ID: "i-1234567890abcdef0", Started: time.Now().Add(-time.Minute),

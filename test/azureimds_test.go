@@ -16,6 +16,7 @@ import (
 // Azure Resource Graph knows, and lets nobody be the machine a second time until
 // its agent is evicted.
 func TestAMachineOfAzureNeedsNoSecret(t *testing.T) {
+	t.Parallel()
 	const (
 		tenant       = "11111111-2222-3333-4444-555555555555"
 		subscription = "d5b40d61-272e-48da-beb9-05f295c42bd6"
@@ -51,6 +52,7 @@ func TestAMachineOfAzureNeedsNoSecret(t *testing.T) {
 
 // TestAMachineOfAzureAttestsByItsManagedIdentity does the same by a token.
 func TestAMachineOfAzureAttestsByItsManagedIdentity(t *testing.T) {
+	t.Parallel()
 	const (
 		tenant       = "11111111-2222-3333-4444-555555555555"
 		subscription = "d5b40d61-272e-48da-beb9-05f295c42bd6"

@@ -52,6 +52,7 @@ type churned struct {
 // leaves the connection to a child: by then its PID may be another's, and
 // nobody is to be answered.
 func TestNoProcessGetsAnothersIdentity(t *testing.T) {
+	t.Parallel()
 	harness.NeedRoot(t)
 	harness.NeedCommand(t, "unshare")
 	if _, err := os.Stat("/proc/sys/kernel/ns_last_pid"); err != nil {
@@ -76,9 +77,7 @@ func TestNoProcessGetsAnothersIdentity(t *testing.T) {
 	join := d.Join(t)
 	for _, name := range []string{"web", "db", "mail"} {
 		path := filepath.Join(d.Dir, name)
-		if err := os.WriteFile(path, b, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		harness.WriteProgram(t, path, b)
 		for uid := uint32(62001); uid <= 62005; uid++ {
 			kinds = append(kinds, kind{path, uid})
 			if uid == 62005 { // nobody's
@@ -175,6 +174,7 @@ func logTimes(t *testing.T, times []time.Duration) {
 
 // Containers of several identities are started and removed, several at once.
 func TestNoContainerGetsAnothersIdentity(t *testing.T) {
+	t.Parallel()
 	engine := harness.Docker(t)
 	_, count := churnOf(t)
 	for path, mode := range map[string]os.FileMode{filepath.Dir(engine.Socket): 0o755, engine.Socket: 0o666} {
@@ -187,7 +187,7 @@ func TestNoContainerGetsAnothersIdentity(t *testing.T) {
 	d.StartAgent(t, d.Join(t))
 	apps := []string{"web", "db", "mail", "stranger"}
 	for _, app := range apps[:3] {
-		d.Admin(t, "entry", "create", "--spiffe-id", "/"+app, "--parent-id", "/node", "--selector", "docker:label:app:"+app)
+		d.Register(t, "--spiffe-id", "/"+app, "--parent-id", "/node", "--selector", "docker:label:app:"+app)
 	}
 	program := filepath.Join(t.TempDir(), "churn")
 	buildChurn(t, program)

@@ -160,6 +160,7 @@ func createFor(ctx context.Context, client entryv1.EntryClient, id, process stri
 // servers away: what was known is served, agents and their workloads go on, and
 // nothing can be written, which the one who tries is told in time.
 func TestAServerThatIsLeftAloneServesAndSaysThatItCannotWrite(t *testing.T) {
+	t.Parallel()
 	s := newServers(t)
 	s.form(t, "s1", "s2", "s3")
 	token := strings.TrimSpace(s.command("s1", "token", "generate", "--agent-id", "/node").Run(t))
@@ -217,6 +218,7 @@ func TestAServerThatIsLeftAloneServesAndSaysThatItCannotWrite(t *testing.T) {
 }
 
 func TestAClusterBeginsAnewFromABackupAndFromAnotherEngine(t *testing.T) {
+	t.Parallel()
 	s := newServers(t)
 	s.configure(t, "lone", harness.FreeAddress(t), "")
 	s.run(t, "lone")
@@ -277,6 +279,7 @@ func firstColumns(list string) string {
 }
 
 func TestAServerLeavesAndIsNotLetInAgainByTheSameString(t *testing.T) {
+	t.Parallel()
 	s := newServers(t)
 	s.form(t, "s1")
 	s.embedded(t, "s2")

@@ -1,6 +1,8 @@
 package test
 
 import (
+	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -14,6 +16,7 @@ import (
 // TestExampleConfigurationsRun runs conf/server.yaml and conf/agent.yaml with
 // the commands that they name, in an empty directory.
 func TestExampleConfigurationsRun(t *testing.T) {
+	t.Parallel()
 	dir := devDir(t)
 	address := harness.FreeAddress(t) // the examples' port may be in use
 	for _, name := range []string{"server.yaml", "agent.yaml"} {
@@ -37,10 +40,13 @@ func TestExampleConfigurationsRun(t *testing.T) {
 		WaitReady(t, "agent", "health", "--admin-socket", filepath.Join(dir, "hallmark-data/agent.sock"))
 	binary := "unix:path:" + harness.Binary(t)
 	run("entry", "create", "--spiffe-id", "/me", "--parent-id", "/node", "--selector", binary, "--admin-socket", admin).Run(t)
-	out := run("fetch", "x509", "--socket", "hallmark-data/workload.sock").Run(t)
-	if !strings.Contains(out, "spiffe://example.org/me") {
-		t.Errorf("fetch x509 printed:\n%s", out)
-	}
+	harness.Eventually(t, "its identity", func(context.Context) error { // the agent may not have the entry at once
+		out, stderr, code := run("fetch", "x509", "--socket", "hallmark-data/workload.sock").Try(t)
+		if code != 0 || !strings.Contains(out, "spiffe://example.org/me") {
+			return fmt.Errorf("exit status %d\n%s%s", code, out, stderr)
+		}
+		return nil
+	})
 }
 
 // TestExampleConfigurationsFitTheirSchema validates them as an editor does, by

@@ -23,6 +23,7 @@ import (
 // the middle of writes, fifty times. Each time it starts again, and has every
 // entry whose creation, change or deletion it acknowledged, whole.
 func TestKilledServerLosesNothingAcknowledged(t *testing.T) {
+	t.Parallel()
 	const kills, writers = 50, 4
 	dir, err := os.MkdirTemp("", "hallmark-crash-")
 	if err != nil {

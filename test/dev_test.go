@@ -39,6 +39,7 @@ func startDev(t testing.TB, dir string, more ...string) *harness.Process {
 // TestDevGivesAnIdentity is the first five minutes: one command, and an SVID
 // that three independent parties accept.
 func TestDevGivesAnIdentity(t *testing.T) {
+	t.Parallel()
 	harness.NeedCommand(t, "openssl")
 	dir := devDir(t)
 	dev := startDev(t, dir)
@@ -84,6 +85,7 @@ func TestDevGivesAnIdentity(t *testing.T) {
 // TestDevStartsAgain: after Ctrl-C and after kill -9 the next start finds the
 // same trust domain.
 func TestDevStartsAgain(t *testing.T) {
+	t.Parallel()
 	dir := devDir(t)
 	root := ""
 	for _, end := range []os.Signal{syscall.SIGINT, syscall.SIGKILL, syscall.SIGTERM} {
@@ -107,6 +109,7 @@ func TestDevStartsAgain(t *testing.T) {
 }
 
 func TestDevRunsACommandInside(t *testing.T) {
+	t.Parallel()
 	dir := devDir(t)
 	for command, want := range map[string]int{"exit 0": 0, "exit 7": 7} {
 		p := harness.Command{Args: []string{"dev", "--dir", dir, "--listen", "127.0.0.1:0", "--", "sh", "-c", `test -S "${SPIFFE_ENDPOINT_SOCKET#unix://}" || exit 99; ` + command}}
@@ -117,6 +120,7 @@ func TestDevRunsACommandInside(t *testing.T) {
 }
 
 func TestTwoDevsInOneDirectoryAreRefused(t *testing.T) {
+	t.Parallel()
 	dir := devDir(t)
 	startDev(t, dir)
 	_, stderr, code := harness.Command{Args: []string{"dev", "--dir", dir, "--listen", "127.0.0.1:0"}}.Try(t)
@@ -128,6 +132,7 @@ func TestTwoDevsInOneDirectoryAreRefused(t *testing.T) {
 // TestChangesReachAnOpenStream: an entry is created, changed and deleted, and
 // an open Workload API stream sees each.
 func TestChangesReachAnOpenStream(t *testing.T) {
+	t.Parallel()
 	dir := devDir(t)
 	startDev(t, dir)
 	updates := make(chan *workloadapi.X509Context, 16)
@@ -174,6 +179,7 @@ func (w watcher) OnX509ContextUpdate(u *workloadapi.X509Context) { w <- u }
 func (w watcher) OnX509ContextWatchError(error)                  {}
 
 func TestDemoOfMTLSFailsNoRequest(t *testing.T) {
+	t.Parallel()
 	out := harness.Command{Args: []string{"demo", "mtls", "--duration", "5s"}}.Run(t)
 	if !regexp.MustCompile(`(?i)\b0 failed|failed\W+0\b`).MatchString(out) {
 		t.Errorf("the demo printed:\n%s", out)

@@ -23,8 +23,10 @@ func letUse(t *testing.T, engine *harness.Containers) {
 // A container has no identity of its own making: the agent outside asks the
 // engine what runs in it.
 func TestContainersGetTheirIdentities(t *testing.T) {
+	t.Parallel()
 	for name, start := range map[string]func(testing.TB) *harness.Containers{"docker": harness.Docker, "podman": harness.Podman} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			engine := start(t)
 			letUse(t, engine)
 			d := harness.NewDomain(t, harness.Settings{
@@ -33,7 +35,7 @@ func TestContainersGetTheirIdentities(t *testing.T) {
 			d.StartServer(t)
 			d.StartAgent(t, d.Join(t))
 			for _, app := range []string{"web", "db"} {
-				d.Admin(t, "entry", "create", "--spiffe-id", "/"+app, "--parent-id", "/node", "--selector", name+":label:app:"+app)
+				d.Register(t, "--spiffe-id", "/"+app, "--parent-id", "/node", "--selector", name+":label:app:"+app)
 			}
 
 			engine.Import(t, "example.com/hallmark:1", harness.Binary(t))
@@ -56,6 +58,7 @@ func TestContainersGetTheirIdentities(t *testing.T) {
 // What is signed is the image in its registry, whatever the container is called
 // here.
 func TestASignedImageIsAnIdentity(t *testing.T) {
+	t.Parallel()
 	const (
 		issuer  = "https://token.actions.githubusercontent.com"
 		release = "https://github.com/acme/shop/.github/workflows/release.yaml@refs/heads/main"
@@ -72,7 +75,7 @@ func TestASignedImageIsAnIdentity(t *testing.T) {
 `, engine.Socket, sigstore.Registry, issuer, sigstore.TrustedRootPath)})
 	d.StartServer(t)
 	d.StartAgent(t, d.Join(t))
-	d.Admin(t, "entry", "create", "--spiffe-id", "/released", "--parent-id", "/node", "--selector", "podman:image-signature-subject:"+release)
+	d.Register(t, "--spiffe-id", "/released", "--parent-id", "/node", "--selector", "podman:image-signature-subject:"+release)
 
 	fetch := func(image string) (string, error) {
 		if _, err := engine.Client("pull", "--tls-verify=false", image); err != nil {

@@ -94,6 +94,7 @@ func (fs findings) allFine(t *testing.T) {
 }
 
 func TestDoctorFindsNothingWrongWithAHealthyInstallation(t *testing.T) {
+	t.Parallel()
 	p := healthy(t, harness.Settings{})
 	found, code := p.examine(t)
 	found.allFine(t)
@@ -131,6 +132,7 @@ func TestDoctorFindsNothingWrongWithAHealthyInstallation(t *testing.T) {
 }
 
 func TestDoctorFindsAServerThatIsDown(t *testing.T) {
+	t.Parallel()
 	p := healthy(t, harness.Settings{})
 	p.Server.Stop(t)
 	found, code := p.examine(t)
@@ -145,6 +147,7 @@ func TestDoctorFindsAServerThatIsDown(t *testing.T) {
 }
 
 func TestDoctorFindsAnAgentThatIsDown(t *testing.T) {
+	t.Parallel()
 	p := healthy(t, harness.Settings{})
 	p.Agent.Stop(t)
 	found, _ := p.examine(t)
@@ -155,6 +158,7 @@ func TestDoctorFindsAnAgentThatIsDown(t *testing.T) {
 }
 
 func TestDoctorFindsTheSocketOfAnAgentThatWasKilled(t *testing.T) {
+	t.Parallel()
 	p := healthy(t, harness.Settings{})
 	p.Agent.Kill()
 	found, _ := p.examine(t)
@@ -163,6 +167,7 @@ func TestDoctorFindsTheSocketOfAnAgentThatWasKilled(t *testing.T) {
 }
 
 func TestDoctorFindsWrongModesAndOwners(t *testing.T) {
+	t.Parallel()
 	p := healthy(t, harness.Settings{})
 	keys := filepath.Join(p.Dir, "server", "data", "keys")
 	store := filepath.Join(p.Dir, "server", "data", "store")
@@ -199,6 +204,7 @@ func TestDoctorFindsWrongModesAndOwners(t *testing.T) {
 }
 
 func TestDoctorFindsATrustBundleOfAnotherServer(t *testing.T) {
+	t.Parallel()
 	p := &patient{Domain: harness.NewDomain(t, harness.Settings{
 		Agent: "trust_bundle: ${TRUST}\nnode_attestor: {join_token: {token: b7d6f1a0-0000-4000-8000-000000000000}}\n"})}
 	trust := filepath.Join(p.Dir, "other.pem")
@@ -242,7 +248,8 @@ func writeAuthority(t *testing.T, path, trustDomain string, life time.Duration) 
 }
 
 func TestDoctorFindsANodeWhoseSVIDHasExpired(t *testing.T) {
-	p := healthy(t, harness.Settings{Server: "x509: {agent_lifetime: 3s}\n"})
+	t.Parallel()
+	p := healthy(t, harness.Settings{Server: "x509: {agent_lifetime: 8s}\n"})
 	p.Server.Stop(t)
 	harness.Eventually(t, "the node's SVID has ended", func(context.Context) error {
 		found, _ := p.examine(t)
@@ -262,6 +269,7 @@ func TestDoctorFindsANodeWhoseSVIDHasExpired(t *testing.T) {
 }
 
 func TestDoctorFindsAMistakeInTheConfiguration(t *testing.T) {
+	t.Parallel()
 	p := healthy(t, harness.Settings{})
 	for name, text := range map[string]string{"server.yaml": "trust_domain: example.org\ndatadir: /x\n", "agent.yaml": "trust_domain: example.org\nserver: nowhere\n"} {
 		if err := os.WriteFile(filepath.Join(p.Dir, name), []byte(text), 0o644); err != nil {
@@ -274,6 +282,7 @@ func TestDoctorFindsAMistakeInTheConfiguration(t *testing.T) {
 }
 
 func TestDoctorFindsAnAgentThatWasBanned(t *testing.T) {
+	t.Parallel()
 	p := healthy(t, harness.Settings{})
 	id := p.agentID(t)
 	p.Admin(t, "node", "ban", "--yes", id)
@@ -293,6 +302,7 @@ func (p *patient) agentID(t *testing.T) string {
 }
 
 func TestDoctorSaysWhyItsCallerHasNoIdentity(t *testing.T) {
+	t.Parallel()
 	p := &patient{Domain: harness.NewDomain(t, harness.Settings{})}
 	p.StartServer(t)
 	p.StartAgent(t, p.Join(t))
@@ -323,6 +333,7 @@ func TestDoctorFindsAMalformedEndpoint(t *testing.T) {
 }
 
 func TestDoctorFindsAuthoritiesAndBundlesThatNeedSomeone(t *testing.T) {
+	t.Parallel()
 	p := healthy(t, harness.Settings{})
 	p.Admin(t, "authority", "rotate", "x509")
 	old := only(t, authorities(t, p.Domain, "x509", "old"))
@@ -344,6 +355,7 @@ func TestDoctorFindsAuthoritiesAndBundlesThatNeedSomeone(t *testing.T) {
 // TestDoctorMeasuresTheClock sets this process's clock apart from the server's:
 // the doctor asks the server for its time, over a connection that it verified.
 func TestDoctorMeasuresTheClock(t *testing.T) {
+	t.Parallel()
 	p := healthy(t, harness.Settings{})
 	at := func(apart time.Duration) findings {
 		return doctor.Examine(t.Context(), doctor.Options{

@@ -19,6 +19,7 @@ import (
 // TestATokenOfAnotherMakersProviderIsExchangedForAnSVID has a server that takes
 // tokens of an OpenID Connect provider, and a caller without an agent.
 func TestATokenOfAnotherMakersProviderIsExchangedForAnSVID(t *testing.T) {
+	t.Parallel()
 	provider, sign := oidcProvider(t)
 	authority := harness.NewAuthority(t)
 	address := harness.FreeAddress(t)

@@ -38,6 +38,7 @@ func (s *servers) serverOf(t *testing.T, agent string) string {
 // is connected to, then stops the next one in order. The agent was told of one
 // server only, and learns of the others from that.
 func TestAWorkloadHearsOfChangesThroughAnotherServer(t *testing.T) {
+	t.Parallel()
 	s := newServers(t)
 	s.form(t, "s1", "s2", "s3")
 	token := strings.TrimSpace(s.command("s1", "token", "generate", "--agent-id", "/node").Run(t))

@@ -80,6 +80,7 @@ func (p *partner) calls(other *partner) error {
 // Two trust domains, one of each profile: what each publishes reaches the
 // workloads of the other, whatever is rotated, and whoever is away.
 func TestFederation_F02_F05_F09_F10_F35_F38_TwoTrustDomains(t *testing.T) {
+	t.Parallel()
 	web := harness.NewCertificate(t, "127.0.0.1")
 	endpointA, endpointB := harness.FreeAddress(t), harness.FreeAddress(t)
 	a := newPartner(t, "a.example", endpointA, "", "SSL_CERT_FILE="+web.Certificate) // https_spiffe

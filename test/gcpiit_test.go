@@ -15,6 +15,7 @@ import (
 // signs them, gives a process an identity by a label that the Compute Engine API
 // knows, and lets nobody be the instance a second time until its agent is evicted.
 func TestAnInstanceOfGoogleCloudNeedsNoSecret(t *testing.T) {
+	t.Parallel()
 	network := harness.NewNetwork(t)
 	google := harness.NewGCP(t, harness.GCPInstance{
 		Project: "big-kahuna-123456", Zone: "us-west1-b", Name: "blog-server", ID: "152986662232938449",

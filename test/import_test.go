@@ -2,7 +2,6 @@ package test
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +14,7 @@ import (
 // and from what its commands print, into another: twice, as an import may be
 // repeated.
 func TestARegistrationMovesOverByOneCommand(t *testing.T) {
+	t.Parallel()
 	dir, err := os.MkdirTemp("", "h") // sockets need short paths
 	if err != nil {
 		t.Fatal(err)
@@ -22,13 +22,8 @@ func TestARegistrationMovesOverByOneCommand(t *testing.T) {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	serve := func(name, domain string) func(args ...string) (string, string, int) {
 		t.Helper()
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		l.Close()
 		file := filepath.Join(dir, name+".yaml")
-		text := fmt.Sprintf("trust_domain: %s\nlisten: %s\ndata_dir: %s\nadmin_socket: %s.sock\n", domain, l.Addr(), filepath.Join(dir, name), filepath.Join(dir, name))
+		text := fmt.Sprintf("trust_domain: %s\nlisten: %s\ndata_dir: %s\nadmin_socket: %s.sock\n", domain, harness.FreeAddress(t), filepath.Join(dir, name), filepath.Join(dir, name))
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}

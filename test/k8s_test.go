@@ -12,6 +12,7 @@ import (
 // A pod has an identity by what the node's kubelet says of it: here one of the
 // test's own, and processes in the groups that a kubelet would make.
 func TestPodsGetTheirIdentities(t *testing.T) {
+	t.Parallel()
 	const node, root = "node-7", "/hallmark-test-pods"
 	k := harness.NewKubelet(t, node)
 	d := harness.NewDomain(t, harness.Settings{Agent: fmt.Sprintf(
@@ -19,8 +20,8 @@ func TestPodsGetTheirIdentities(t *testing.T) {
 		node, k.Address, k.Path, k.TokenPath, root)})
 	d.StartServer(t)
 	d.StartAgent(t, d.Join(t))
-	d.Admin(t, "entry", "create", "--spiffe-id", "/web", "--parent-id", "/node", "--selector", "k8s:ns:shop", "--selector", "k8s:sa:sa-web")
-	d.Admin(t, "entry", "create", "--spiffe-id", "/db", "--parent-id", "/node", "--selector", "k8s:ns:shop", "--selector", "k8s:pod-label:app:db")
+	d.Register(t, "--spiffe-id", "/web", "--parent-id", "/node", "--selector", "k8s:ns:shop", "--selector", "k8s:sa:sa-web")
+	d.Register(t, "--spiffe-id", "/db", "--parent-id", "/node", "--selector", "k8s:ns:shop", "--selector", "k8s:pod-label:app:db")
 
 	var pods []string
 	groups := make(map[string]string)

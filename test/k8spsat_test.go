@@ -18,6 +18,7 @@ import (
 // an identity by what that says of the node, and has it attest again by the
 // token that has taken the first one's place.
 func TestANodeOfAClusterNeedsNoSecret(t *testing.T) {
+	t.Parallel()
 	s := harness.NewAPIServer(t)
 	dir, err := os.MkdirTemp("", "hallmark-k8s-psat-")
 	if err != nil {

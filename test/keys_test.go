@@ -26,6 +26,7 @@ func authorityIDs(t *testing.T, d *harness.Domain) (ids []string) {
 }
 
 func TestKeysAreEncryptedAndDecryptedWithoutLosingAnAuthority(t *testing.T) {
+	t.Parallel()
 	d := harness.NewDomain(t, harness.Settings{})
 	config := filepath.Join(d.Dir, "server.yaml")
 	plain, err := os.ReadFile(config)

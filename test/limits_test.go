@@ -29,6 +29,7 @@ import (
 // TestASilentConnectionIsClosedOnEveryListener: whoever connects and says
 // nothing does not keep a place.
 func TestASilentConnectionIsClosedOnEveryListener(t *testing.T) {
+	t.Parallel()
 	serverHTTP, agentHTTP := harness.FreeAddress(t), harness.FreeAddress(t)
 	d := harness.NewDomain(t, harness.Settings{
 		Server: "telemetry: {listen: " + serverHTTP + "}\n", Agent: "telemetry: {listen: " + agentHTTP + "}\n",
@@ -62,6 +63,7 @@ func TestASilentConnectionIsClosedOnEveryListener(t *testing.T) {
 // TestAnOversizedCallOfTheAgentsAdminSocketIsRefused, in its message and in its
 // metadata.
 func TestAnOversizedCallOfTheAgentsAdminSocketIsRefused(t *testing.T) {
+	t.Parallel()
 	dir := devDir(t)
 	startDev(t, dir)
 	conn, err := grpc.NewClient("unix://"+filepath.Join(dir, "agent.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -87,6 +89,7 @@ func TestAnOversizedCallOfTheAgentsAdminSocketIsRefused(t *testing.T) {
 // TestCallsAtOnceOnOneConnectionAreBounded: HTTP/2 tells the client how many
 // there may be, and one that keeps to it waits.
 func TestCallsAtOnceOnOneConnectionAreBounded(t *testing.T) {
+	t.Parallel()
 	d := harness.NewDomain(t, harness.Settings{})
 	d.StartServer(t)
 	d.StartAgent(t, d.Join(t))
@@ -102,6 +105,7 @@ func TestCallsAtOnceOnOneConnectionAreBounded(t *testing.T) {
 		"agent, workload socket": {"unix:" + d.Socket, insecure.NewCredentials(), workload.SpiffeWorkloadAPI_FetchX509Bundles_FullMethodName, 100},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			conn, err := grpc.NewClient(c.target, grpc.WithTransportCredentials(c.creds))
 			if err != nil {
 				t.Fatal(err)

@@ -92,6 +92,7 @@ func mesh(adminSocket, brokerSocket, workload string) error {
 }
 
 func TestBrokerEndpoint_BE01_ADelegateAndBrokerThatIsNotRootServesItsNode(t *testing.T) {
+	t.Parallel()
 	d := harness.NewDomain(t, harness.Settings{})
 	sockets := filepath.Join(d.Dir, "agent")
 	brokerSocket := filepath.Join(sockets, "broker.sock")

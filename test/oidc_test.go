@@ -47,6 +47,7 @@ func oidcProvider(t *testing.T) (url string, sign func(claims map[string]any) st
 // of an OpenID Connect provider, gives its processes an identity by a claim, and
 // shows that the token makes no second node.
 func TestANodeJoinsByTheTokenOfAnotherMakersProvider(t *testing.T) {
+	t.Parallel()
 	url, sign := oidcProvider(t)
 	dir, err := os.MkdirTemp("", "hallmark-oidc-")
 	if err != nil {

@@ -24,6 +24,7 @@ func rewrite(t *testing.T, p *harness.Process, file string, change func(string) 
 }
 
 func TestReloadTakesOverLogLevelAndLimitsAndNamesWhatNeedsARestart(t *testing.T) {
+	t.Parallel()
 	d := harness.NewDomain(t, harness.Settings{Server: "log: {level: info}\n", Agent: "log: {level: info}\n"})
 	d.StartServer(t)
 	d.StartAgent(t, d.Join(t))

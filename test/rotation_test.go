@@ -22,6 +22,7 @@ import (
 // SVID: two go-spiffe services by mTLS, go-spiffe's JWT validation, OpenSSL
 // and GnuTLS.
 func TestRotationIsNotNoticed(t *testing.T) {
+	t.Parallel()
 	harness.NeedCommand(t, "openssl")
 	harness.NeedCommand(t, "certtool")
 	const rotations = 5

@@ -10,6 +10,7 @@ import (
 
 // TestNoLogHasASecretInIt: not at the level debug, and whatever the outcome.
 func TestNoLogHasASecretInIt(t *testing.T) {
+	t.Parallel()
 	log := "log: {level: debug, format: json}\n"
 	d := harness.NewDomain(t, harness.Settings{Server: log, Agent: log})
 	d.StartServer(t)

@@ -22,7 +22,8 @@ const (
 //
 // HALLMARK_SOAK=10m makes it last that long, with SVIDs of one minute.
 func TestSeparateProcesses(t *testing.T) {
-	lifetime, rounds := 8*time.Second, 2
+	t.Parallel()
+	lifetime, rounds := 12*time.Second, 2
 	pause := func(d time.Duration) { time.Sleep(d) } // the passing of time is what is tested
 	if soak, err := time.ParseDuration(os.Getenv("HALLMARK_SOAK")); err == nil {
 		lifetime = time.Minute

@@ -66,9 +66,7 @@ func startService(t testing.TB, uid int, socket string, env ...string) *harness.
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	path := filepath.Join(dir, "service")
-	if err := os.WriteFile(path, program, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	harness.WriteProgram(t, path, program)
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -97,7 +95,7 @@ func echo(peer string) error {
 		}
 		go func() {
 			defer conn.Close()
-			_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+			_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
 			_, _ = io.CopyN(conn, conn, 4)
 		}()
 	}
@@ -153,13 +151,13 @@ func call(peer, address string) error {
 }
 
 func ping(config *tls.Config, address string) error {
-	dialer := tls.Dialer{NetDialer: &net.Dialer{Timeout: 5 * time.Second}, Config: config}
+	dialer := tls.Dialer{NetDialer: &net.Dialer{Timeout: 20 * time.Second}, Config: config}
 	conn, err := dialer.Dial("tcp", address)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
 		return err
 	}
 	if _, err := conn.Write([]byte("ping")); err != nil {

@@ -279,6 +279,7 @@ func wantCode(t testing.TB, what string, err error, code codes.Code, reason type
 // TestSPIREAgentLivesItsLife: attest, sync by both calls, sign, renew, be
 // renewed because of a tainted authority, be evicted, attest anew, be banned.
 func TestSPIREAgentLivesItsLife(t *testing.T) {
+	t.Parallel()
 	s := startSPIREServer(t)
 	ctx := t.Context()
 	a := bootstrap(t, s)
@@ -431,6 +432,7 @@ func (a *spireAgent) surviveTaint() {
 // TestSPIREControllerManagesEntries: create, list by every filter, update by
 // mask, delete, and page through 50,000.
 func TestSPIREControllerManagesEntries(t *testing.T) {
+	t.Parallel()
 	s := startSPIREServer(t)
 	ctx := t.Context()
 	client := entryv1.NewEntryClient(s.admin)

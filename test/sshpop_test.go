@@ -16,6 +16,7 @@ import (
 // it, gives its processes an identity by the host name in its certificate, and
 // has it attest again, before its SVID ends, by a certificate of another name.
 func TestAHostAttestsByItsSSHCertificate(t *testing.T) {
+	t.Parallel()
 	harness.NeedRoot(t)
 	harness.NeedCommand(t, "ssh-keygen")
 	dir, err := os.MkdirTemp("", "hallmark-sshpop-")

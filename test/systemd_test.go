@@ -15,6 +15,7 @@ import (
 // A system of its own boots in a container: systemd, its bus, and the agent and
 // its workloads as units.
 func TestUnitsGetTheirIdentities(t *testing.T) {
+	t.Parallel()
 	d := harness.NewDomain(t, harness.Settings{Agent: "workload_attestors:\n  unix: {}\n  systemd: {}\n"})
 	d.StartServer(t)
 	for _, unit := range []string{"web", "db@1"} {

@@ -16,6 +16,7 @@ import (
 // made with the tools of TPMs and openssl, as docs/attestors/tpm_devid.md says,
 // and gives its processes an identity by what the certificate says of the node.
 func TestANodeAttestsByItsDevID(t *testing.T) {
+	t.Parallel()
 	harness.NeedRoot(t)
 	harness.NeedCommand(t, "tpm2_create")
 	harness.NeedCommand(t, "openssl")

@@ -19,6 +19,7 @@ import (
 // TPM, gives its processes an identity by what the machine has booted, and has
 // something else be booted.
 func TestANodeAttestsByItsTPMAndLosesItsNameWithWhatItBooted(t *testing.T) {
+	t.Parallel()
 	harness.NeedRoot(t)
 	maker := harness.NewTPMMaker(t)
 	tpm := maker.NewTPM(t)

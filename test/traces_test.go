@@ -13,6 +13,7 @@ import (
 // of the server and the signature there are one trace, for X.509 and for JWT.
 // No span of any call, the node's joining among them, has a secret in it.
 func TestOneTraceSpansAgentAndServer(t *testing.T) {
+	t.Parallel()
 	collector := tracetest.NewCollector(t)
 	traces := fmt.Sprintf("telemetry: {traces: {endpoint: %q, ratio: 1}}\n", collector.Endpoint)
 	d := harness.NewDomain(t, harness.Settings{Server: traces, Agent: traces})

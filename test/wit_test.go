@@ -41,6 +41,7 @@ func uses(t testing.TB, document string) map[string][]string {
 // verify, an authority of theirs is replaced, tainted and revoked, and all is
 // gone once they are switched off.
 func TestWITSVIDsFromTheAuthorityToTheWorkload_W32_W33_W35_W41(t *testing.T) {
+	t.Parallel()
 	dir := devDir(t)
 	dev := startDev(t, dir, "--wit")
 	admin, socket := filepath.Join(dir, "admin.sock"), filepath.Join(dir, "workload.sock")

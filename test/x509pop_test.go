@@ -18,6 +18,7 @@ import (
 // the node, and has it attest again, before its SVID ends, by the certificate
 // that has taken the first one's place.
 func TestANodeWithACertificateNeedsNoToken(t *testing.T) {
+	t.Parallel()
 	harness.NeedRoot(t)
 	harness.NeedCommand(t, "openssl")
 	dir, err := os.MkdirTemp("", "hallmark-x509pop-")

@@ -49,7 +49,7 @@ func TestMain(m *testing.M) {
 	if err != nil {
 		panic(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	var delegated error
 	if role == "by-pid" {
@@ -96,7 +96,7 @@ func startDelegated(t *testing.T, change ...func(*admin.Options)) (*agent, *entr
 // bounded is a context for a call that should not take long.
 func bounded(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -440,7 +440,7 @@ func (a *agent) runAs(t *testing.T, role string, attr *syscall.SysProcAttr, runn
 	program, err := os.ReadFile(os.Args[0])
 	must(t, err)
 	bin := filepath.Join(dir, "delegate")
-	must(t, os.WriteFile(bin, program, 0o755))
+	harness.WriteProgram(t, bin, program)
 	for d := filepath.Dir(a.path); d != "/tmp" && d != "/"; d = filepath.Dir(d) {
 		must(t, os.Chmod(d, 0o755))
 	}

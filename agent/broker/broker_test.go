@@ -181,7 +181,7 @@ func (a *agent) call() context.Context {
 }
 
 func (a *agent) bare() context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	a.t.Cleanup(cancel)
 	return ctx
 }

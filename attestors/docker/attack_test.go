@@ -128,6 +128,7 @@ func checkAnswers(t *testing.T, group string, attestor func(socket string) (*doc
 		{"a closed connection", func(w http.ResponseWriter, r *http.Request) { panic(http.ErrAbortHandler) }, "EOF"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			a, err := attestor(serve(t, c.h))
 			must(t, err)
 			got, err := a.Attest(t.Context(), attestors.Process{PID: inside})
@@ -294,7 +295,7 @@ func copyOfTest(t testing.TB) string {
 	b, err := os.ReadFile(os.Args[0])
 	must(t, err)
 	path := filepath.Join(dir, "test")
-	must(t, os.WriteFile(path, b, 0o755))
+	harness.WriteProgram(t, path, b)
 	return path
 }
 

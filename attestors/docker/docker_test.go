@@ -51,8 +51,10 @@ var engines = []struct {
 }
 
 func TestAProcessIsWhatItsContainerIs(t *testing.T) {
+	t.Parallel()
 	for _, e := range engines {
 		t.Run(e.name, func(t *testing.T) {
+			t.Parallel()
 			engine := e.start(t)
 			engine.Import(t, "example.com/shop/web:1.4", program(t))
 			a, err := e.make(engine.Socket, "TIER")

@@ -279,29 +279,37 @@ func TestABurstOfProcessesAsksTheKubeletOnce(t *testing.T) {
 }
 
 func TestWhatIsKnownOfAPodIsForgottenAfterSeconds(t *testing.T) {
-	t.Parallel()
-	k := harness.NewKubelet(t, node)
-	k.SetPods(harness.PodList(web().JSON()))
 	p := process(t, uid, id)
-	a := asking(t, k, nil)
-	attest(t, a, p)
-	relabelled := web()
-	relabelled.Labels["app"] = "admin"
-	k.SetPods(harness.PodList(relabelled.JSON()))
-	began := time.Now()
-	harness.Eventually(t, "the new label", func(context.Context) error {
-		if got := attest(t, a, p); slices.Contains(got, "pod-label:app:web") {
-			return fmt.Errorf("got %q after %v", got, time.Since(began))
-		}
-		return nil
+	known := func(t *testing.T) (*harness.Kubelet, *k8s.Attestor) {
+		t.Parallel()
+		k := harness.NewKubelet(t, node)
+		k.SetPods(harness.PodList(web().JSON()))
+		a := asking(t, k, nil)
+		attest(t, a, p)
+		return k, a
+	}
+	t.Run("a label", func(t *testing.T) {
+		k, a := known(t)
+		relabelled := web()
+		relabelled.Labels["app"] = "admin"
+		k.SetPods(harness.PodList(relabelled.JSON()))
+		began := time.Now()
+		harness.Eventually(t, "the new label", func(context.Context) error {
+			if got := attest(t, a, p); slices.Contains(got, "pod-label:app:web") {
+				return fmt.Errorf("got %q after %v", got, time.Since(began))
+			}
+			return nil
+		})
 	})
-	// Nor is a pod that is gone known for longer, be its group there or not.
-	k.SetPods(harness.PodList())
-	harness.Eventually(t, "the pod's end", func(ctx context.Context) error {
-		if got, err := a.Attest(ctx, p); err == nil {
-			return fmt.Errorf("got %v", got)
-		}
-		return nil
+	t.Run("a pod that is gone, be its group there or not", func(t *testing.T) {
+		k, a := known(t)
+		k.SetPods(harness.PodList())
+		harness.Eventually(t, "the pod's end", func(ctx context.Context) error {
+			if got, err := a.Attest(ctx, p); err == nil {
+				return fmt.Errorf("got %v", got)
+			}
+			return nil
+		})
 	})
 }
 

@@ -1,9 +1,26 @@
 package k8s
 
 import (
+	"slices"
 	"strings"
 	"testing"
 )
+
+// Not by a kubelet: that has seconds to send its list, which a busy machine may
+// take to read it.
+func TestTooManyPodsAreRefused(t *testing.T) {
+	list := func(n int) string {
+		pods := slices.Repeat([]string{`{"metadata":{"name":"a","namespace":"b","uid":"c"},"spec":{"nodeName":"n"}}`}, n)
+		return `{"kind":"PodList","items":[` + strings.Join(pods, ",") + `]}`
+	}
+	p := parser{node: "n"}
+	if _, err := p.parse(strings.NewReader(list(maxPods))); err != nil {
+		t.Errorf("as many as may be: %v", err)
+	}
+	if _, err := p.parse(strings.NewReader(list(maxPods + 1))); err == nil || !strings.Contains(err.Error(), "more than 4096 pods") {
+		t.Errorf("one more: %v", err)
+	}
+}
 
 func FuzzParsePods(f *testing.F) {
 	f.Add([]byte(`{"kind":"PodList","items":null}`))

@@ -19,6 +19,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"syscall"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
@@ -48,8 +49,7 @@ func Open(ctx context.Context, path string) (*Device, error) {
 	}
 	switch {
 	case info.Mode()&os.ModeSocket != 0:
-		var d net.Dialer
-		conn, err := d.DialContext(ctx, "unix", path)
+		conn, err := dial(ctx, path)
 		if err != nil {
 			return nil, err
 		}
@@ -63,6 +63,24 @@ func Open(ctx context.Context, path string) (*Device, error) {
 		return &Device{d}, nil
 	}
 	return nil, fmt.Errorf("%s is neither a device nor a socket", path)
+}
+
+// dial connects to an emulator. That serves one at a time, and only so many may
+// queue (EAGAIN, unix(7)): whoever comes when they do asks again.
+func dial(ctx context.Context, path string) (net.Conn, error) {
+	const pause = 20 * time.Millisecond
+	for {
+		var d net.Dialer
+		conn, err := d.DialContext(ctx, "unix", path)
+		if !errors.Is(err, syscall.EAGAIN) {
+			return conn, err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, err
+		}
+	}
 }
 
 // socket is a connection to an emulator.

@@ -23,6 +23,7 @@ import (
 // TestAPayloadThatProvesNothingIsRefused goes through payloads whose senders must
 // not even be challenged.
 func TestAPayloadThatProvesNothingIsRefused(t *testing.T) {
+	t.Parallel()
 	maker, ca := harness.NewTPMMaker(t), newAuthority(t)
 	device := maker.NewTPM(t)
 	s := newServer(t, ca.bundle(t), maker.CA)
@@ -186,6 +187,7 @@ func quote() []byte {
 }
 
 func TestAWrongResponseIsRefused(t *testing.T) {
+	t.Parallel()
 	maker, ca := harness.NewTPMMaker(t), newAuthority(t)
 	device := maker.NewTPM(t)
 	s := newServer(t, ca.bundle(t), maker.CA)
@@ -254,6 +256,7 @@ func signWith(t testing.TB, key *ecdsa.PrivateKey, nonce []byte) []byte {
 
 // TestTheKeysOfTwoTPMsMakeNoNode has one TPM vouch for the key of another.
 func TestTheKeysOfTwoTPMsMakeNoNode(t *testing.T) {
+	t.Parallel()
 	maker, ca := harness.NewTPMMaker(t), newAuthority(t)
 	one, two := maker.NewTPM(t), maker.NewTPM(t)
 	s := newServer(t, ca.bundle(t), maker.CA)

@@ -140,6 +140,7 @@ func (n *node) respond(t *testing.T, c challenge) []byte {
 }
 
 func TestANodeOfSPIREAttestsHere(t *testing.T) {
+	t.Parallel()
 	maker, ca := harness.NewTPMMaker(t), newAuthority(t)
 	config := ca.provision(t, maker.NewTPM(t), devIDTemplate(newtpm2.TPMAlgRSA), "secret")
 	area, err := tpm2.DecodePublic(read(t, config.DevIDPubPath))
@@ -164,6 +165,7 @@ func TestANodeOfSPIREAttestsHere(t *testing.T) {
 }
 
 func TestOurNodeAttestsAtSPIREsServer(t *testing.T) {
+	t.Parallel()
 	maker, ca := harness.NewTPMMaker(t), newAuthority(t)
 	agent := newAgent(t, ca.provision(t, maker.NewTPM(t), devIDTemplate(newtpm2.TPMAlgRSA), ""))
 	p := unmarshal[payload](t, proof(t, agent))

@@ -22,6 +22,7 @@ import (
 )
 
 func TestANodeAttestsByItsDevID(t *testing.T) {
+	t.Parallel()
 	maker, ca := harness.NewTPMMaker(t), newAuthority(t)
 	device := maker.NewTPM(t)
 	s := newServer(t, ca.bundle(t), maker.CA)
@@ -63,6 +64,7 @@ func read(t testing.TB, path string) []byte {
 }
 
 func TestKeysAreReadWithTheirLengthToo(t *testing.T) {
+	t.Parallel()
 	maker, ca := harness.NewTPMMaker(t), newAuthority(t)
 	c := ca.provision(t, maker.NewTPM(t), devIDTemplate(tpm2.TPMAlgECC), "")
 	for _, path := range []string{c.DevIDPubPath, c.DevIDPrivPath} { // as tpm2_create writes them
@@ -75,6 +77,7 @@ func TestKeysAreReadWithTheirLengthToo(t *testing.T) {
 }
 
 func TestAnAgentSaysWhatIsWrong(t *testing.T) {
+	t.Parallel()
 	maker, ca := harness.NewTPMMaker(t), newAuthority(t)
 	one, two := maker.NewTPM(t), maker.NewTPM(t)
 	good := ca.provision(t, one, devIDTemplate(tpm2.TPMAlgECC), "")
@@ -115,6 +118,7 @@ func TestAnAgentSaysWhatIsWrong(t *testing.T) {
 }
 
 func TestAContradictoryConfigurationIsRefused(t *testing.T) {
+	t.Parallel()
 	good := newAuthority(t).bundle(t)
 	for want, c := range map[string]tpmdevid.ServerConfig{
 		"devid_ca_path is missing":       {EndorsementCAPath: good},
@@ -129,6 +133,7 @@ func TestAContradictoryConfigurationIsRefused(t *testing.T) {
 }
 
 func TestAuthoritiesThatCannotBeReadAdmitNobody(t *testing.T) {
+	t.Parallel()
 	maker, ca := harness.NewTPMMaker(t), newAuthority(t)
 	agent := newAgent(t, ca.provision(t, maker.NewTPM(t), devIDTemplate(tpm2.TPMAlgECC), ""))
 	p := proof(t, agent)
@@ -149,6 +154,7 @@ func TestAuthoritiesThatCannotBeReadAdmitNobody(t *testing.T) {
 }
 
 func TestAnAgentAnswersOneChallengeAProof(t *testing.T) {
+	t.Parallel()
 	maker, ca := harness.NewTPMMaker(t), newAuthority(t)
 	agent := newAgent(t, ca.provision(t, maker.NewTPM(t), devIDTemplate(tpm2.TPMAlgECC), ""))
 	s := newServer(t, ca.bundle(t), maker.CA)

@@ -25,6 +25,7 @@ import (
 // TestAKeyThatIsNoAttestationKeyActivatesNothing has a real TPM, with a real
 // endorsement key, decrypt credentials for keys of the node's choice.
 func TestAKeyThatIsNoAttestationKeyActivatesNothing(t *testing.T) {
+	t.Parallel()
 	maker := harness.NewTPMMaker(t)
 	d := open(t, maker.NewTPM(t))
 	ek, err := d.LoadEndorsementKey(tpm.RSA2048, "")
@@ -137,6 +138,7 @@ func nameOf(t testing.TB, key *tpm.Key) tpm2.TPM2BName {
 }
 
 func TestAnotherTPMsKeyActivatesNothing(t *testing.T) {
+	t.Parallel()
 	maker := harness.NewTPMMaker(t)
 	one, two := maker.NewTPM(t), maker.NewTPM(t)
 	s := newServer(t, tpmek.ServerConfig{EndorsementCAPath: maker.CA})
@@ -158,6 +160,7 @@ func TestAnotherTPMsKeyActivatesNothing(t *testing.T) {
 }
 
 func TestAReplayedResponseIsRefused(t *testing.T) {
+	t.Parallel()
 	maker := harness.NewTPMMaker(t)
 	agent := newAgent(t, tpmek.AgentConfig{Device: maker.NewTPM(t).Socket})
 	s := newServer(t, tpmek.ServerConfig{EndorsementCAPath: maker.CA, PCRs: []uint{7}})
@@ -179,6 +182,7 @@ func TestAReplayedResponseIsRefused(t *testing.T) {
 
 // TestAWrongQuoteIsRefused has a TPM whose keys are known say what none would.
 func TestAWrongQuoteIsRefused(t *testing.T) {
+	t.Parallel()
 	f := newForger(t)
 	s := f.trusting(t, 0, 7)
 	pcrs, vals := []uint{0, 7}, [][]byte{bytes.Repeat([]byte{1}, 32), bytes.Repeat([]byte{2}, 32)}
@@ -278,6 +282,7 @@ func TestAWrongQuoteIsRefused(t *testing.T) {
 }
 
 func TestAMalformedPayloadIsRefused(t *testing.T) {
+	t.Parallel()
 	f := newForger(t)
 	ek, ak := pkix(t, f.ek.Public()), pkix(t, f.ak.Public())
 	key := func(curve elliptic.Curve) []byte {
@@ -320,6 +325,7 @@ func TestAMalformedPayloadIsRefused(t *testing.T) {
 }
 
 func TestACertificateOfAnotherKeyIsRefused(t *testing.T) {
+	t.Parallel()
 	f := newForger(t)
 	ca, cert := endorse(t, newForger(t).ak.Public())
 	s := newServer(t, tpmek.ServerConfig{EndorsementCAPath: ca})

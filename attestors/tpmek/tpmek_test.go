@@ -45,6 +45,7 @@ func open(t testing.TB, d *harness.TPM) *tpm.Device {
 }
 
 func TestANodeAttestsByItsTPM(t *testing.T) {
+	t.Parallel()
 	maker := harness.NewTPMMaker(t)
 	device := maker.NewTPM(t)
 	s := newServer(t, tpmek.ServerConfig{EndorsementCAPath: maker.CA, PCRs: []uint{7, 0}})
@@ -86,6 +87,7 @@ func mustRead(t testing.TB, path string) []byte {
 }
 
 func TestATPMIsLeftAsItWasAndAnotherHasAnotherName(t *testing.T) {
+	t.Parallel()
 	maker := harness.NewTPMMaker(t)
 	agent := newAgent(t, tpmek.AgentConfig{Device: maker.NewTPM(t).Socket})
 	s := newServer(t, tpmek.ServerConfig{EndorsementCAPath: maker.CA})
@@ -101,6 +103,7 @@ func TestATPMIsLeftAsItWasAndAnotherHasAnotherName(t *testing.T) {
 }
 
 func TestWhatTheMachineBootedIsASelector(t *testing.T) {
+	t.Parallel()
 	maker := harness.NewTPMMaker(t)
 	device := maker.NewTPM(t)
 	s := newServer(t, tpmek.ServerConfig{EndorsementCAPath: maker.CA, PCRs: []uint{7}})
@@ -148,6 +151,7 @@ func endorse(t testing.TB, public crypto.PublicKey) (ca, cert string) {
 }
 
 func TestAnECCEndorsementKeyWillDo(t *testing.T) {
+	t.Parallel()
 	device := harness.NewTPMMaker(t).NewTPM(t)
 	c := tpmek.AgentConfig{Device: device.Socket, EndorsementKey: "p-256"}
 	proof, err := newAgent(t, c).Proof(t.Context())
@@ -181,6 +185,7 @@ func TestAnECCEndorsementKeyWillDo(t *testing.T) {
 }
 
 func TestWhatIsConfiguredMustHoldTogether(t *testing.T) {
+	t.Parallel()
 	maker := harness.NewTPMMaker(t)
 	agent := newAgent(t, tpmek.AgentConfig{Device: maker.NewTPM(t).Socket})
 	proof, err := agent.Proof(t.Context())
@@ -209,6 +214,7 @@ func TestWhatIsConfiguredMustHoldTogether(t *testing.T) {
 }
 
 func TestAChangedListCountsAtOnce(t *testing.T) {
+	t.Parallel()
 	f := newForger(t)
 	hash := hashOf(t, pkix(t, f.ek.Public()))
 	path := write(t, "list", []byte(hash))
@@ -239,6 +245,7 @@ func TestAChangedListCountsAtOnce(t *testing.T) {
 }
 
 func TestAContradictoryConfigurationIsRefused(t *testing.T) {
+	t.Parallel()
 	good := []string{strings.Repeat("ab", 32)}
 	for name, c := range map[string]struct {
 		config tpmek.ServerConfig
@@ -267,6 +274,7 @@ func TestAContradictoryConfigurationIsRefused(t *testing.T) {
 func good0() []byte { return []byte("none\n") }
 
 func TestAnAgentSaysWhatIsWrongWithItsTPM(t *testing.T) {
+	t.Parallel()
 	maker := harness.NewTPMMaker(t)
 	one, two := maker.NewTPM(t), maker.NewTPM(t)
 	file := write(t, "file", nil)
@@ -302,6 +310,7 @@ func TestAnAgentSaysWhatIsWrongWithItsTPM(t *testing.T) {
 }
 
 func TestAnAgentAnswersOneChallengeAProof(t *testing.T) {
+	t.Parallel()
 	maker := harness.NewTPMMaker(t)
 	agent := newAgent(t, tpmek.AgentConfig{Device: maker.NewTPM(t).Socket})
 	s := newServer(t, tpmek.ServerConfig{EndorsementCAPath: maker.CA})
@@ -335,6 +344,7 @@ func TestAnAgentAnswersOneChallengeAProof(t *testing.T) {
 }
 
 func TestATPMThatHangsIsWaitedForNoLongerThanAllowed(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(t.TempDir(), "tpm")
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -358,6 +368,7 @@ func TestATPMThatHangsIsWaitedForNoLongerThanAllowed(t *testing.T) {
 }
 
 func TestATPMThatTalksNonsenseIsSurvived(t *testing.T) {
+	t.Parallel()
 	for name, answer := range map[string]string{
 		"nothing":       "",
 		"half a header": "\x80\x01\x00",

@@ -25,7 +25,7 @@ func copyTo(t *testing.T, path string) string {
 	t.Helper()
 	b, err := os.ReadFile(os.Args[0])
 	must(t, err)
-	must(t, os.WriteFile(path, b, 0o755))
+	harness.WriteProgram(t, path, b)
 	return path
 }
 

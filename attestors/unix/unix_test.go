@@ -57,7 +57,7 @@ func run(t *testing.T, path string, cred *syscall.Credential) int32 {
 	t.Helper()
 	b, err := os.ReadFile(os.Args[0])
 	must(t, err)
-	must(t, os.WriteFile(path, b, 0o755))
+	harness.WriteProgram(t, path, b)
 	return runFile(t, path, cred)
 }
 
@@ -216,7 +216,7 @@ func TestTheHashIsThatOfTheProgramAsItIsNow(t *testing.T) {
 	must(t, os.Remove(path))
 	b, err := os.ReadFile(os.Args[0])
 	must(t, err)
-	must(t, os.WriteFile(path, append(b, "more"...), 0o755))
+	harness.WriteProgram(t, path, append(b, "more"...))
 	second := runFile(t, path, nil)
 	if a1 == hash(second) {
 		t.Error("another program has the same hash")

@@ -123,7 +123,7 @@ func TestScripts(t *testing.T) {
 			},
 			// await FILE waits until a file is there; ! until it is not.
 			"await": func(ts *testscript.TestScript, neg bool, args []string) {
-				deadline := time.After(10 * time.Second)
+				deadline := time.After(time.Minute)
 				for tick := time.NewTicker(5 * time.Millisecond); ; {
 					if _, err := os.Stat(ts.MkAbs(args[0])); (err == nil) != neg {
 						tick.Stop()

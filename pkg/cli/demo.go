@@ -25,7 +25,7 @@ import (
 const (
 	demoDuration  = 12 * time.Second
 	demoRotations = 3
-	demoShortest  = 2 * time.Second // the time that a few rotations take
+	demoShortest  = 2 * time.Second
 	// demoSVIDTTL is short, so that each service renews its SVID several times
 	// while one watches.
 	demoSVIDTTL = 6 * time.Second
@@ -54,7 +54,7 @@ func (a *app) demoMTLS() *cobra.Command {
 		Example: "  hallmark demo mtls\n  hallmark demo mtls --duration 1m",
 		Args:    noArguments,
 	}
-	cmd.Flags().Var(&length, "duration", "how `long` to call")
+	cmd.Flags().Var(&length, "duration", "how `long` to call; longer if the rotations take longer")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if time.Duration(length.Duration) < demoShortest {
 			return usageError(fmt.Errorf("--duration must be at least %v", demoShortest))
@@ -205,8 +205,18 @@ func (a *app) runDemo(ctx context.Context, d *domain, length time.Duration) erro
 	rotate := time.NewTicker(length / (demoRotations + 1))
 	defer rotate.Stop()
 	rotated := make(chan rotation)
-	running := false
-	for {
+	due, running := 0, false // rotations that should have come about; one is under way
+	for over := false; !over || m.rotations < demoRotations; {
+		if !running && m.rotations < due {
+			running = true
+			go func() {
+				resp, err := d.admin.server().RotateAuthority(ctx, &hallmarkv1.RotateAuthorityRequest{Kind: hallmarkv1.Authority_KIND_X509})
+				select {
+				case rotated <- rotation{resp.GetActivated().GetId(), rpcError("rotate the authority", err)}:
+				case <-ctx.Done():
+				}
+			}()
+		}
 		select {
 		case e := <-events:
 			if e.ended != nil {
@@ -216,17 +226,7 @@ func (a *app) runDemo(ctx context.Context, d *domain, length time.Duration) erro
 				m.line(e.Service + " has a new SVID, signed by " + short(e.Authority))
 			}
 		case <-rotate.C:
-			if running || m.rotations == demoRotations {
-				continue
-			}
-			running = true
-			go func() {
-				resp, err := d.admin.server().RotateAuthority(ctx, &hallmarkv1.RotateAuthorityRequest{Kind: hallmarkv1.Authority_KIND_X509})
-				select {
-				case rotated <- rotation{resp.GetActivated().GetId(), rpcError("rotate the authority", err)}:
-				case <-ctx.Done():
-				}
-			}()
+			due = min(due+1, demoRotations)
 		case r := <-rotated:
 			running = false
 			if r.err != nil {
@@ -235,11 +235,12 @@ func (a *app) runDemo(ctx context.Context, d *domain, length time.Duration) erro
 			m.rotations++
 			m.line("authority rotated; " + short(r.id) + " signs from now on")
 		case <-end.C:
-			return m.finish(ctx, events, shop)
+			over, due = true, demoRotations
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
+	return m.finish(ctx, events, shop)
 }
 
 type rotation struct {
@@ -316,12 +317,9 @@ func (m *demo) finish(ctx context.Context, events <-chan demoEvent, shop *demoPr
 	s := m.app.style
 	sum := fmt.Sprintf("%s, %s of the authority, %s: %s failed", count(m.calls.Made, "request", "requests"),
 		count(m.rotations, "rotation", "rotations"), count(m.renewals, "new SVID", "new SVIDs"), thousands(m.calls.Failed))
-	switch {
-	case m.calls.Failed > 0:
+	if m.calls.Failed > 0 {
 		fmt.Fprintf(m.app.out, "\n  %s %s\n\n", s.red("✗"), s.bold(sum))
 		return fmt.Errorf("%s failed; the first: %s", count(m.calls.Failed, "request", "requests"), printable(m.calls.Error))
-	case m.rotations < demoRotations:
-		return fmt.Errorf("only %d of %d rotations came about", m.rotations, demoRotations)
 	}
 	fmt.Fprintf(m.app.out, "\n  %s %s\n\n", s.green("✓"), s.bold(sum))
 	return nil

@@ -39,7 +39,7 @@ func startDev(t testing.TB, dir string, args ...string) *devSession {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
 	s := &devSession{cmd: exec.CommandContext(ctx, "hallmark", append([]string{"dev", "--dir", dir, "--listen", "127.0.0.1:0"}, args...)...)}
 	s.cmd.Env = append(os.Environ(), "FAKE_ID=spiffe://example.org/user/"+u.Username, "HOME="+dir, "XDG_STATE_HOME=")

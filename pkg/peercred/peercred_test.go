@@ -289,7 +289,7 @@ func connectAs(t *testing.T, uid uint32, l net.Listener) *exec.Cmd {
 	bin := filepath.Join(filepath.Dir(l.Addr().String()), "helper")
 	b, err := os.ReadFile(os.Args[0])
 	must(t, err)
-	must(t, os.WriteFile(bin, b, 0o755))
+	harness.WriteProgram(t, bin, b)
 	cmd.Path, cmd.Dir = bin, "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
 	return cmd
@@ -332,7 +332,7 @@ func TestAGRPCCallKnowsItsProcess(t *testing.T) {
 	go func() { done <- server.Serve(l) }()
 	cc, err := grpc.NewClient("unix://"+l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	must(t, err)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	_, err = healthpb.NewHealthClient(cc).Check(ctx, &healthpb.HealthCheckRequest{})
 	must(t, err)

@@ -19,6 +19,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/pkg/telemetry/tracetest"
+	"github.com/hallmark-id/hallmark/test/harness"
 )
 
 func openTraces(t testing.TB, endpoint string, log *slog.Logger) *telemetry.Traces {
@@ -110,13 +111,8 @@ func TestWithoutTracesNothingIsRecordedAndNothingAllocated(t *testing.T) {
 }
 
 func TestACollectorThatIsDownIsNamedOnce(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	l.Close() // from now on connections are refused
 	log := &syncBuffer{}
-	traces := openTraces(t, "http://"+l.Addr().String(), slog.New(slog.NewTextHandler(log, nil)))
+	traces := openTraces(t, "http://"+harness.FreeAddress(t), slog.New(slog.NewTextHandler(log, nil)))
 	for range 3 {
 		_, span := traces.Root(t.Context(), "root", trace.SpanContext{})
 		span.End()

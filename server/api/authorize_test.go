@@ -135,7 +135,7 @@ func everyMethodAdmitsExactlyItsCallers(t *testing.T, w *world) {
 
 // call calls any method with an empty request.
 func call(ctx context.Context, conn *grpc.ClientConn, name string) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	stream, err := conn.NewStream(ctx, &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, name)
 	if err != nil {

@@ -217,7 +217,7 @@ func TestWhenTheServerStopsStreamsEndAndRunReturns(t *testing.T) {
 	if err := w.stop(); !errors.Is(err, context.Canceled) {
 		t.Errorf("Run returned %v", err)
 	}
-	if took := time.Since(began); took > 4*time.Second {
+	if took := time.Since(began); took >= 5*time.Second { // which calls that do not end have
 		t.Errorf("it took %v to stop", took)
 	}
 	_, err = follow.Recv()

@@ -234,7 +234,7 @@ func TestRefreshBundle_F06_F07_F10_F25_F26_F27_F28_F32_F34_F44_F47_F49_FetchesWi
 	w := newWorld(t, func(o *api.Options) { o.Federation = &federation.Client{Roots: pool} })
 	c := trustdomainv1.NewTrustDomainClient(w.admin())
 	refresh := func(name string) error {
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		_, err := c.RefreshBundle(ctx, &trustdomainv1.RefreshBundleRequest{TrustDomain: name})
 		return err

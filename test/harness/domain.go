@@ -3,8 +3,9 @@ package harness
 import (
 	"cmp"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -133,16 +134,27 @@ func (d *Domain) Join(t testing.TB) string {
 // Entry creates an entry under the agent for the processes of a user.
 func (d *Domain) Entry(t testing.TB, path string, uid int, more ...string) {
 	t.Helper()
-	d.Admin(t, append([]string{"entry", "create", "--spiffe-id", path, "--parent-id", "/node", "--selector", fmt.Sprintf("unix:uid:%d", uid)}, more...)...)
+	d.Register(t, append([]string{"--spiffe-id", path, "--parent-id", "/node", "--selector", fmt.Sprintf("unix:uid:%d", uid)}, more...)...)
 }
 
-// FreeAddress returns an address on loopback that nothing listened on just now.
-func FreeAddress(t testing.TB) string {
+// Register creates an entry. An agent that runs has it on return, which the
+// command that creates it does not wait for.
+func (d *Domain) Register(t testing.TB, args ...string) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	defer l.Close()
-	return l.Addr().String()
+	d.Admin(t, append([]string{"entry", "create"}, args...)...)
+	if d.Agent == nil {
+		return
+	}
+	Eventually(t, "an agent has the entry", func(context.Context) error {
+		var reached struct{ Agents int }
+		if err := json.Unmarshal([]byte(d.Admin(t, "node", "wait", "-o", "json")), &reached); err != nil {
+			return err
+		}
+		if reached.Agents == 0 {
+			return errors.New("none is connected")
+		}
+		return nil
+	})
 }
 
 func must(t testing.TB, err error) {

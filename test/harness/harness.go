@@ -5,7 +5,6 @@ package harness
 import (
 	"bytes"
 	"context"
-	"errors"
 	"io"
 	"os"
 	"os/exec"
@@ -18,8 +17,9 @@ import (
 	"time"
 )
 
-// patience bounds every wait; it is far above what anything takes.
-const patience = 30 * time.Second
+// patience bounds every wait; it is far above what anything takes, also where
+// many others work.
+const patience = time.Minute
 
 var built struct {
 	sync.Mutex
@@ -54,7 +54,7 @@ func Program(t testing.TB, pkg string) string {
 		}
 	}
 	out := filepath.Join(built.dir, path.Base(pkg))
-	cmd := exec.Command("go", "build", "-o", out, pkg)
+	cmd := exec.Command("go", "build", "-ldflags=-w", "-o", out, pkg)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if said, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("go build %s: %v\n%s", pkg, err, said)
@@ -90,6 +90,7 @@ func (c Command) cmd(t testing.TB) *exec.Cmd {
 	cmd := exec.Command(path, c.Args...)
 	cmd.Dir = c.Dir
 	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir()}, c.Env...)
+	// It does not outlive the test; nor the thread that starts it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if c.UID != 0 {
 		NeedRoot(t)
@@ -154,9 +155,9 @@ func (c Command) Start(t testing.TB) *Process {
 	cmd.Stdout, cmd.Stderr = &p.out, &p.err
 	var err error
 	if c.Network == nil {
-		err = start(cmd)
+		err = cmd.Start()
 	} else {
-		c.Network.run(func() { err = start(cmd) })
+		c.Network.run(func() { err = cmd.Start() })
 	}
 	if err != nil {
 		t.Fatalf("start %s: %v", cmd.Path, err)
@@ -174,16 +175,14 @@ func (c Command) Start(t testing.TB) *Process {
 	return p
 }
 
-// start tries again while another thread's fork holds the new binary open.
-func start(cmd *exec.Cmd) error {
-	for range 50 {
-		err := cmd.Start()
-		if !errors.Is(err, syscall.ETXTBSY) {
-			return err
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	return syscall.ETXTBSY
+// WriteProgram writes a program that can be run at once: nothing is forked
+// meanwhile, which would hold its file open for writing until it has become
+// another program (ETXTBSY).
+func WriteProgram(t testing.TB, path string, program []byte) {
+	t.Helper()
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	must(t, os.WriteFile(path, program, 0o755))
 }
 
 func tail(s string) string {

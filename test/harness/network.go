@@ -3,6 +3,7 @@ package harness
 import (
 	"net"
 	"net/http"
+	"os"
 	"os/exec"
 	"runtime"
 	"testing"
@@ -26,11 +27,24 @@ func NewNetwork(t testing.TB) *Network {
 	made, ended := make(chan error), make(chan struct{})
 	go func() {
 		defer close(ended)
-		runtime.LockOSThread() // for good: the thread ends with this function
+		runtime.LockOSThread()
+		outside, err := os.Open("/proc/thread-self/ns/net")
+		if err != nil {
+			made <- err
+			return
+		}
+		defer outside.Close()
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			made <- err
 			return
 		}
+		// The thread goes back to where the others are. Were it to end, it would take
+		// along every process that was ever started from it (see Command.Start).
+		defer func() {
+			if err := unix.Setns(int(outside.Fd()), unix.CLONE_NEWNET); err == nil {
+				runtime.UnlockOSThread()
+			}
+		}()
 		for _, args := range [][]string{{"link", "set", "lo", "up"}, {"address", "add", MetadataAddress + "/32", "dev", "lo"}} {
 			if err := exec.Command("ip", args...).Run(); err != nil {
 				made <- err

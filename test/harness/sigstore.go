@@ -1,8 +1,6 @@
 package harness
 
 import (
-	"bytes"
-	"compress/gzip"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -25,7 +23,6 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/static"
-	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	protobundle "github.com/sigstore/protobuf-specs/gen/pb-go/bundle/v1"
 	protocommon "github.com/sigstore/protobuf-specs/gen/pb-go/common/v1"
@@ -101,10 +98,7 @@ func (s *Sigstore) Image(t testing.TB, repository string) string {
 // one. In another repository it is another image.
 func (s *Sigstore) Program(t testing.TB, repository, program string) string {
 	t.Helper()
-	content := layerOf(t, program)
-	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(content)), nil },
-		tarball.WithCompressionLevel(gzip.BestSpeed))
-	must(t, err)
+	layer := static.NewLayer(layerOf(t, program), types.DockerUncompressedLayer)
 	image, err := mutate.AppendLayers(empty.Image, layer)
 	must(t, err)
 	image, err = mutate.Config(image, v1.Config{Entrypoint: []string{"/app"}, Labels: map[string]string{"repository": repository}})

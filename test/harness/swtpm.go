@@ -56,7 +56,7 @@ func (m *TPMMaker) NewTPM(t testing.TB) *TPM {
 	run := exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+dir, "--server", "type=unixio,mode=0666,path="+tpm.Socket,
 		"--ctrl", "type=unixio,path="+tpm.Socket+".ctrl", "--flags", "not-need-init,startup-clear")
 	run.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	must(t, start(run))
+	must(t, run.Start())
 	t.Cleanup(func() {
 		_ = run.Process.Kill()
 		_ = run.Wait()

@@ -23,6 +23,7 @@ func open(t testing.TB, o badger.Options) *badger.DB {
 }
 
 func TestTheContractHoldsInADirectory(t *testing.T) {
+	t.Parallel()
 	storetest.Run(t, func(t *testing.T) (store.Store, func() store.Store) {
 		dir := t.TempDir()
 		db := open(t, badger.Options{Dir: dir})
@@ -37,6 +38,7 @@ func TestTheContractHoldsInADirectory(t *testing.T) {
 }
 
 func TestTheContractHoldsInMemory(t *testing.T) {
+	t.Parallel()
 	storetest.Run(t, func(t *testing.T) (store.Store, func() store.Store) {
 		return open(t, badger.Options{InMemory: true}), nil
 	})

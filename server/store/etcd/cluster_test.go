@@ -163,12 +163,14 @@ func certificates(t *testing.T, dir string) (ca, cert, key string) {
 }
 
 func TestTheContractHoldsInAnExternalCluster(t *testing.T) {
+	t.Parallel()
 	contract(t, startExternal(t, 1).client)
 }
 
 // TestALeaderThatDiesTakesNothingAcknowledgedAlong kills the leader while
 // several write, and counts what is there afterwards.
 func TestALeaderThatDiesTakesNothingAcknowledgedAlong(t *testing.T) {
+	t.Parallel()
 	const writers = 4
 	x := startExternal(t, 3)
 	db := open(t, etcd.Options{Client: x.client(), Prefix: "p/", Name: "one"})
@@ -263,6 +265,7 @@ func TestALeaderThatDiesTakesNothingAcknowledgedAlong(t *testing.T) {
 }
 
 func TestWithoutAMajorityWritesFailInTimeAndGoOnAfterwards(t *testing.T) {
+	t.Parallel()
 	x := startExternal(t, 3)
 	db := open(t, etcd.Options{Client: x.client(), Prefix: "p/", Name: "one"})
 	start := db.Commit(t.Context(), put("a", "1"))[0].Revision
@@ -314,6 +317,7 @@ func TestWithoutAMajorityWritesFailInTimeAndGoOnAfterwards(t *testing.T) {
 // TestServersKnowWhoIsThereAndWhetherTheyAreAMajority is about what operators
 // and agents are told.
 func TestServersKnowWhoIsThereAndWhetherTheyAreAMajority(t *testing.T) {
+	t.Parallel()
 	x := startExternal(t, 3)
 	counted := metrics.New(nil)
 	majority := func() float64 {
@@ -376,6 +380,7 @@ func TestServersKnowWhoIsThereAndWhetherTheyAreAMajority(t *testing.T) {
 }
 
 func TestAClientWithoutACertificateIsRefused(t *testing.T) {
+	t.Parallel()
 	x := startExternal(t, 1)
 	open(t, etcd.Options{Client: x.client(), Prefix: "p/", Name: "one"})
 	bare := etcd.Cluster{Endpoints: x.Endpoints, CA: x.CA}

@@ -47,7 +47,7 @@ func single(t testing.TB, quota int64) func() *clientv3.Client {
 
 func open(t testing.TB, o etcd.Options) *etcd.DB {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	db, err := etcd.Open(ctx, o)
 	if err != nil {
@@ -63,10 +63,9 @@ func open(t testing.TB, o etcd.Options) *etcd.DB {
 
 // contract runs the suite on a cluster, with a prefix for each of its tests.
 func contract(t *testing.T, client func() *clientv3.Client) {
-	n := 0
+	var n atomic.Int64
 	storetest.Run(t, func(t *testing.T) (store.Store, func() store.Store) {
-		n++
-		o := etcd.Options{Client: client(), Prefix: fmt.Sprintf("test%d/", n), Name: "one"}
+		o := etcd.Options{Client: client(), Prefix: fmt.Sprintf("test%d/", n.Add(1)), Name: "one"}
 		db := open(t, o)
 		return db, func() store.Store {
 			if err := db.Close(); err != nil {
@@ -80,6 +79,7 @@ func contract(t *testing.T, client func() *clientv3.Client) {
 }
 
 func TestTheContractHoldsInOneMember(t *testing.T) {
+	t.Parallel()
 	contract(t, single(t, 0))
 }
 
@@ -131,6 +131,7 @@ func (x *lossyTxn) Commit() (*clientv3.TxnResponse, error) {
 }
 
 func TestWhatWasWrittenWithoutAnAnswerIsWrittenOnceAndKnown(t *testing.T) {
+	t.Parallel()
 	client := single(t, 0)()
 	connection := &lossy{KV: client.KV}
 	client.KV = connection
@@ -160,6 +161,7 @@ func TestWhatWasWrittenWithoutAnAnswerIsWrittenOnceAndKnown(t *testing.T) {
 }
 
 func TestOfTwoProcessesOfOneNameTheFirstStops(t *testing.T) {
+	t.Parallel()
 	client := single(t, 0)
 	first := open(t, etcd.Options{Client: client(), Prefix: "p/", Name: "one"})
 	other := open(t, etcd.Options{Client: client(), Prefix: "p/", Name: "two"})
@@ -181,6 +183,7 @@ func TestOfTwoProcessesOfOneNameTheFirstStops(t *testing.T) {
 }
 
 func TestANameHasNoSlash(t *testing.T) {
+	t.Parallel()
 	for _, name := range []string{"", "a/b"} {
 		if _, err := etcd.Open(t.Context(), etcd.Options{Client: single(t, 0)(), Name: name}); err == nil {
 			t.Errorf("the name %q was taken", name)
@@ -189,6 +192,7 @@ func TestANameHasNoSlash(t *testing.T) {
 }
 
 func TestSeveralServersShareAStore(t *testing.T) {
+	t.Parallel()
 	client := single(t, 0)
 	a := open(t, etcd.Options{Client: client(), Prefix: "p/", Name: "a"})
 	b := open(t, etcd.Options{Client: client(), Prefix: "p/", Name: "b"})
@@ -210,6 +214,7 @@ func TestSeveralServersShareAStore(t *testing.T) {
 }
 
 func TestAWatchFromBeforeACompactionSaysSo(t *testing.T) {
+	t.Parallel()
 	client := single(t, 0)
 	db := open(t, etcd.Options{Client: client(), Prefix: "p/", Name: "one"})
 	start := db.Commit(t.Context(), put("k", "0"))[0].Revision
@@ -230,6 +235,7 @@ func TestAWatchFromBeforeACompactionSaysSo(t *testing.T) {
 }
 
 func TestOldRevisionsAreGivenUpAndTheLastKept(t *testing.T) {
+	t.Parallel()
 	client := single(t, 0)
 	raw := client()
 	defer raw.Close()
@@ -276,6 +282,7 @@ func TestOldRevisionsAreGivenUpAndTheLastKept(t *testing.T) {
 }
 
 func TestAFullClusterRefusesWritesAndIsRead(t *testing.T) {
+	t.Parallel()
 	client := single(t, 2<<20)
 	db := open(t, etcd.Options{Client: client(), Prefix: "p/", Name: "one"})
 	var err error
@@ -298,6 +305,7 @@ func TestAFullClusterRefusesWritesAndIsRead(t *testing.T) {
 }
 
 func TestABackupOfTheOtherEngineIsRestored(t *testing.T) {
+	t.Parallel()
 	from, err := badger.Open(badger.Options{InMemory: true})
 	if err != nil {
 		t.Fatal(err)

@@ -14,12 +14,13 @@ import (
 )
 
 // Open returns an empty store, which the suite closes, and a function that
-// closes it and opens it again; that is nil if the engine keeps nothing.
+// closes it and opens it again; that is nil if the engine keeps nothing. Several
+// are open at once.
 type Open func(t *testing.T) (s store.Store, reopen func() store.Store)
 
 // patience is how long a test waits for what has to happen soon. It is reached
 // only by a test that fails.
-const patience = 30 * time.Second
+const patience = time.Minute
 
 // Run tests an engine.
 func Run(t *testing.T, open Open) {
@@ -64,6 +65,7 @@ func Run(t *testing.T, open Open) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
 			f := newFixture(t, open)
 			test.run(t, f)
 		})
