@@ -32,6 +32,7 @@ const (
 	Authority_KIND_X509        Authority_Kind = 1
 	Authority_KIND_JWT         Authority_Kind = 2
 	Authority_KIND_WIT         Authority_Kind = 3
+	Authority_KIND_JWT_RS256   Authority_Kind = 4 // signs JWT-SVIDs for relying parties that take RS256 alone
 )
 
 // Enum value maps for Authority_Kind.
@@ -41,12 +42,14 @@ var (
 		1: "KIND_X509",
 		2: "KIND_JWT",
 		3: "KIND_WIT",
+		4: "KIND_JWT_RS256",
 	}
 	Authority_Kind_value = map[string]int32{
 		"KIND_UNSPECIFIED": 0,
 		"KIND_X509":        1,
 		"KIND_JWT":         2,
 		"KIND_WIT":         3,
+		"KIND_JWT_RS256":   4,
 	}
 )
 
@@ -761,7 +764,7 @@ func (x *JWTAuthority) GetTainted() bool {
 // the key manager, under key_name.
 type Authority struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // X.509: subject key id in hex; JWT and WIT: the kid
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // X.509: subject key id in hex; others: the kid
 	Kind          Authority_Kind         `protobuf:"varint,2,opt,name=kind,proto3,enum=hallmark.v1.Authority_Kind" json:"kind,omitempty"`
 	State         Authority_State        `protobuf:"varint,3,opt,name=state,proto3,enum=hallmark.v1.Authority_State" json:"state,omitempty"`
 	Server        string                 `protobuf:"bytes,4,opt,name=server,proto3" json:"server,omitempty"`                               // the server that holds the key
@@ -1061,7 +1064,7 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"public_key\x18\x02 \x01(\fR\tpublicKey\x12\x1d\n" +
 	"\n" +
 	"expires_at\x18\x03 \x01(\x03R\texpiresAt\x12\x18\n" +
-	"\atainted\x18\x04 \x01(\bR\atainted\"\x81\x04\n" +
+	"\atainted\x18\x04 \x01(\bR\atainted\"\x95\x04\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1b.hallmark.v1.Authority.KindR\x04kind\x122\n" +
@@ -1077,12 +1080,13 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"\n" +
 	"expires_at\x18\n" +
 	" \x01(\x03R\texpiresAt\x12\x18\n" +
-	"\atainted\x18\v \x01(\bR\atainted\"G\n" +
+	"\atainted\x18\v \x01(\bR\atainted\"[\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tKIND_X509\x10\x01\x12\f\n" +
 	"\bKIND_JWT\x10\x02\x12\f\n" +
-	"\bKIND_WIT\x10\x03\"S\n" +
+	"\bKIND_WIT\x10\x03\x12\x12\n" +
+	"\x0eKIND_JWT_RS256\x10\x04\"S\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_PREPARED\x10\x01\x12\x10\n" +
