@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"time"
 
 	"go.step.sm/crypto/kms/apiv1"
@@ -97,6 +98,14 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		defer exchanged.Listener.Close()
 	}
 
+	relied, err := s.listenOIDCIssuer(log)
+	if err != nil {
+		return err
+	}
+	if relied != nil {
+		defer relied.Listener.Close()
+	}
+
 	name, err := s.serverName()
 	if err != nil {
 		return err
@@ -153,6 +162,9 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		if exchanged != nil {
 			below.Go(func() error { return s.exchangeTokens(base, *exchanged, reg, issuer, served, counted) })
 		}
+		if relied != nil {
+			below.Go(func() error { return s.serveOIDCIssuer(base, *relied, reg) })
+		}
 		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities) })
 		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities, keys) })
 		if st.shared != nil {
@@ -197,6 +209,7 @@ func (s *settings) openAuthorities(ctx context.Context, name string, reg *regist
 		WIT:          s.Experimental.WIT,
 		WITLifetime:  time.Duration(s.WIT.AuthorityLifetime),
 		WITKeyType:   s.WIT.KeyType,
+		JWTRS256:     slices.ContainsFunc(s.profiles, (*issue.Profile).RS256),
 		Log:          log,
 	})
 }
@@ -212,6 +225,7 @@ func (s *settings) newIssuer(authorities *authority.Authorities, log *slog.Logge
 		WITTTL:      time.Duration(s.WIT.SVIDLifetime),
 		AgentTTL:    time.Duration(s.X509.AgentLifetime),
 		JWTIssuer:   s.JWT.Issuer,
+		Profiles:    s.profiles,
 	})
 }
 
@@ -305,6 +319,11 @@ func (s *settings) exchangeTokens(ctx context.Context, o web.Options, reg *regis
 		o.Certificate = issuer.ServerTLS
 	}
 	o.Handler = x.Handler()
+	if s.sharesTokenExchange() {
+		if o.Handler, err = s.oidcIssuer(reg, x.Handler(), o.Log); err != nil {
+			return err
+		}
+	}
 	o.Log.Info("tokens are exchanged", "listen", o.Listener.Addr().String(), "issuer", s.TokenExchange.Issuer)
 	if err := web.Serve(ctx, o); ctx.Err() == nil {
 		return fmt.Errorf("exchange tokens: %w", err)
