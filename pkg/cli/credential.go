@@ -197,7 +197,7 @@ func (a *app) credentialGCP() *cobra.Command {
 		Example: "  hallmark credential gcp --audience https://iam.googleapis.com/projects/1/locations/global/workloadIdentityPools/p/providers/hallmark",
 		Args:    noArguments,
 	}
-	s.register(cmd, " (default: the provider that $GOOGLE_EXTERNAL_ACCOUNT_AUDIENCE names)")
+	s.register(cmd, " (default: the provider asked for)")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		answer, err := a.googleAnswer(cmd.Context(), &s)
 		if err != nil {
