@@ -61,6 +61,14 @@ func (u *Uses) Use(t *Token, now time.Time) error {
 	return nil
 }
 
+// Used reports whether a token was used before. It uses none.
+func (u *Uses) Used(t *Token) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	_, used := u.used[t.use]
+	return used
+}
+
 func (u *Uses) sweep(now time.Time) {
 	u.swept = now
 	for id, used := range u.used {

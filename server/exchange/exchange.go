@@ -134,17 +134,30 @@ func (x *Exchange) Examine(ctx context.Context, token string) (*Evidence, error)
 	ctx, cancel := context.WithTimeout(ctx, verifyTime)
 	defer cancel()
 	verified, selectors, err := of.Verify(ctx, token)
+	if err == nil {
+		var more []selector.Selector
+		more, err = of.presetSelectors(verified)
+		selectors = append(selectors, more...)
+	}
 	if err != nil {
 		return &Evidence{Issuer: of.Name(), of: of}, err
 	}
+	return &Evidence{verified, of.Name(), of.parent, selector.NewSet(selectors...), of}, nil
+}
+
+// presetSelectors returns the selectors that the preset makes of a token.
+func (of *trusted) presetSelectors(t *issuer.Token) ([]selector.Selector, error) {
+	if of.config.Preset == "" {
+		return nil, nil
+	}
 	var values []string
 	for _, name := range slices.Sorted(maps.Keys(of.claims)) {
-		if of.config.Preset == "gcp" && name == "email" && verified.Claims["email_verified"] != true {
+		if of.config.Preset == "gcp" && name == "email" && t.Claims["email_verified"] != true {
 			continue
 		}
-		found, err := of.claims[name].Values(verified.Claims)
+		found, err := of.claims[name].Values(t.Claims)
 		if err != nil {
-			return &Evidence{Issuer: of.Name(), of: of}, err
+			return nil, err
 		}
 		for _, v := range found {
 			values = append(values, name+":"+v)
@@ -153,10 +166,7 @@ func (x *Exchange) Examine(ctx context.Context, token string) (*Evidence, error)
 	if td := of.config.TrustDomain; td != "" {
 		values = append(values, "trust_domain:"+td)
 	}
-	if of.config.Preset != "" {
-		selectors = append(selectors, attestors.SelectorsOf(of.config.Preset, values)...)
-	}
-	return &Evidence{verified, of.Name(), of.parent, selector.NewSet(selectors...), of}, nil
+	return attestors.SelectorsOf(of.config.Preset, values), nil
 }
 
 // issuerOf returns the issuer that is to verify a token: the one of its claim
