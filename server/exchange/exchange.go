@@ -14,7 +14,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -151,7 +150,7 @@ func (of *trusted) presetSelectors(t *issuer.Token) ([]selector.Selector, error)
 		return nil, nil
 	}
 	var values []string
-	for _, name := range slices.Sorted(maps.Keys(of.claims)) {
+	for _, name := range sortedKeys(of.claims) {
 		if of.config.Preset == "gcp" && name == "email" && t.Claims["email_verified"] != true {
 			continue
 		}
@@ -251,8 +250,8 @@ func (x *Exchange) grant(ctx context.Context, r *request, say *record) (*answer,
 		return nil, refuse(r.invalid, "%v", err)
 	}
 	say.subject, say.jti, say.selectors = e.Token.Subject, e.Token.ID, e.Selectors
-	if _, ok := e.Token.Claims["may_act"]; ok { // RFC 8693 §4.4: nobody here has shown to be that party
-		return nil, refuse(r.invalid, "the token names who may act with it (may_act), which is not supported")
+	if err := checkActor(e.Token); err != nil {
+		return nil, refuse(r.invalid, "%v", err)
 	}
 	if r.client != "" && r.client != e.Token.Subject { // RFC 7523 §3
 		return nil, refuse("invalid_client", "client_id is not the token's subject")
@@ -294,6 +293,15 @@ func (x *Exchange) grant(ctx context.Context, r *request, say *record) (*answer,
 	}
 	out.SPIFFEID = one.SPIFFEID.String()
 	return out, nil
+}
+
+// checkActor refuses a token that is for somebody to act with: nobody here has
+// shown to be that party. RFC 8693 §4.4.
+func checkActor(t *issuer.Token) error {
+	if _, ok := t.Claims["may_act"]; ok {
+		return errors.New("the token names who may act with it (may_act), which is not supported")
+	}
+	return nil
 }
 
 func shorter(own, standard, left time.Duration) time.Duration {
