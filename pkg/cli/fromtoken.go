@@ -65,21 +65,12 @@ type exchanged struct {
 
 // exchange exchanges the token.
 func (a *app) exchange(ctx context.Context, x *exchanging, kind string, form url.Values) (*exchanged, error) {
-	in := a.in
-	if x.token != "-" {
-		f, err := os.Open(x.token)
-		if err != nil {
-			return nil, fmt.Errorf("read the token: %w", err)
-		}
-		defer f.Close()
-		in = f
-	}
-	text, err := io.ReadAll(io.LimitReader(in, maxToken+1))
-	if err != nil || len(text) > maxToken {
-		return nil, fmt.Errorf("%s cannot be read, or is longer than a token", x.token)
+	token, err := a.readToken(x.token)
+	if err != nil {
+		return nil, err
 	}
 	form.Set("grant_type", "urn:ietf:params:oauth:grant-type:token-exchange")
-	form.Set("subject_token", strings.TrimSpace(string(text)))
+	form.Set("subject_token", token)
 	form.Set("subject_token_type", "urn:ietf:params:oauth:token-type:jwt")
 	form.Set("requested_token_type", kind)
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
