@@ -136,7 +136,7 @@ func (w *world) keyIDs() (ids []string) {
 	return ids
 }
 
-func TestARelyingPartyOfAnotherMakerTakesOurTokensByDiscoveryAlone(t *testing.T) {
+func TestDiscovery_DI09_ARelyingPartyOfAnotherMakerTakesOurTokensByDiscoveryAlone(t *testing.T) {
 	w := newWorld(t)
 	for audience, algorithm := range map[string]string{"api": rp.ES256, "cloud": rp.RS256} {
 		verifier := w.relyingParty(audience)
@@ -196,7 +196,7 @@ func TestAKeyIsPublishedBeforeItSignsAndGoesWhenItIsRevoked(t *testing.T) {
 	}
 }
 
-func TestTheKeysAreThoseOfJWTSVIDsAloneEachWithItsUseAndAlgorithm(t *testing.T) {
+func TestDiscovery_DI02_DI05_TheKeysAreThoseOfJWTSVIDsAloneEachWithItsUseAndAlgorithm(t *testing.T) {
 	w := newWorld(t)
 	set := w.keys()
 	var algorithms []string
@@ -223,7 +223,7 @@ func TestTheKeysAreThoseOfJWTSVIDsAloneEachWithItsUseAndAlgorithm(t *testing.T) 
 	}
 }
 
-func TestAnswersMayBeKeptUntilKeysCanChangeAndAreTheSameUntilTheyDo(t *testing.T) {
+func TestDiscovery_DI01_AnswersMayBeKeptUntilKeysCanChangeAndAreTheSameUntilTheyDo(t *testing.T) {
 	w := newWorld(t)
 	for _, path := range []string{"/keys", "/.well-known/openid-configuration"} {
 		resp := w.get(path)
@@ -265,7 +265,7 @@ func served(i http.Handler, host, path string, header ...string) *httptest.Respo
 	return rec
 }
 
-func TestEachIssuerIsServedByItsHostAndPathAndNothingElseIs(t *testing.T) {
+func TestDiscovery_DI07_EachIssuerIsServedByItsHostAndPathAndNothingElseIs(t *testing.T) {
 	w := newWorld(t)
 	urls := []string{"https://id.example.org", "https://id.example.org/tenant", "https://other.example:8445", "https://[2001:db8::1]/x"}
 	i, err := oidc.New(oidc.Options{URLs: urls, Bundle: w.bundle})
@@ -304,7 +304,7 @@ func TestBeforeThereIsABundleRelyingPartiesAreToComeAgain(t *testing.T) {
 	}
 }
 
-func TestAnIssuerHasAURLThatRelyingPartiesCompareByteForByte(t *testing.T) {
+func TestDiscovery_DI04_AnIssuerHasAURLThatRelyingPartiesCompareByteForByte(t *testing.T) {
 	for _, bad := range []string{
 		"", "id.example.org", "http://id.example.org", "http://127.0.0.1", "https://", "https://id.example.org/", "https://id.example.org/x/", "https://u@id.example.org",
 		"https://id.example.org?x", "https://id.example.org?", "https://id.example.org#", "https://id.example.org#x", "https://ID.example.org",
