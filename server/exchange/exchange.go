@@ -277,10 +277,14 @@ func (x *Exchange) grant(ctx context.Context, r *request, say *record) (*answer,
 		return nil, tooMany()
 	}
 	if !e.of.config.Reusable {
-		if err := x.uses.Use(e.Token, x.o.Now()); errors.Is(err, issuer.ErrBusy) {
-			return nil, unavailable("%v", err)
-		} else if err != nil {
+		switch err := x.use(ctx, e.Token); {
+		case errors.Is(err, issuer.ErrUsed):
 			return nil, refuse(r.invalid, "%v", err)
+		case errors.Is(err, issuer.ErrBusy):
+			return nil, unavailable("%v", err)
+		case err != nil:
+			say.cause = err
+			return nil, unavailable("it cannot be noted now that the token is used; try again in a moment")
 		}
 	}
 	out, err := x.sign(ctx, r, &issued, most)
@@ -293,6 +297,23 @@ func (x *Exchange) grant(ctx context.Context, r *request, say *record) (*answer,
 	}
 	out.SPIFFEID = one.SPIFFEID.String()
 	return out, nil
+}
+
+// use notes that a token is used, which is once, on whichever server and however
+// often they start: in memory first, which bounds how many there are of an issuer.
+func (x *Exchange) use(ctx context.Context, t *issuer.Token) error {
+	if err := x.uses.Use(t, x.o.Now()); err != nil {
+		return err
+	}
+	hash, until := t.Known()
+	err := x.o.Registry.UseToken(ctx, hash, until)
+	if told := (*registry.Error)(nil); errors.As(err, &told) && told.Kind == registry.AlreadyExists {
+		return issuer.ErrUsed
+	}
+	if err != nil {
+		x.uses.Forget(t)
+	}
+	return err
 }
 
 // checkActor refuses a token that is for somebody to act with: nobody here has

@@ -59,7 +59,7 @@ func (x *Exchange) Explain(ctx context.Context, token string) *Explanation {
 	out.Checks = append(out.Checks, issuer.Check{Name: "actor", Err: checkActor(t)})
 	if !of.config.Reusable {
 		err = nil
-		if issuer.Passed(checks) && x.uses.Used(t) {
+		if hash, _ := t.Known(); x.o.Registry.View().UsedToken(hash) {
 			err = issuer.ErrUsed
 		}
 		out.Checks = append(out.Checks, issuer.Check{Name: "first use", Err: err})

@@ -994,6 +994,52 @@ func (x *Invitation) GetExpiresAt() int64 {
 	return 0
 }
 
+// UsedToken is a token of an outside issuer that was exchanged and is not to be
+// taken again. Its key has a hash of what the token is known by.
+type UsedToken struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EndsAt        int64                  `protobuf:"varint,1,opt,name=ends_at,json=endsAt,proto3" json:"ends_at,omitempty"` // Unix seconds; when no server takes it any more
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UsedToken) Reset() {
+	*x = UsedToken{}
+	mi := &file_hallmark_v1_record_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UsedToken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UsedToken) ProtoMessage() {}
+
+func (x *UsedToken) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_record_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UsedToken.ProtoReflect.Descriptor instead.
+func (*UsedToken) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_record_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *UsedToken) GetEndsAt() int64 {
+	if x != nil {
+		return x.EndsAt
+	}
+	return 0
+}
+
 var File_hallmark_v1_record_proto protoreflect.FileDescriptor
 
 const file_hallmark_v1_record_proto_rawDesc = "" +
@@ -1100,7 +1146,9 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"\n" +
 	"Invitation\x12\x1d\n" +
 	"\n" +
-	"expires_at\x18\x01 \x01(\x03R\texpiresAtB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
+	"expires_at\x18\x01 \x01(\x03R\texpiresAt\"$\n" +
+	"\tUsedToken\x12\x17\n" +
+	"\aends_at\x18\x01 \x01(\x03R\x06endsAtB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
 
 var (
 	file_hallmark_v1_record_proto_rawDescOnce sync.Once
@@ -1115,7 +1163,7 @@ func file_hallmark_v1_record_proto_rawDescGZIP() []byte {
 }
 
 var file_hallmark_v1_record_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hallmark_v1_record_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_hallmark_v1_record_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_hallmark_v1_record_proto_goTypes = []any{
 	(Authority_Kind)(0),   // 0: hallmark.v1.Authority.Kind
 	(Authority_State)(0),  // 1: hallmark.v1.Authority.State
@@ -1129,6 +1177,7 @@ var file_hallmark_v1_record_proto_goTypes = []any{
 	(*Authority)(nil),     // 9: hallmark.v1.Authority
 	(*Federation)(nil),    // 10: hallmark.v1.Federation
 	(*Invitation)(nil),    // 11: hallmark.v1.Invitation
+	(*UsedToken)(nil),     // 12: hallmark.v1.UsedToken
 }
 var file_hallmark_v1_record_proto_depIdxs = []int32{
 	2, // 0: hallmark.v1.Entry.selectors:type_name -> hallmark.v1.Selector
@@ -1156,7 +1205,7 @@ func file_hallmark_v1_record_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_record_proto_rawDesc), len(file_hallmark_v1_record_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   10,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
