@@ -16,6 +16,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/awsiid"
 	"github.com/hallmark-id/hallmark/attestors/azureimds"
+	"github.com/hallmark-id/hallmark/attestors/azuremsi"
 	"github.com/hallmark-id/hallmark/attestors/docker"
 	"github.com/hallmark-id/hallmark/attestors/gcpiit"
 	"github.com/hallmark-id/hallmark/attestors/k8s"
@@ -163,6 +164,7 @@ type NodeAttestorConfig struct {
 	K8sPSAT   *k8spsat.AgentConfig   `yaml:"k8s_psat"`   // by the service account token of its pod of Kubernetes
 	AWSIID    *awsiid.AgentConfig    `yaml:"aws_iid"`    // by the identity document of its EC2 instance
 	AzureIMDS *azureimds.AgentConfig `yaml:"azure_imds"` // by the attested document of its virtual machine of Azure
+	AzureMSI  *azuremsi.AgentConfig  `yaml:"azure_msi"`  // by the token of the managed identity of its virtual machine of Azure
 	GCPIIT    *gcpiit.AgentConfig    `yaml:"gcp_iit"`    // by the identity token of its instance of Google Cloud
 	OIDC      *oidc.AgentConfig      `yaml:"oidc"`       // by the token of an outside issuer
 }
@@ -261,6 +263,16 @@ var nodeAttestors = []struct {
 			return nil, err
 		}
 		return &node.Attestor{Name: azureimds.Name, Agent: a}, nil
+	}},
+	{"node_attestor.azure_msi", func(c *NodeAttestorConfig) (*node.Attestor, error) {
+		if c.AzureMSI == nil {
+			return nil, nil
+		}
+		a, err := azuremsi.NewAgent(*c.AzureMSI)
+		if err != nil {
+			return nil, err
+		}
+		return &node.Attestor{Name: azuremsi.Name, Agent: a}, nil
 	}},
 	{"node_attestor.gcp_iit", func(c *NodeAttestorConfig) (*node.Attestor, error) {
 		if c.GCPIIT == nil {

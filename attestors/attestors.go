@@ -72,7 +72,8 @@ type Process struct {
 type Workload interface {
 	// Attest returns the selectors of a process; their type is the attestor's
 	// name. A process that is not of this attestor's kind (one outside of any
-	// container, say) has none, without an error. The caller checks afterwards
+	// container, say) has none, without an error. Selectors that come with an error
+	// are certain; it says why there are not more. The caller checks afterwards
 	// that the process is still the one it pinned.
 	Attest(ctx context.Context, process Process) ([]selector.Selector, error)
 }

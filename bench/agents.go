@@ -15,10 +15,9 @@ import (
 )
 
 const (
-	ackPoll   = 10 * time.Millisecond // how often the server is asked who has acknowledged
 	renewPoll = 20 * time.Millisecond // how often agents are asked for their SVIDs
 	// settle is how long after agents have come the server is left alone before
-	// its memory and its rest are measured.
+	// its rest is measured.
 	settle = 5 * time.Second
 )
 
@@ -125,33 +124,15 @@ func (f *crowd) changes(ctx context.Context) error {
 
 // acknowledged waits until the server knows that every agent has what it holds.
 func (f *crowd) acknowledged(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	newest := int64(0)
-	for _, a := range f.agents {
-		newest = max(newest, a.Revision())
+	_, err := f.server.admin().AwaitAgents(ctx, &hallmarkv1.AwaitAgentsRequest{Wait: int32(patience.Seconds())})
+	if err != nil {
+		return fmt.Errorf("wait until all agents have acknowledged a change: %w", err)
 	}
-	for {
-		resp, err := f.server.admin().ListConnections(ctx, &hallmarkv1.ListConnectionsRequest{})
-		if err != nil {
-			return fmt.Errorf("list connections: %w", err)
-		}
-		behind := len(f.agents)
-		for _, c := range resp.Connections {
-			if c.AcknowledgedRevision >= newest {
-				behind--
-			}
-		}
-		if behind <= 0 {
-			return nil
-		}
-		if err := sleep(ctx, ackPoll); err != nil {
-			return fmt.Errorf("%d agents have not acknowledged revision %d: %w", behind, newest, err)
-		}
-	}
+	return nil
 }
 
-// idle measures what agents cost to which nothing happens.
+// idle measures what agents cost to which nothing happens. Memory is measured
+// last: meanwhile the server gives back what it does not use.
 func (f *crowd) idle(ctx context.Context, empty float64) error {
 	if err := sleep(ctx, settle); err != nil {
 		return err

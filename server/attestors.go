@@ -12,6 +12,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/awsiid"
 	"github.com/hallmark-id/hallmark/attestors/azureimds"
+	"github.com/hallmark-id/hallmark/attestors/azuremsi"
 	"github.com/hallmark-id/hallmark/attestors/gcpiit"
 	"github.com/hallmark-id/hallmark/attestors/jointoken"
 	"github.com/hallmark-id/hallmark/attestors/k8spsat"
@@ -34,6 +35,7 @@ type NodeAttestorsConfig struct {
 	K8sPSAT   *k8spsat.ServerConfig   `yaml:"k8s_psat"`   // by the service account token of a pod of Kubernetes
 	AWSIID    *awsiid.ServerConfig    `yaml:"aws_iid"`    // by the identity document of an EC2 instance
 	AzureIMDS *azureimds.ServerConfig `yaml:"azure_imds"` // by the attested document of a virtual machine of Azure
+	AzureMSI  *azuremsi.ServerConfig  `yaml:"azure_msi"`  // by the token of a managed identity of Azure
 	GCPIIT    *gcpiit.ServerConfig    `yaml:"gcp_iit"`    // by the identity token of an instance of Google Cloud
 	OIDC      *oidc.ServerConfig      `yaml:"oidc"`       // by the token of an outside issuer
 }
@@ -104,6 +106,12 @@ var nodeAttestors = []struct {
 			return nil, nil
 		}
 		return azureimds.New(*s.NodeAttestors.AzureIMDS, azureimds.Options{Log: log})
+	}},
+	{azuremsi.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
+		if s.NodeAttestors.AzureMSI == nil {
+			return nil, nil
+		}
+		return azuremsi.New(*s.NodeAttestors.AzureMSI, azuremsi.Options{Log: log})
 	}},
 	{gcpiit.Name, func(s *settings, _ *registry.Registry, log *slog.Logger) (attestors.Server, error) {
 		if s.NodeAttestors.GCPIIT == nil {

@@ -189,6 +189,12 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 			s.follow(base, src, served, level, log)
 			return nil
 		})
+		below.Go(func() error {
+			look := time.NewTicker(memoryLook)
+			defer look.Stop()
+			giveMemoryBack(base, look.C)
+			return nil
+		})
 		err = served.Run(above, tcp, admin)
 	}
 	stop()

@@ -48,3 +48,27 @@ func TestAMachineOfAzureNeedsNoSecret(t *testing.T) {
 	identifies(t, d, "azure_imds:vm-tag:team:shop")
 	admitsOnce(t, d, agent)
 }
+
+// TestAMachineOfAzureAttestsByItsManagedIdentity does the same by a token.
+func TestAMachineOfAzureAttestsByItsManagedIdentity(t *testing.T) {
+	const (
+		tenant       = "11111111-2222-3333-4444-555555555555"
+		subscription = "d5b40d61-272e-48da-beb9-05f295c42bd6"
+		principal    = "aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee"
+	)
+	network := harness.NewNetwork(t)
+	azure := harness.NewAzure(t, harness.AzureMachine{Tenant: tenant, Subscription: subscription, Name: "blog", Principal: principal}, "127.0.0.1:1")
+	network.Serve(t, harness.MetadataAddress+":80", azure.Metadata(t))
+	dir := publicDir(t)
+	d := harness.NewDomain(t, harness.Settings{
+		Network: network,
+		Server: fmt.Sprintf("node_attestors: {azure_msi: {tenants: [{tenant_id: %s, subscription_allow_list: [%s], resource_id: 'api://hallmark', jwks_path: %s}]}}\n",
+			tenant, subscription, azure.Keys),
+		Agent: fmt.Sprintf("trust_bundle: %s/bundle.pem\nnode_attestor: {azure_msi: {resource_id: 'api://hallmark'}}\n", dir),
+	})
+	d.StartServer(t)
+	must(t, os.WriteFile(filepath.Join(dir, "bundle.pem"), []byte(d.Admin(t, "bundle", "show", "-o", "pem")), 0o644))
+	d.StartAgent(t, "")
+	identifies(t, d, "azure_msi:vm-name:frontend:blog")
+	admitsOnce(t, d, "spiffe://example.org/spire/agent/azure_msi/"+tenant+"/"+principal)
+}

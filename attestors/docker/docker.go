@@ -14,6 +14,7 @@
 //	compose_project:shop                  of containers made by compose
 //	compose_service:web
 //	rootless_uid:1000                     podman only: whose rootless podman runs the container
+//	image-signature:verified              and more, see package imagesig
 //
 // What they are worth: whoever may talk to the daemon chooses all of them but
 // the digests, and is as good as root on the machine anyway. Of a rootless
@@ -40,6 +41,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/cgroup"
+	"github.com/hallmark-id/hallmark/attestors/imagesig"
 	"github.com/hallmark-id/hallmark/pkg/selector"
 )
 
@@ -58,6 +60,9 @@ type Config struct {
 	// Env names the variables of a container's environment that become
 	// selectors: no others, as environments hold passwords. Default: none.
 	Env []string `yaml:"env"`
+	// ImageSignatures has selectors made of who signed a container's image.
+	// Default: they are not looked for.
+	ImageSignatures *imagesig.Config `yaml:"image_signatures"`
 }
 
 // PodmanConfig is the configuration of the attestor for podman. The zero value
@@ -74,6 +79,9 @@ type PodmanConfig struct {
 	// selector but rootless_uid; let entries for its containers name that.
 	// Default: none.
 	RootlessUIDs []uint32 `yaml:"rootless_uids"`
+	// ImageSignatures has selectors made of who signed the image of a container
+	// of root. Default: they are not looked for.
+	ImageSignatures *imagesig.Config `yaml:"image_signatures"`
 }
 
 const (
@@ -99,6 +107,7 @@ type Attestor struct {
 	daemon   *daemon            // of root
 	rootless map[uint32]*daemon // by user
 	env      []string
+	signed   *imagesig.Verifier // nil: nobody asks
 
 	flights singleflight.Group
 	mu      sync.Mutex
@@ -112,19 +121,20 @@ type container struct {
 	until     time.Time
 	group     cgroup.Container // that of its first process
 	selectors []selector.Selector
+	digests   []string // names of its image, by digest
 }
 
 // New makes an attestor for docker. It fails if a setting makes no sense.
 func New(c Config) (*Attestor, error) {
-	return newAttestor(Name, c.Socket, defaultSocket, c.Env, nil)
+	return newAttestor(Name, c.Socket, defaultSocket, c.Env, nil, c.ImageSignatures)
 }
 
 // NewPodman makes an attestor for podman. It fails if a setting makes no sense.
 func NewPodman(c PodmanConfig) (*Attestor, error) {
-	return newAttestor(PodmanName, c.Socket, defaultPodmanSocket, c.Env, c.RootlessUIDs)
+	return newAttestor(PodmanName, c.Socket, defaultPodmanSocket, c.Env, c.RootlessUIDs, c.ImageSignatures)
 }
 
-func newAttestor(name, socket, otherwise string, env []string, rootless []uint32) (*Attestor, error) {
+func newAttestor(name, socket, otherwise string, env []string, rootless []uint32, signatures *imagesig.Config) (*Attestor, error) {
 	if socket == "" {
 		socket = otherwise
 	}
@@ -143,6 +153,13 @@ func newAttestor(name, socket, otherwise string, env []string, rootless []uint32
 		name: name, env: env, known: make(map[string]*container),
 		daemon:   newDaemon(socket, anyUser),
 		rootless: make(map[uint32]*daemon),
+	}
+	if signatures != nil {
+		v, err := imagesig.New(*signatures)
+		if err != nil {
+			return nil, fmt.Errorf("the %s attestor: %w", name, err)
+		}
+		a.signed = v
 	}
 	for _, uid := range rootless {
 		if uid == 0 {
@@ -182,7 +199,12 @@ func (a *Attestor) Attest(ctx context.Context, p attestors.Process) ([]selector.
 		return nil, fmt.Errorf("process %d is in the control group %s, which bears the ID of a container but is not its group, %s",
 			p.PID, in.Path, c.group.Path)
 	}
-	return slices.Clone(c.selectors), nil // others have the same
+	selectors := slices.Clone(c.selectors) // others have the same
+	if a.signed == nil || asked.user != anyUser {
+		return selectors, nil
+	}
+	values, err := a.signed.Values(ctx, c.digests)
+	return append(selectors, attestors.SelectorsOf(a.name, values)...), err
 }
 
 // userOf returns the user in whose part of systemd's tree a group is.
@@ -278,7 +300,7 @@ func (a *Attestor) learn(ctx context.Context, d *daemon, info *containerInfo) (*
 	if err != nil && !errors.Is(err, errNotFound) { // the image may have been removed since
 		return nil, err
 	}
-	return &container{until: time.Now().Add(knownFor), group: group, selectors: a.selectors(d, info, digests)}, nil
+	return &container{until: time.Now().Add(knownFor), group: group, selectors: a.selectors(d, info, digests), digests: digests}, nil
 }
 
 // Labels that compose gives to what it makes.

@@ -23,6 +23,8 @@
 //
 //	container-image-digest:sha256:9c1f…    the image, whichever registry it came from
 //
+// and, if so configured, who signed the container's image (see package imagesig).
+//
 // The process is tied to the container by its control groups. That these are
 // really the container's, and were not made by somebody with a part of the tree
 // to manage, is certain because they are where the kubelet has its groups made,
@@ -43,6 +45,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/attestors/cgroup"
+	"github.com/hallmark-id/hallmark/attestors/imagesig"
 	"github.com/hallmark-id/hallmark/attestors/kube"
 	"github.com/hallmark-id/hallmark/pkg/selector"
 )
@@ -88,6 +91,10 @@ type Config struct {
 	// CgroupRoot is the kubelet's setting cgroupRoot, where it is neither / nor
 	// /kubelet: the pods of such kubelets are found without. Default: none.
 	CgroupRoot string `yaml:"cgroup_root" env:"expand"`
+
+	// ImageSignatures has selectors made of who signed a container's image.
+	// Default: they are not looked for.
+	ImageSignatures *imagesig.Config `yaml:"image_signatures"`
 }
 
 const (
@@ -112,6 +119,7 @@ type Attestor struct {
 	kubelet kubelet
 	groups  groups
 	parser  parser
+	signed  *imagesig.Verifier // nil: nobody asks
 
 	flights singleflight.Group
 	mu      sync.Mutex
@@ -127,7 +135,8 @@ type list struct {
 	containers map[string]*container // by ID
 }
 
-// New makes an attestor. It fails if a setting makes no sense; it reads no file.
+// New makes an attestor. It fails if a setting makes no sense; it reads no file
+// but those of image signatures.
 func New(c Config) (*Attestor, error) {
 	if c.Kubelet == "" {
 		c.Kubelet = defaultKubelet
@@ -167,11 +176,17 @@ func New(c Config) (*Attestor, error) {
 	if c.TokenPath == "" && c.CertificatePath == "" {
 		ask.Token.Path = defaultToken
 	}
-	return &Attestor{
+	a := &Attestor{
 		kubelet: kubelet{client: kube.New(ask), config: ask},
 		groups:  newGroups(c.CgroupRoot),
 		parser:  parser{node: c.NodeName, ephemeral: c.EphemeralContainers},
-	}, nil
+	}
+	if c.ImageSignatures != nil {
+		if a.signed, err = imagesig.New(*c.ImageSignatures); err != nil {
+			return nil, fmt.Errorf("the k8s attestor: %w", err)
+		}
+	}
+	return a, nil
 }
 
 // Attest returns the selectors of the pod and the container that a process is
@@ -202,7 +217,12 @@ func (a *Attestor) Attest(ctx context.Context, p attestors.Process) ([]selector.
 	if in.PodUID != "" && in.PodUID != c.podUID {
 		return nil, fmt.Errorf("container %s is of the pod %s, but the control group of process %d names the pod %s", in.ID, c.podUID, p.PID, in.PodUID)
 	}
-	return slices.Clone(c.selectors), nil // others have the same
+	selectors := slices.Clone(c.selectors) // others have the same
+	if a.signed == nil {
+		return selectors, nil
+	}
+	values, err := a.signed.Values(ctx, []string{c.image})
+	return append(selectors, attestors.SelectorsOf(Name, values)...), err
 }
 
 // find returns what the kubelet says of a container. It waits for one that is

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/hallmark-id/hallmark/attestors"
+	"github.com/hallmark-id/hallmark/attestors/imagesig"
 	"github.com/hallmark-id/hallmark/attestors/k8s"
 	"github.com/hallmark-id/hallmark/pkg/selector"
 	"github.com/hallmark-id/hallmark/test/harness"
@@ -180,6 +181,30 @@ func TestInitContainersAreAttestedAndEphemeralOnesIfConfigured(t *testing.T) {
 	a = asking(t, k, func(c *k8s.Config) { c.EphemeralContainers = true })
 	if got := attest(t, a, debugger); !slices.Contains(got, "container-name:debugger") || !slices.Contains(got, "ns:shop") {
 		t.Errorf("the ephemeral container has %q", got)
+	}
+}
+
+func TestWhoSignedTheImageOfAContainerIsASelector(t *testing.T) {
+	const issuer, release = "https://token.actions.githubusercontent.com", "https://github.com/acme/shop"
+	s := harness.NewSigstore(t)
+	signed, unsigned := s.Image(t, "acme/web"), s.Image(t, "acme/other")
+	_, digest, _ := strings.Cut(signed, "@")
+	s.PutLayers(t, signed, s.Layer(t, harness.SigstorePayload(digest), issuer, release))
+	pod := web()
+	pod.Containers = []harness.PodContainer{{Name: "web", ID: id, Image: "docker-pullable://" + signed}, {Name: "other", ID: id2, Image: unsigned}}
+	k := harness.NewKubelet(t, node)
+	k.SetPods(harness.PodList(pod.JSON()))
+	a := asking(t, k, func(c *k8s.Config) {
+		c.ImageSignatures = &imagesig.Config{
+			Images: []string{s.Registry + "/acme/*"}, TrustedRootPath: s.TrustedRootPath,
+			Identities: []imagesig.Identity{{Issuer: issuer, Subject: release}},
+		}
+	})
+	if got := attest(t, a, process(t, uid, id)); !slices.Contains(got, "image-signature-subject:"+release) {
+		t.Errorf("the container of a signed image has %q", got)
+	}
+	if got := attest(t, a, process(t, uid, id2)); !slices.Contains(got, "container-name:other") || slices.ContainsFunc(got, func(v string) bool { return strings.HasPrefix(v, "image-signature") }) {
+		t.Errorf("the container of an unsigned image has %q", got)
 	}
 }
 

@@ -64,6 +64,7 @@ type container struct {
 	podUID    string
 	err       error // why it has no selectors
 	selectors []selector.Selector
+	image     string // by digest, as the registry calls it; empty: not known
 }
 
 // parser reads lists of pods.
@@ -185,7 +186,7 @@ func (p parser) add(of *pod, into map[string]*container) error {
 			if !ok || id == "" {
 				continue // not started yet
 			}
-			c := &container{podUID: of.Metadata.UID, err: wrong}
+			c := &container{podUID: of.Metadata.UID, err: wrong, image: strings.TrimPrefix(s.ImageID, "docker-pullable://")}
 			switch ephemeral := kind == 2; {
 			case into[id] != nil:
 				c.err = fmt.Errorf("the kubelet lists the container %s twice, last in the pod %q", attestors.Clip(id), attestors.Clip(name))

@@ -459,6 +459,13 @@ func (s *fakeServer) ListConnections(context.Context, *hallmarkv1.ListConnection
 	}}}, nil
 }
 
+func (s *fakeServer) AwaitAgents(_ context.Context, r *hallmarkv1.AwaitAgentsRequest) (*hallmarkv1.AwaitAgentsResponse, error) {
+	if r.Wait < 30 {
+		return nil, status.Errorf(codes.DeadlineExceeded, "after %ds, 1 of 2 connected agents have not acknowledged revision 42", r.Wait)
+	}
+	return &hallmarkv1.AwaitAgentsResponse{Revision: 42, Agents: 1}, nil
+}
+
 func (s *fakeServer) Backup(_ *hallmarkv1.BackupRequest, stream grpc.ServerStreamingServer[hallmarkv1.BackupResponse]) error {
 	for _, part := range []*hallmarkv1.BackupResponse{{Data: []byte("first ")}, {Data: []byte("second\n"), Revision: 42, Done: true}} {
 		if err := stream.Send(part); err != nil {

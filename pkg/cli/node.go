@@ -22,7 +22,7 @@ func (a *app) nodeCommand() *cobra.Command {
 		"A node is known by its agent, which attested to the server. An agent is named by its\n"+
 			"SPIFFE ID, or by what follows /spire/agent/ in it.",
 		"  hallmark node list\n  hallmark node show join_token/4f1c\n  hallmark node evict join_token/4f1c",
-		a.nodeList(), a.nodeShow(), a.nodeEvict(), a.nodeBan(), a.nodePurge())
+		a.nodeList(), a.nodeShow(), a.nodeEvict(), a.nodeBan(), a.nodePurge(), a.nodeWait())
 }
 
 // nodeItem is a node as commands print it.

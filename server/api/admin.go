@@ -117,10 +117,10 @@ func (s *adminService) authorityUses(view *registry.View) map[string]*hallmarkv1
 	return uses
 }
 
-// How long RotateAuthority waits for agents.
+// How long RotateAuthority and AwaitAgents wait for agents.
 const (
-	defaultRotateWait = 30 * time.Second
-	maxRotateWait     = time.Hour
+	defaultAgentsWait = 30 * time.Second
+	maxAgentsWait     = time.Hour
 	// rotateSettle is how long an authority that every agent knows does not sign
 	// yet. Agents hand the bundle on to their workloads, which take it in some
 	// milliseconds later, if they are not busy.
@@ -138,12 +138,9 @@ func (s *adminService) RotateAuthority(ctx context.Context, req *hallmarkv1.Rota
 	default:
 		return nil, invalidArgument("unknown kind of authority %v", req.Kind)
 	}
-	wait := time.Duration(req.Wait) * time.Second
-	switch {
-	case wait < 0 || wait > maxRotateWait:
-		return nil, invalidArgument("wait is %v; it is at least 0 and at most %v", wait, maxRotateWait)
-	case wait == 0:
-		wait = defaultRotateWait
+	wait, err := agentsWait(req.Wait)
+	if err != nil {
+		return nil, err
 	}
 	prepared, err := s.authorities.Prepare(ctx, kind)
 	if err != nil {
@@ -174,6 +171,38 @@ func (s *adminService) RotateAuthority(ctx context.Context, req *hallmarkv1.Rota
 		return nil, status(err)
 	}
 	return &hallmarkv1.RotateAuthorityResponse{Activated: rec, Agents: int32(agents)}, nil
+}
+
+// agentsWait is how long a call is to wait for agents.
+func agentsWait(seconds int32) (time.Duration, error) {
+	wait := time.Duration(seconds) * time.Second
+	switch {
+	case wait < 0 || wait > maxAgentsWait:
+		return 0, invalidArgument("wait is %v; it is at least 0 and at most %v", wait, maxAgentsWait)
+	case wait == 0:
+		return defaultAgentsWait, nil
+	}
+	return wait, nil
+}
+
+// AwaitAgents waits until what the server knows has reached every agent that
+// holds a push stream.
+func (s *adminService) AwaitAgents(ctx context.Context, req *hallmarkv1.AwaitAgentsRequest) (*hallmarkv1.AwaitAgentsResponse, error) {
+	wait, err := agentsWait(req.Wait)
+	if err != nil {
+		return nil, err
+	}
+	waiting, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	revision := s.registry.View().Revision()
+	agents, err := s.feed.WaitAcked(waiting, revision)
+	switch {
+	case ctx.Err() != nil:
+		return nil, status(ctx.Err())
+	case err != nil:
+		return nil, callErrorf(codes.DeadlineExceeded, "after %v, %v", wait, err)
+	}
+	return &hallmarkv1.AwaitAgentsResponse{Revision: int64(revision), Agents: int32(agents)}, nil
 }
 
 // ListConnections lists the agents that hold a push stream.

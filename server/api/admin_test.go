@@ -174,6 +174,31 @@ func TestAnAuthorityDoesNotSignBeforeASilentAgentKnowsIt(t *testing.T) {
 	}
 }
 
+func TestAnOperatorLearnsWhenAChangeHasReachedEveryAgent(t *testing.T) {
+	w := newWorld(t)
+	admin := w.adminService()
+	got, err := admin.AwaitAgents(t.Context(), &hallmarkv1.AwaitAgentsRequest{})
+	must(t, err)
+	if got.Agents != 0 {
+		t.Errorf("with no agent: %v", got)
+	}
+	agent := w.follow(w.newAgent())
+	_, err = w.authorities().PrepareX509Authority(t.Context(), &localauthorityv1.PrepareX509AuthorityRequest{})
+	must(t, err)
+	_, err = admin.AwaitAgents(t.Context(), &hallmarkv1.AwaitAgentsRequest{Wait: 1})
+	expectCode(t, err, codes.DeadlineExceeded, "1 of 1 connected agents have not acknowledged")
+	agent.next(w)
+	got, err = admin.AwaitAgents(t.Context(), &hallmarkv1.AwaitAgentsRequest{})
+	must(t, err)
+	if got.Agents != 1 || got.Revision != int64(w.registry.View().Revision()) {
+		t.Errorf("with an agent that has acknowledged all: %v", got)
+	}
+	for _, bad := range []int32{-1, 1 << 30} {
+		_, err = admin.AwaitAgents(t.Context(), &hallmarkv1.AwaitAgentsRequest{Wait: bad})
+		expectCode(t, err, codes.InvalidArgument, "wait is")
+	}
+}
+
 func (w *world) authorities() localauthorityv1.LocalAuthorityClient {
 	w.t.Helper()
 	return localauthorityv1.NewLocalAuthorityClient(w.admin())

@@ -168,11 +168,13 @@ func (m *Member) takePart(ctx context.Context) error {
 	}
 }
 
-// Run keeps the member's certificate current, until the context ends or the
-// member does.
+// Run keeps the member's certificate current, and ends connections to other
+// members that have fallen silent, until the context ends or the member does.
 func (m *Member) Run(ctx context.Context) error {
 	day := time.NewTicker(24 * time.Hour)
 	defer day.Stop()
+	look := time.NewTicker(silenceLook)
+	defer look.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -181,6 +183,10 @@ func (m *Member) Run(ctx context.Context) error {
 			return errRemoved
 		case err := <-m.etcd.Err():
 			return fmt.Errorf("this server's member of the cluster has failed: %w", err)
+		case <-look.C:
+			if err := m.endSilent(); err != nil {
+				m.o.Log.Debug("connections between servers may stay though they are silent", "error", err)
+			}
 		case <-day.C:
 			if err := m.o.renew(m.ca, false, time.Now()); err != nil {
 				m.o.Log.Error("the certificate for the other servers of the cluster cannot be renewed; trying again tomorrow", "error", err)

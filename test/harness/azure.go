@@ -17,13 +17,16 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/go-jose/go-jose/v4"
 )
 
 // Azure stands in for what of Azure a machine and a server see: the metadata
 // service, the authorities of the certificate that it signs by, Microsoft Entra and
 // the Azure Resource Graph. Documents have Azure's form and real signatures.
 type Azure struct {
-	CA string // PEM file of the root, for the configuration
+	CA   string // PEM file of the root, for the configuration
+	Keys string // JWKS file of Entra's key, which is the root's
 
 	Root, Intermediate, Leaf *x509.Certificate
 	RootKey, Key             *rsa.PrivateKey // of the root, and of the leaf
@@ -34,6 +37,7 @@ type Azure struct {
 	machine AzureMachine
 	fetched int      // how often the intermediate certificate was
 	asked   []string // for tokens, by whom
+	issued  string   // the machine's token, the last one
 }
 
 // AzureMachine is one.
@@ -42,6 +46,20 @@ type AzureMachine struct {
 	Name, ScaleSet           string
 	Tags                     map[string]string
 	Gone                     bool
+	Principal                string // of its own identity
+}
+
+// AzureKeyID is that of Entra's key.
+const AzureKeyID = "nOo3ZDrODXEK1jKWhXslHR_KXEg"
+
+// Claims are those of the token of a machine's own identity, for a resource.
+func (m AzureMachine) Claims(resource string) map[string]any {
+	return map[string]any{
+		"aud": resource, "iss": "https://sts.windows.net/" + m.Tenant + "/", "tid": m.Tenant, "oid": m.Principal, "sub": m.Principal,
+		"iat": time.Now().Unix(), "nbf": time.Now().Unix(), "exp": time.Now().Add(24 * time.Hour).Unix(),
+		"appid": "99999999-8888-7777-6666-555555555555", "appidacr": "2", "idtyp": "app", "ver": "1.0",
+		"xms_mirid": "/subscriptions/" + m.Subscription + "/resourcegroups/frontend/providers/Microsoft.Compute/virtualMachines/" + m.Name,
+	}
 }
 
 // AzureIssuerPath is where the intermediate certificate is, on the host that
@@ -68,7 +86,17 @@ func NewAzure(t testing.TB, m AzureMachine, host string) *Azure {
 	must(t, os.Chmod(dir, 0o755))
 	a.CA = filepath.Join(dir, "root.pem")
 	must(t, os.WriteFile(a.CA, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.Root.Raw}), 0o644))
+	a.Keys = filepath.Join(dir, "keys")
+	data, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: a.RootKey.Public(), KeyID: AzureKeyID, Use: "sig"}}})
+	must(t, err)
+	must(t, os.WriteFile(a.Keys, data, 0o644))
 	return a
+}
+
+// SignToken signs claims as Entra does.
+func (a *Azure) SignToken(t testing.TB, claims map[string]any) string {
+	t.Helper()
+	return SignJWT(t, jose.RS256, a.RootKey, AzureKeyID, claims)
 }
 
 // IssueRSA makes a certificate of a new RSA key, good for a day around now unless
@@ -142,11 +170,12 @@ func (a *Azure) Metadata(t testing.TB) http.Handler {
 		defer a.mu.Unlock()
 		reply(w, map[string]string{"name": a.machine.Name, "vmScaleSetName": a.machine.ScaleSet})
 	})
-	mux.HandleFunc("GET /metadata/identity/oauth2/token", func(w http.ResponseWriter, _ *http.Request) {
+	mux.HandleFunc("GET /metadata/identity/oauth2/token", func(w http.ResponseWriter, r *http.Request) {
 		a.mu.Lock()
 		defer a.mu.Unlock()
 		a.asked = append(a.asked, "managed identity")
-		reply(w, map[string]string{"access_token": "token-of-azure", "expires_in": "86399", "token_type": "Bearer"})
+		a.issued = a.SignToken(t, a.machine.Claims(r.FormValue("resource")))
+		reply(w, map[string]string{"access_token": a.issued, "expires_in": "86399", "resource": r.FormValue("resource"), "token_type": "Bearer"})
 	})
 	return a.metadata(func(w http.ResponseWriter, r *http.Request) {
 		switch {
@@ -177,7 +206,7 @@ func (a *Azure) API() http.Handler {
 		io.WriteString(w, `{"token_type":"Bearer","expires_in":3599,"access_token":"token-of-azure"}`)
 	})
 	mux.HandleFunc("POST /providers/Microsoft.ResourceGraph/resources", func(w http.ResponseWriter, r *http.Request) {
-		if r.Header.Get("Authorization") != "Bearer token-of-azure" {
+		if by := r.Header.Get("Authorization"); by != "Bearer token-of-azure" && by != "Bearer "+a.issued {
 			http.Error(w, `{"error":{"code":"AuthenticationFailed"}}`, http.StatusUnauthorized)
 			return
 		}

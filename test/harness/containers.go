@@ -94,6 +94,14 @@ func Podman(t testing.TB) *Containers {
 // Import makes an image of one static program, which its containers run.
 func (e *Containers) Import(t testing.TB, image, program string) {
 	t.Helper()
+	file := filepath.Join(t.TempDir(), "image.tar")
+	must(t, os.WriteFile(file, layerOf(t, program), 0o644))
+	e.must(t, "import", "--change", `ENTRYPOINT ["/app"]`, file, image)
+}
+
+// layerOf is the layer of an image that has a program as /app.
+func layerOf(t testing.TB, program string) []byte {
+	t.Helper()
 	b, err := os.ReadFile(program)
 	must(t, err)
 	var layer bytes.Buffer
@@ -102,9 +110,7 @@ func (e *Containers) Import(t testing.TB, image, program string) {
 	_, err = w.Write(b)
 	must(t, err)
 	must(t, w.Close())
-	file := filepath.Join(t.TempDir(), "image.tar")
-	must(t, os.WriteFile(file, layer.Bytes(), 0o644))
-	e.must(t, "import", "--change", `ENTRYPOINT ["/app"]`, file, image)
+	return layer.Bytes()
 }
 
 // Run starts a container, with the arguments of the client's command run.

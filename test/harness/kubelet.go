@@ -104,6 +104,7 @@ type Pod struct {
 // PodContainer is one that runs, or has ended.
 type PodContainer struct {
 	Name, ID string
+	Image    string // by digest; "": one of example.com
 	Ended    bool
 }
 
@@ -118,7 +119,7 @@ func (p Pod) JSON() string {
 			}
 			out = append(out, map[string]any{
 				"name": c.Name, "containerID": "containerd://" + c.ID, "state": state, "ready": !c.Ended, "restartCount": 0, "lastState": map[string]any{},
-				"image": "example.com/" + c.Name + ":1.4", "imageID": "example.com/" + c.Name + "@sha256:" + strings.Repeat("9c", 32),
+				"image": "example.com/" + c.Name + ":1.4", "imageID": cmp.Or(c.Image, "example.com/"+c.Name+"@sha256:"+strings.Repeat("9c", 32)),
 			})
 		}
 		return out

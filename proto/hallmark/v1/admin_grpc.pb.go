@@ -24,6 +24,7 @@ const (
 	AdminService_ListAuthorities_FullMethodName = "/hallmark.v1.AdminService/ListAuthorities"
 	AdminService_RotateAuthority_FullMethodName = "/hallmark.v1.AdminService/RotateAuthority"
 	AdminService_ListConnections_FullMethodName = "/hallmark.v1.AdminService/ListConnections"
+	AdminService_AwaitAgents_FullMethodName     = "/hallmark.v1.AdminService/AwaitAgents"
 	AdminService_GetJoinInfo_FullMethodName     = "/hallmark.v1.AdminService/GetJoinInfo"
 	AdminService_ExplainToken_FullMethodName    = "/hallmark.v1.AdminService/ExplainToken"
 	AdminService_LintIssuers_FullMethodName     = "/hallmark.v1.AdminService/LintIssuers"
@@ -49,6 +50,9 @@ type AdminServiceClient interface {
 	RotateAuthority(ctx context.Context, in *RotateAuthorityRequest, opts ...grpc.CallOption) (*RotateAuthorityResponse, error)
 	// ListConnections lists the agents that hold a push stream to this server.
 	ListConnections(ctx context.Context, in *ListConnectionsRequest, opts ...grpc.CallOption) (*ListConnectionsResponse, error)
+	// AwaitAgents waits until every agent that holds a push stream to this server
+	// has acknowledged all that the server knows when the call comes.
+	AwaitAgents(ctx context.Context, in *AwaitAgentsRequest, opts ...grpc.CallOption) (*AwaitAgentsResponse, error)
 	// GetJoinInfo returns what a join string needs besides the token.
 	GetJoinInfo(ctx context.Context, in *GetJoinInfoRequest, opts ...grpc.CallOption) (*GetJoinInfoResponse, error)
 	// ExplainToken says what the token endpoint would make of an outside issuer's
@@ -126,6 +130,16 @@ func (c *adminServiceClient) ListConnections(ctx context.Context, in *ListConnec
 	return out, nil
 }
 
+func (c *adminServiceClient) AwaitAgents(ctx context.Context, in *AwaitAgentsRequest, opts ...grpc.CallOption) (*AwaitAgentsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AwaitAgentsResponse)
+	err := c.cc.Invoke(ctx, AdminService_AwaitAgents_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminServiceClient) GetJoinInfo(ctx context.Context, in *GetJoinInfoRequest, opts ...grpc.CallOption) (*GetJoinInfoResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetJoinInfoResponse)
@@ -176,6 +190,9 @@ type AdminServiceServer interface {
 	RotateAuthority(context.Context, *RotateAuthorityRequest) (*RotateAuthorityResponse, error)
 	// ListConnections lists the agents that hold a push stream to this server.
 	ListConnections(context.Context, *ListConnectionsRequest) (*ListConnectionsResponse, error)
+	// AwaitAgents waits until every agent that holds a push stream to this server
+	// has acknowledged all that the server knows when the call comes.
+	AwaitAgents(context.Context, *AwaitAgentsRequest) (*AwaitAgentsResponse, error)
 	// GetJoinInfo returns what a join string needs besides the token.
 	GetJoinInfo(context.Context, *GetJoinInfoRequest) (*GetJoinInfoResponse, error)
 	// ExplainToken says what the token endpoint would make of an outside issuer's
@@ -208,6 +225,9 @@ func (UnimplementedAdminServiceServer) RotateAuthority(context.Context, *RotateA
 }
 func (UnimplementedAdminServiceServer) ListConnections(context.Context, *ListConnectionsRequest) (*ListConnectionsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListConnections not implemented")
+}
+func (UnimplementedAdminServiceServer) AwaitAgents(context.Context, *AwaitAgentsRequest) (*AwaitAgentsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AwaitAgents not implemented")
 }
 func (UnimplementedAdminServiceServer) GetJoinInfo(context.Context, *GetJoinInfoRequest) (*GetJoinInfoResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetJoinInfo not implemented")
@@ -322,6 +342,24 @@ func _AdminService_ListConnections_Handler(srv interface{}, ctx context.Context,
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_AwaitAgents_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AwaitAgentsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).AwaitAgents(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_AwaitAgents_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).AwaitAgents(ctx, req.(*AwaitAgentsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _AdminService_GetJoinInfo_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(GetJoinInfoRequest)
 	if err := dec(in); err != nil {
@@ -398,6 +436,10 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListConnections",
 			Handler:    _AdminService_ListConnections_Handler,
+		},
+		{
+			MethodName: "AwaitAgents",
+			Handler:    _AdminService_AwaitAgents_Handler,
 		},
 		{
 			MethodName: "GetJoinInfo",
