@@ -2,6 +2,7 @@ package oidc_test
 
 import (
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -146,7 +147,7 @@ func TestDiscovery_DI09_ARelyingPartyOfAnotherMakerTakesOurTokensByDiscoveryAlon
 		if got.Subject != "spiffe://example.org/web" || got.Issuer != w.url {
 			t.Errorf("got %+v", got)
 		}
-		if header, _, _ := strings.Cut(token, "."); !strings.Contains(decoded(t, header), algorithm) {
+		if header, _, _ := strings.Cut(token, "."); !strings.Contains(decoded(t, header), `"alg":"`+algorithm+`"`) {
 			t.Errorf("a token for %s is not signed with %s", audience, algorithm)
 		}
 		// It is a JWT-SVID all the same.
@@ -162,11 +163,12 @@ func TestDiscovery_DI09_ARelyingPartyOfAnotherMakerTakesOurTokensByDiscoveryAlon
 	}
 }
 
+// decoded returns a part of a token as text.
 func decoded(t testing.TB, part string) string {
 	t.Helper()
-	text, err := jose.ParseSigned(part+".e30.AAAA", []jose.SignatureAlgorithm{jose.ES256, jose.RS256})
+	text, err := base64.RawURLEncoding.DecodeString(part)
 	must(t, err)
-	return text.Signatures[0].Header.Algorithm
+	return string(text)
 }
 
 func TestAKeyIsPublishedBeforeItSignsAndGoesWhenItIsRevoked(t *testing.T) {
