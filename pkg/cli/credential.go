@@ -166,6 +166,9 @@ func (a *app) credentialAWS() *cobra.Command {
 				return usageError(err)
 			}
 		}
+		if err := of.Check(); err != nil {
+			return usageError(err)
+		}
 		if of.Client, err = credential.Client(ca); err != nil {
 			return err
 		}

@@ -67,19 +67,34 @@ func SessionName(path string) string {
 	return name
 }
 
+// Check says what is wrong with the request, before there is a token for it.
+func (a AWS) Check() error {
+	_, err := parseEndpoint(a.Endpoint)
+	switch {
+	case err != nil:
+		return err
+	case !roleForm.MatchString(a.RoleARN):
+		return fmt.Errorf("%.100q is no ARN of a role, such as arn:aws:iam::123456789012:role/web", a.RoleARN)
+	case a.SessionName != "" && !sessionForm.MatchString(a.SessionName):
+		return fmt.Errorf("%.100q is no name of a session: 2 to 64 letters, digits and +=,.@_-", a.SessionName)
+	case a.Duration != 0 && (a.Duration < 15*time.Minute || a.Duration > 12*time.Hour || a.Duration%time.Second != 0):
+		return fmt.Errorf("a session of %s is not one of 15m to 12h", a.Duration)
+	}
+	return nil
+}
+
 // Assume asks STS for credentials of the role (AssumeRoleWithWebIdentity, version
 // 2011-06-15). The request needs no signature: the token is what proves.
 func (a AWS) Assume(ctx context.Context, token string) (*AWSCredentials, error) {
-	endpoint, err := parseEndpoint(a.Endpoint)
-	switch {
-	case err != nil:
+	if err := a.Check(); err != nil {
 		return nil, err
-	case !roleForm.MatchString(a.RoleARN):
-		return nil, fmt.Errorf("%.100q is no ARN of a role, such as arn:aws:iam::123456789012:role/web", a.RoleARN)
-	case !sessionForm.MatchString(a.SessionName):
-		return nil, fmt.Errorf("%.100q is no name of a session: 2 to 64 letters, digits and +=,.@_-", a.SessionName)
-	case a.Duration != 0 && (a.Duration < 15*time.Minute || a.Duration > 12*time.Hour || a.Duration%time.Second != 0):
-		return nil, fmt.Errorf("a session of %s is not one of 15m to 12h", a.Duration)
+	}
+	endpoint, err := parseEndpoint(a.Endpoint)
+	if err != nil {
+		return nil, err
+	}
+	if a.SessionName == "" {
+		return nil, errors.New("no session is named")
 	}
 	form := url.Values{
 		"Action": {"AssumeRoleWithWebIdentity"}, "Version": {"2011-06-15"},

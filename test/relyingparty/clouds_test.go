@@ -36,6 +36,7 @@ func TestTheClientsOfCloudsGetCredentialsByOurHelpers(t *testing.T) {
 	t.Run("Azure", w.azure)
 	t.Run("Kubernetes", w.kubernetes)
 	t.Run("Vault", w.vault)
+	t.Run("a key that is revoked", w.revoked)
 }
 
 const role = "arn:aws:iam::123456789012:role/web"
@@ -292,4 +293,37 @@ func (w *world) vault(t *testing.T) {
 	if bytes.Contains([]byte(w.Server.Stderr()), []byte("eyJ")) {
 		t.Error("a token is in the server's log")
 	}
+}
+
+// revoked replaces the keys and distrusts the RSA key that signed, which the
+// command line calls a JWT authority like any other.
+func (w *world) revoked(t *testing.T) {
+	const audience, algorithm = "sts.amazonaws.com", "RS256"
+	fetch := func() string { return strings.TrimSpace(w.hallmark("fetch", "jwt", "--audience", audience).Run(t)) }
+	before := fetch()
+	must(t, w.verify(t.Context(), before, audience, algorithm))
+	w.Admin(t, "authority", "rotate", "jwt")
+	must(t, w.verify(t.Context(), before, audience, algorithm))
+	var authorities []struct{ ID, Kind, Algorithm, State string }
+	must(t, json.Unmarshal([]byte(w.Admin(t, "authority", "list", "-o", "json")), &authorities))
+	states := map[string]int{}
+	for _, a := range authorities {
+		if a.Algorithm != algorithm {
+			continue
+		}
+		states[a.Kind+" "+a.State]++
+		if a.State == "old" {
+			w.Admin(t, "authority", "taint", "--yes", "jwt", a.ID)
+			w.Admin(t, "authority", "revoke", "--yes", "jwt", a.ID)
+		}
+	}
+	if states["jwt old"] != 1 || states["jwt active"] != 1 {
+		t.Fatalf("authorities for RS256 are %v", states)
+	}
+	if err := w.verify(t.Context(), before, audience, algorithm); err == nil {
+		t.Error("a token of a revoked key is taken")
+	}
+	harness.Eventually(t, "a token of the new key", func(context.Context) error {
+		return w.verify(t.Context(), fetch(), audience, algorithm) // the agent drops what a tainted key signed
+	})
 }
