@@ -38,6 +38,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/authority"
+	"github.com/hallmark-id/hallmark/server/exchange"
 	"github.com/hallmark-id/hallmark/server/federation"
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/issue"
@@ -54,6 +55,7 @@ type Options struct {
 	Issuer        *issue.Issuer
 	Feed          *feed.Feed
 	NodeAttestors map[string]attestors.Server // by name; how nodes may attest
+	Exchange      *exchange.Exchange          // nil: no tokens of outside issuers are taken
 	Cluster       *Cluster                    // nil: the server is alone
 	Federation    *federation.Client          // fetches foreign bundles; nil: one with the system's roots
 	AdminIDs      []spiffeid.ID               // administer besides the entries with admin set
@@ -76,6 +78,7 @@ type API struct {
 	issuer      *issue.Issuer
 	feed        *feed.Feed
 	attestors   map[string]attestors.Server
+	exchange    *exchange.Exchange
 	cluster     *Cluster
 	federation  *federation.Client
 	adminIDs    map[spiffeid.ID]bool
@@ -119,6 +122,7 @@ func New(o Options) *API {
 		issuer:      o.Issuer,
 		feed:        o.Feed,
 		attestors:   o.NodeAttestors,
+		exchange:    o.Exchange,
 		cluster:     o.Cluster,
 		federation:  cmp.Or(o.Federation, &federation.Client{}),
 		adminIDs:    make(map[spiffeid.ID]bool),

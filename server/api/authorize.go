@@ -147,6 +147,8 @@ var methods = map[string]method{
 	hallmarkv1.AdminService_RotateAuthority_FullMethodName: {callers: local, audit: true},
 	hallmarkv1.AdminService_ListConnections_FullMethodName: {callers: local},
 	hallmarkv1.AdminService_GetJoinInfo_FullMethodName:     {callers: local},
+	hallmarkv1.AdminService_ExplainToken_FullMethodName:    {callers: local},
+	hallmarkv1.AdminService_LintIssuers_FullMethodName:     {callers: local},
 	hallmarkv1.AdminService_AwaitAgents_FullMethodName:     {callers: local},
 
 	hallmarkv1.ClusterService_ListServers_FullMethodName:  {callers: local},
