@@ -48,6 +48,13 @@ kubernetes: test-deps ## pods and nodes of a real Kubernetes; builds that first 
 		k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubelet
 	HALLMARK_KUBERNETES=$(CURDIR)/bin/kubernetes $(GO) test -count=1 -timeout 10m -run 'TestAReal' -v ./test
 
+.PHONY: relying-parties
+relying-parties: test-deps ## libraries of Node take our tokens; needs node 20 and npm (as root)
+	@command -v node npm >/dev/null || { echo "node and npm are missing; run: apt-get install nodejs npm"; exit 1; }
+	@mkdir -p bin/relyingparty && cp test/relyingparty/node/* bin/relyingparty/
+	npm ci --prefix bin/relyingparty --no-audit --no-fund --ignore-scripts
+	HALLMARK_RELYING_PARTIES=$(CURDIR)/bin/relyingparty $(GO) test -count=1 -run 'TestLibrariesOfNode' -v ./test/relyingparty
+
 .PHONY: soak
 soak: build test-deps ## ten minutes of one-minute SVIDs under mTLS, with crashes
 	HALLMARK_SOAK=10m $(GO) test -count=1 -timeout 20m -run 'TestSeparateProcesses' -v ./test

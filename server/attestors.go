@@ -169,8 +169,8 @@ func NodeAttestors() []attestors.Profile {
 	return out
 }
 
-// profiles are those that this server has.
-func (s *settings) profiles() []attestors.Profile {
+// attestorProfiles are those that this server has.
+func (s *settings) attestorProfiles() []attestors.Profile {
 	var out []attestors.Profile
 	for _, name := range slices.Sorted(maps.Keys(s.NodeAttestors.Plugins)) {
 		out = append(out, plugin.Profile(name))

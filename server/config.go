@@ -82,6 +82,10 @@ type Config struct {
 	// Default: it does not.
 	TokenExchange *TokenExchangeConfig `yaml:"token_exchange"`
 
+	// OIDCIssuer publishes the JWT authorities for relying parties that speak
+	// OpenID Connect. Default: they are in the bundle alone.
+	OIDCIssuer *OIDCIssuerConfig `yaml:"oidc_issuer"`
+
 	// Limits bound what callers can make the server do. SIGHUP reloads them.
 	Limits LimitsConfig `yaml:"limits"`
 
@@ -269,6 +273,10 @@ type JWTConfig struct {
 	SVIDLifetime config.Duration `yaml:"svid_lifetime"`
 	// Issuer is the claim iss of JWT-SVIDs. Default: none.
 	Issuer string `yaml:"issuer" env:"expand"`
+	// Profiles say what JWT-SVIDs for some audiences are like, such as clouds that
+	// take RS256 alone. If one says so, there are RSA authorities besides, which
+	// rotate with the others. Default: none.
+	Profiles []issue.ProfileConfig `yaml:"profiles"`
 }
 
 // WITConfig is about WIT authorities and WIT-SVIDs.
@@ -315,6 +323,7 @@ type settings struct {
 	td       spiffeid.TrustDomain
 	adminIDs []spiffeid.ID
 	join     *join.String // nil: none
+	profiles []*issue.Profile
 }
 
 // Defaults is the configuration of which nothing was set.
@@ -427,6 +436,7 @@ func (s *settings) check(src config.Source) error {
 	s.checkKeys(wrong)
 	s.checkBundleEndpoint(wrong)
 	s.checkTokenExchange(wrong)
+	s.checkOIDC(wrong)
 	s.Telemetry.Check(func(key, format string, args ...any) { wrong("telemetry."+key, format, args...) })
 	s.checkLifetimes(wrong)
 	s.checkAttestors(wrong)

@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"time"
 
 	"go.step.sm/crypto/kms/apiv1"
@@ -97,6 +98,14 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		defer exchanged.Listener.Close()
 	}
 
+	relied, err := s.listenOIDCIssuer(log)
+	if err != nil {
+		return err
+	}
+	if relied != nil {
+		defer relied.Listener.Close()
+	}
+
 	name, err := s.serverName()
 	if err != nil {
 		return err
@@ -138,15 +147,21 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	above, cancel := context.WithCancelCause(ctx)
 	defer context.AfterFunc(base, func() { cancel(context.Cause(base)) })()
 
+	var served *api.API // whose rates hold for the token endpoint too
+	var issuer *issue.Issuer
+	var endpoint *exchange.Exchange
 	authorities, err := s.openAuthorities(above, name, reg, keys, log)
+	if err == nil {
+		issuer = s.newIssuer(authorities, log, counted)
+		endpoint, err = s.newExchange(reg, issuer, func() *api.API { return served }, log, counted)
+	}
 	if err == nil {
 		below.Go(func() error { return authorities.Run(base) })
 		pushes := feed.New(feed.Options{
 			Registry: reg, X509TTL: time.Duration(s.X509.SVIDLifetime), JWTTTL: time.Duration(s.JWT.SVIDLifetime),
 			Log: log, Metrics: counted,
 		})
-		issuer := s.newIssuer(authorities, log, counted)
-		served := s.newAPI(st, name, reg, authorities, issuer, evidence, pushes, log, level, counted, traces)
+		served = s.newAPI(st, name, reg, authorities, issuer, evidence, endpoint, pushes, log, level, counted, traces)
 		fetches := federation.NewSchedule(federation.ScheduleOptions{
 			Relationships: federation.FromRegistry(reg), Refresh: served.RefreshFederated, Log: log, Metrics: counted,
 		})
@@ -155,7 +170,10 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 			below.Go(func() error { return s.publish(base, *published, reg, issuer) })
 		}
 		if exchanged != nil {
-			below.Go(func() error { return s.exchangeTokens(base, *exchanged, reg, issuer, served, counted) })
+			below.Go(func() error { return s.exchangeTokens(base, *exchanged, endpoint, reg, issuer) })
+		}
+		if relied != nil {
+			below.Go(func() error { return s.serveOIDCIssuer(base, *relied, reg) })
 		}
 		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities) })
 		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities, keys) })
@@ -207,6 +225,7 @@ func (s *settings) openAuthorities(ctx context.Context, name string, reg *regist
 		WIT:          s.Experimental.WIT,
 		WITLifetime:  time.Duration(s.WIT.AuthorityLifetime),
 		WITKeyType:   s.WIT.KeyType,
+		JWTRS256:     slices.ContainsFunc(s.profiles, (*issue.Profile).RS256),
 		Log:          log,
 	})
 }
@@ -222,10 +241,11 @@ func (s *settings) newIssuer(authorities *authority.Authorities, log *slog.Logge
 		WITTTL:      time.Duration(s.WIT.SVIDLifetime),
 		AgentTTL:    time.Duration(s.X509.AgentLifetime),
 		JWTIssuer:   s.JWT.Issuer,
+		Profiles:    s.profiles,
 	})
 }
 
-func (s *settings) newAPI(st *opened, name string, reg *registry.Registry, authorities *authority.Authorities, issuer *issue.Issuer, evidence map[string]attestors.Server, pushes *feed.Feed, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics, traces *telemetry.Traces) *api.API {
+func (s *settings) newAPI(st *opened, name string, reg *registry.Registry, authorities *authority.Authorities, issuer *issue.Issuer, evidence map[string]attestors.Server, endpoint *exchange.Exchange, pushes *feed.Feed, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics, traces *telemetry.Traces) *api.API {
 	return api.New(api.Options{
 		Store:         st,
 		Registry:      reg,
@@ -233,7 +253,8 @@ func (s *settings) newAPI(st *opened, name string, reg *registry.Registry, autho
 		Issuer:        issuer,
 		Feed:          pushes,
 		NodeAttestors: evidence,
-		Profiles:      s.profiles(),
+		Profiles:      s.attestorProfiles(),
+		Exchange:      endpoint,
 		Cluster:       st.cluster(name),
 		AdminIDs:      s.adminIDs,
 		Advertise:     s.Advertise,
@@ -302,20 +323,31 @@ func (s *settings) listenTokenExchange(log *slog.Logger) (*web.Options, error) {
 	return o, nil
 }
 
-// exchangeTokens serves the token endpoint until the context ends.
-func (s *settings) exchangeTokens(ctx context.Context, o web.Options, reg *registry.Registry, issuer *issue.Issuer, limits *api.API, counted *metrics.Metrics) error {
-	x, err := exchange.New(exchange.Options{
-		TrustDomain: s.td, Issuer: s.TokenExchange.Issuer, Issuers: s.TokenExchange.Issuers,
-		Registry: reg, Sign: issuer, WIT: s.Experimental.WIT,
-		LimitAddress: limits.LimitAddress, LimitIssuer: limits.LimitIssuer, Log: o.Log, Metrics: counted,
-	})
-	if err != nil {
-		return err
+// newExchange makes the token endpoint. It returns nil if tokens are not
+// exchanged.
+func (s *settings) newExchange(reg *registry.Registry, issuer *issue.Issuer, limits func() *api.API, log *slog.Logger, counted *metrics.Metrics) (*exchange.Exchange, error) {
+	if s.TokenExchange == nil {
+		return nil, nil
 	}
+	return exchange.New(exchange.Options{
+		TrustDomain: s.td, Issuer: s.TokenExchange.Issuer, Issuers: s.TokenExchange.Issuers,
+		Registry: reg, Sign: issuer, WIT: s.Experimental.WIT, Log: log, Metrics: counted,
+		LimitAddress: func(ctx context.Context, address string) error { return limits().LimitAddress(ctx, address) },
+		LimitIssuer:  func(ctx context.Context, name string) error { return limits().LimitIssuer(ctx, name) },
+	})
+}
+
+// exchangeTokens serves the token endpoint until the context ends.
+func (s *settings) exchangeTokens(ctx context.Context, o web.Options, x *exchange.Exchange, reg *registry.Registry, issuer *issue.Issuer) (err error) {
 	if o.Certificate == nil {
 		o.Certificate = issuer.ServerTLS
 	}
 	o.Handler = x.Handler()
+	if s.sharesTokenExchange() {
+		if o.Handler, err = s.oidcIssuer(reg, x.Handler(), o.Log); err != nil {
+			return err
+		}
+	}
 	o.Log.Info("tokens are exchanged", "listen", o.Listener.Addr().String(), "issuer", s.TokenExchange.Issuer)
 	if err := web.Serve(ctx, o); ctx.Err() == nil {
 		return fmt.Errorf("exchange tokens: %w", err)

@@ -79,8 +79,31 @@ func TestATokenOfAnotherMakersProviderIsExchangedForAnSVID(t *testing.T) {
 		t.Errorf("the log is\n%s", log)
 	}
 
-	// The same by the command of a job.
+	// An administrator sees why.
 	dir := t.TempDir()
+	examine := func(token string) (string, string, int) {
+		t.Helper()
+		file := filepath.Join(d.Dir, "examined")
+		if err := os.WriteFile(file, []byte(token), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return harness.Command{Args: []string{"issuer", "test", "--token", file, "--admin-socket", d.AdminSocket}, UID: harness.ServerUID}.Try(t)
+	}
+	if stdout, stderr, code := examine(fork); code != 1 || !strings.Contains(stdout, "0 of 1 entry") || !strings.Contains(stdout, "✗ github:repository_id:42") || !strings.Contains(stdout, "✓ signature") {
+		t.Errorf("exit status %d\n%s%s", code, stdout, stderr)
+	}
+	if stdout, stderr, code := examine(job); code != 1 || !strings.Contains(stdout, "✗ first use") || !strings.Contains(stdout, "✓ spiffe://example.org/deploy") {
+		t.Errorf("exit status %d\n%s%s", code, stdout, stderr)
+	}
+	fresh := sign(map[string]any{"sub": "repo:acme/shop:ref:refs/heads/main", "aud": issuer, "repository_id": "42", "ref": "refs/heads/main", "jti": "fresh"})
+	if stdout, stderr, code := examine(fresh); code != 0 || strings.Contains(stdout, "eyJ") {
+		t.Errorf("exit status %d\n%s%s", code, stdout, stderr)
+	}
+	if stdout, _, code := (harness.Command{Args: []string{"issuer", "lint", "-o", "json", "--admin-socket", d.AdminSocket}, UID: harness.ServerUID}).Try(t); code != 1 || !strings.Contains(stdout, "allow_loopback") {
+		t.Errorf("exit status %d\n%s", code, stdout)
+	}
+
+	// The same by the command of a job.
 	fetch := func(jti string, args ...string) (string, string, int) {
 		t.Helper()
 		file := filepath.Join(dir, "token")

@@ -50,6 +50,7 @@ var claimName = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,64}$`)
 type Trusted interface {
 	URL() string
 	Validate(ctx context.Context, token string) (*issuer.Token, error)
+	Explain(ctx context.Context, token string) ([]issuer.Check, *issuer.Token)
 }
 
 // Issuer makes selectors of an issuer's tokens.
@@ -124,22 +125,54 @@ func (i *Issuer) Verify(ctx context.Context, token string) (*issuer.Token, []sel
 	if err != nil {
 		return nil, nil, err
 	}
-	if i.condition != nil {
-		if err := i.condition.Check(t.Claims); err != nil {
-			return nil, nil, err
-		}
+	if err := i.checkCondition(t); err != nil {
+		return nil, nil, err
 	}
+	selectors, err := i.selectors(t)
+	if err != nil {
+		return nil, nil, err
+	}
+	return t, selectors, nil
+}
+
+// Explain checks a token as [Issuer.Verify] does, but goes on after a check that
+// fails. What it says of the token is true only if all checks passed; the token
+// is nil if there is nothing that can be read.
+func (i *Issuer) Explain(ctx context.Context, token string) ([]issuer.Check, *issuer.Token, []selector.Selector) {
+	checks, t := i.trusted.Explain(ctx, token)
+	if t == nil {
+		return checks, nil, nil
+	}
+	if i.condition != nil {
+		checks = append(checks, issuer.Check{Name: "condition", Err: i.checkCondition(t)})
+	}
+	selectors, err := i.selectors(t)
+	if err != nil {
+		checks = append(checks, issuer.Check{Name: "claims", Err: err})
+	}
+	return checks, t, selectors
+}
+
+func (i *Issuer) checkCondition(t *issuer.Token) error {
+	if i.condition == nil {
+		return nil
+	}
+	return i.condition.Check(t.Claims)
+}
+
+// selectors returns those of a token's claims.
+func (i *Issuer) selectors(t *issuer.Token) ([]selector.Selector, error) {
 	values := []string{"issuer:" + i.name, "iss:" + t.Issuer, "sub:" + t.Subject}
 	for _, name := range slices.Sorted(maps.Keys(i.claims)) {
 		found, err := i.claims[name].Values(t.Claims)
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		for _, v := range found {
 			values = append(values, "claim:"+name+":"+v)
 		}
 	}
-	return t, attestors.SelectorsOf(Name, values), nil
+	return attestors.SelectorsOf(Name, values), nil
 }
 
 // Claim says where a claim is. The zero value is nowhere.

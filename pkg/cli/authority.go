@@ -32,8 +32,9 @@ func (a *app) authorityCommand() *cobra.Command {
 // authorityItem is an authority as commands print it.
 type authorityItem struct {
 	ID          string     `json:"id"`
-	Kind        string     `json:"kind"`  // x509, jwt or wit
-	State       string     `json:"state"` // prepared, active or old
+	Kind        string     `json:"kind"`                // x509, jwt or wit
+	Algorithm   string     `json:"algorithm,omitempty"` // RS256, of a jwt one that is for relying parties which take nothing else
+	State       string     `json:"state"`               // prepared, active or old
 	Server      string     `json:"server"`
 	CreatedAt   *time.Time `json:"created_at"`
 	ActivatedAt *time.Time `json:"activated_at"`
@@ -76,9 +77,12 @@ func (x authorityItem) condition() string {
 }
 
 func authorityOf(x *hallmarkv1.Authority) authorityItem {
+	kind, algorithm := strings.ToLower(strings.TrimPrefix(x.GetKind().String(), "KIND_")), ""
+	if x.GetKind() == hallmarkv1.Authority_KIND_JWT_RS256 {
+		kind, algorithm = "jwt", "RS256"
+	}
 	return authorityItem{
-		ID:     x.GetId(),
-		Kind:   strings.ToLower(strings.TrimPrefix(x.GetKind().String(), "KIND_")),
+		ID: x.GetId(), Kind: kind, Algorithm: algorithm,
 		State:  strings.ToLower(strings.TrimPrefix(x.GetState().String(), "STATE_")),
 		Server: x.GetServer(), CreatedAt: timestamp(x.GetCreatedAt()), ActivatedAt: timestamp(x.GetActivatedAt()),
 		ExpiresAt: timestamp(x.GetExpiresAt()), Tainted: x.GetTainted(),
@@ -115,7 +119,7 @@ func (a *app) authorityTable(items []authorityItem) string {
 		if x.Use != nil && x.Kind == "x509" {
 			agents = thousands(int(x.Use.Agents))
 		}
-		t.add(text(x.Kind), painted(a.paintAuthority(x.condition()), x.condition()), text(x.ID), text(x.Server), text(a.momentOf(x.ExpiresAt)), text(agents))
+		t.add(text(strings.TrimSpace(x.Kind+" "+x.Algorithm)), painted(a.paintAuthority(x.condition()), x.condition()), text(x.ID), text(x.Server), text(a.momentOf(x.ExpiresAt)), text(agents))
 	}
 	return t.String()
 }

@@ -45,6 +45,11 @@ var withoutOutput = map[string]string{
 	"hallmark federation delete":  "prints no data: what it was given is gone",
 	"hallmark federation refresh": "prints no data: it is done",
 	"hallmark completion":         "prints code of a shell",
+
+	"hallmark credential aws":        "prints JSON that AWS SDKs read, or writes a file",
+	"hallmark credential gcp":        "prints JSON that Google's libraries read",
+	"hallmark credential azure":      "writes a file",
+	"hallmark credential kubernetes": "prints JSON that clients of Kubernetes read",
 }
 
 func TestEveryCommandThatPrintsDataPrintsItForMachinesToo(t *testing.T) {

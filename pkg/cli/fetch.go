@@ -291,29 +291,35 @@ func (a *app) fetchJWT() *cobra.Command {
 			return err
 		}
 		defer client.Close()
-		return a.followJWT(ctx, client, params, f)
+		return a.followJWT(ctx, client, params, f.watch,
+			func(svids []*jwtsvid.SVID, first bool) error { return a.deliverJWT(svids, f.dir, first, f.watch) },
+			func(err error) { a.withdraw(f.dir, err, removeJWT) })
 	}
 	return cmd
 }
 
-func (a *app) followJWT(ctx context.Context, client *workloadapi.Client, params jwtsvid.Params, f fetching) error {
+// followJWT fetches JWT-SVIDs and delivers them, once, or again and again at half
+// of their lifetime. It tells failed of each failure.
+func (a *app) followJWT(ctx context.Context, client *workloadapi.Client, params jwtsvid.Params, watch bool, deliver func(svids []*jwtsvid.SVID, first bool) error, failed func(error)) error {
 	said := ""
 	for first := true; ; {
 		callCtx, cancel := context.WithTimeout(ctx, callTimeout)
 		svids, err := client.FetchJWTSVIDs(callCtx, params)
 		cancel()
-		a.withdraw(f.dir, err, removeJWT)
+		if err != nil {
+			failed(err)
+		}
 		wait := time.Duration(watchRetry)
 		switch {
-		case err != nil && !f.watch:
+		case err != nil && !watch:
 			return workloadError("fetch JWT-SVIDs", err)
 		case err != nil:
 			said = a.watchTrouble(ctx, "fetch JWT-SVIDs", err, said)
 		default:
-			if err := a.deliverJWT(svids, f.dir, first, f.watch); err != nil {
+			if err := deliver(svids, first); err != nil {
 				return err
 			}
-			if !f.watch {
+			if !watch {
 				return nil
 			}
 			first, said = false, ""

@@ -5,7 +5,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
@@ -15,7 +14,6 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -23,6 +21,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/hallmark-id/hallmark/pkg/credential"
 )
 
 // maxExchanged bounds an answer of a token endpoint, in bytes.
@@ -65,38 +65,17 @@ type exchanged struct {
 
 // exchange exchanges the token.
 func (a *app) exchange(ctx context.Context, x *exchanging, kind string, form url.Values) (*exchanged, error) {
-	in := a.in
-	if x.token != "-" {
-		f, err := os.Open(x.token)
-		if err != nil {
-			return nil, fmt.Errorf("read the token: %w", err)
-		}
-		defer f.Close()
-		in = f
-	}
-	text, err := io.ReadAll(io.LimitReader(in, maxToken+1))
-	if err != nil || len(text) > maxToken {
-		return nil, fmt.Errorf("%s cannot be read, or is longer than a token", x.token)
+	token, err := a.readToken(x.token)
+	if err != nil {
+		return nil, err
 	}
 	form.Set("grant_type", "urn:ietf:params:oauth:grant-type:token-exchange")
-	form.Set("subject_token", strings.TrimSpace(string(text)))
+	form.Set("subject_token", token)
 	form.Set("subject_token_type", "urn:ietf:params:oauth:token-type:jwt")
 	form.Set("requested_token_type", kind)
-	config := &tls.Config{MinVersion: tls.VersionTLS12}
-	if x.ca != "" {
-		data, err := os.ReadFile(x.ca)
-		if err != nil {
-			return nil, err
-		}
-		config.RootCAs = x509.NewCertPool()
-		if !config.RootCAs.AppendCertsFromPEM(data) {
-			return nil, fmt.Errorf("%s holds no certificate; PEM is expected", x.ca)
-		}
-	}
-	client := &http.Client{
-		Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: config, DisableKeepAlives: true},
-		// A redirect would carry the token elsewhere.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	client, err := credential.Client(x.ca)
+	if err != nil {
+		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()

@@ -202,36 +202,60 @@ func (i *Issuer) Validate(ctx context.Context, token string) (*Token, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := checkHeader(t); err != nil {
-		return nil, fmt.Errorf("header: %w", err)
-	}
-	if len(i.algorithms) > 0 && !slices.Contains(i.algorithms, t.Algorithm.Name) {
-		return nil, fmt.Errorf("header: algorithm %q is not allowed", t.Algorithm.Name)
-	}
 	// Before any key is fetched: whatever is not of the issuer makes no work.
-	if iss, ok := t.Claims["iss"].(string); !ok {
-		return nil, errors.New("claim iss is missing or not a string")
-	} else if iss != i.issuer {
-		return nil, fmt.Errorf("claim iss is %q, not %q", clip(iss), i.issuer)
+	for _, check := range []func(*jwt.Token) error{i.checkHeader, i.checkAlgorithm, i.checkIssuer} {
+		if err := check(t); err != nil {
+			return nil, err
+		}
 	}
 	out, err := i.claims(t)
 	if err != nil {
 		return nil, err
 	}
+	if err := i.checkSignature(ctx, t); err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (i *Issuer) checkHeader(t *jwt.Token) error {
+	if err := checkHeader(t); err != nil {
+		return fmt.Errorf("header: %w", err)
+	}
+	return nil
+}
+
+func (i *Issuer) checkAlgorithm(t *jwt.Token) error {
+	if len(i.algorithms) > 0 && !slices.Contains(i.algorithms, t.Algorithm.Name) {
+		return fmt.Errorf("header: algorithm %q is not allowed", t.Algorithm.Name)
+	}
+	return nil
+}
+
+func (i *Issuer) checkIssuer(t *jwt.Token) error {
+	if iss, ok := t.Claims["iss"].(string); !ok {
+		return errors.New("claim iss is missing or not a string")
+	} else if iss != i.issuer {
+		return fmt.Errorf("claim iss is %q, not %q", clip(iss), i.issuer)
+	}
+	return nil
+}
+
+func (i *Issuer) checkSignature(ctx context.Context, t *jwt.Token) error {
 	kid, _ := t.HeaderText("kid")
 	keys, err := i.keys.find(ctx, kid, t.Algorithm)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if len(keys) == 0 {
-		return nil, errors.New("the issuer has no key that the token's header names and that fits its algorithm")
+		return errors.New("the issuer has no key that the token's header names and that fits its algorithm")
 	}
 	for _, k := range keys {
 		if t.Verify(k.public) == nil {
-			return out, nil
+			return nil
 		}
 	}
-	return nil, jwt.ErrSignature
+	return jwt.ErrSignature
 }
 
 // checkHeader refuses what would bring a key along or change what is signed,
@@ -251,46 +275,73 @@ func checkHeader(t *jwt.Token) error {
 
 // claims checks the claims that every token has.
 func (i *Issuer) claims(t *jwt.Token) (*Token, error) {
-	out := &Token{Issuer: i.issuer, Claims: t.Claims}
-	var err error
-	if out.Subject, err = text(t, "sub", maxSubject); err != nil {
-		return nil, err
-	}
-	if out.Audience, err = t.Audience(); err != nil {
-		return nil, err
-	}
-	for _, a := range out.Audience {
-		if !slices.Contains(i.audiences, a) {
-			return nil, fmt.Errorf("the token is for audience %q, not for %q alone", clip(a), i.audiences)
-		}
-	}
-	now := i.now()
-	if out.ExpiresAt, _, err = t.ValidAt(now); err != nil {
-		return nil, err
-	}
-	if out.IssuedAt, err = t.Date("iat"); err != nil {
-		return nil, err
-	}
-	switch {
-	case now.Add(Leeway).Before(out.IssuedAt):
-		return nil, fmt.Errorf("the token says that it was issued in the future, at %s", out.IssuedAt.UTC().Format(time.RFC3339))
-	case out.ExpiresAt.Before(out.IssuedAt):
-		return nil, errors.New("the token expires before it is issued")
-	case !now.Before(out.IssuedAt.Add(i.maxAge + Leeway)):
-		return nil, fmt.Errorf("the token was issued at %s; it is taken for %s", out.IssuedAt.UTC().Format(time.RFC3339), i.maxAge)
-	}
-	if _, ok := t.Claims["jti"]; ok {
-		if out.ID, err = text(t, "jti", maxID); err != nil {
+	out := i.tokenOf(t)
+	for _, c := range claimChecks {
+		if err := c.check(i, t, out); err != nil {
 			return nil, err
 		}
+	}
+	return out, nil
+}
+
+// tokenOf begins with a token of which nothing was checked.
+func (i *Issuer) tokenOf(t *jwt.Token) *Token { return &Token{Issuer: i.issuer, Claims: t.Claims} }
+
+// claimChecks are the checks of claims, in their order. Each sets what it has
+// checked.
+var claimChecks = []struct {
+	name  string
+	check func(i *Issuer, t *jwt.Token, out *Token) error
+}{
+	{"subject", func(_ *Issuer, t *jwt.Token, out *Token) (err error) {
+		out.Subject, err = text(t, "sub", maxSubject)
+		return err
+	}},
+	{"audience", func(i *Issuer, t *jwt.Token, out *Token) (err error) {
+		if out.Audience, err = t.Audience(); err != nil {
+			return err
+		}
+		for _, a := range out.Audience {
+			if !slices.Contains(i.audiences, a) {
+				return fmt.Errorf("the token is for audience %q, not for %q alone", clip(a), i.audiences)
+			}
+		}
+		return nil
+	}},
+	{"time", func(i *Issuer, t *jwt.Token, out *Token) (err error) {
+		out.ExpiresAt, _, err = t.ValidAt(i.now())
+		return err
+	}},
+	{"age", (*Issuer).checkAge},
+	{"id", func(_ *Issuer, t *jwt.Token, out *Token) (err error) {
+		if _, ok := t.Claims["jti"]; ok {
+			out.ID, err = text(t, "jti", maxID)
+		}
+		out.use = useOf(out, t)
+		return err
+	}},
+}
+
+// checkAge checks when a token was issued, and says until when it is remembered.
+func (i *Issuer) checkAge(t *jwt.Token, out *Token) (err error) {
+	if out.IssuedAt, err = t.Date("iat"); err != nil {
+		return err
+	}
+	now := i.now()
+	switch {
+	case now.Add(Leeway).Before(out.IssuedAt):
+		return fmt.Errorf("the token says that it was issued in the future, at %s", out.IssuedAt.UTC().Format(time.RFC3339))
+	case !out.ExpiresAt.IsZero() && out.ExpiresAt.Before(out.IssuedAt):
+		return errors.New("the token expires before it is issued")
+	case !now.Before(out.IssuedAt.Add(i.maxAge + Leeway)):
+		return fmt.Errorf("the token was issued at %s; it is taken for %s", out.IssuedAt.UTC().Format(time.RFC3339), i.maxAge)
 	}
 	out.until = out.ExpiresAt
 	if end := out.IssuedAt.Add(i.maxAge); end.Before(out.until) {
 		out.until = end
 	}
 	out.until = out.until.Add(Leeway)
-	out.use = useOf(out, t)
-	return out, nil
+	return nil
 }
 
 // text returns a claim that is text people can tell apart: nothing invisible.

@@ -45,17 +45,7 @@ func (d *TrustDomain) URL() string { return d.base.issuer }
 // Validate checks a JWT-SVID as [jwtsvid.Validate] does, and besides that it is
 // for the audience alone and says when it was issued.
 func (d *TrustDomain) Validate(_ context.Context, token string) (*Token, error) {
-	known := d.bundle()
-	if known == nil {
-		return nil, fmt.Errorf("%w: there is no bundle of %q", ErrUnavailable, d.td.Name())
-	}
-	_, err := jwtsvid.Validate(token, d.base.audiences, func(td spiffeid.TrustDomain) *bundle.Bundle {
-		if td != d.td {
-			return nil
-		}
-		return known
-	}, d.base.now())
-	if err != nil {
+	if _, err := d.svid(token); err != nil {
 		return nil, err
 	}
 	t, err := jwt.Parse(token)
@@ -63,4 +53,18 @@ func (d *TrustDomain) Validate(_ context.Context, token string) (*Token, error) 
 		return nil, err
 	}
 	return d.base.claims(t)
+}
+
+// svid validates a JWT-SVID of the trust domain.
+func (d *TrustDomain) svid(token string) (*jwtsvid.SVID, error) {
+	known := d.bundle()
+	if known == nil {
+		return nil, fmt.Errorf("%w: there is no bundle of %q", ErrUnavailable, d.td.Name())
+	}
+	return jwtsvid.Validate(token, d.base.audiences, func(td spiffeid.TrustDomain) *bundle.Bundle {
+		if td != d.td {
+			return nil
+		}
+		return known
+	}, d.base.now())
 }

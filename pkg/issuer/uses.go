@@ -61,18 +61,37 @@ func (u *Uses) Use(t *Token, now time.Time) error {
 	return nil
 }
 
+// Forget takes back that a token was used, for a caller that could not go on.
+func (u *Uses) Forget(t *Token) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if _, used := u.used[t.use]; used {
+		u.forget(t.use)
+	}
+}
+
+// forget takes a token that was used out.
+func (u *Uses) forget(id [sha256.Size]byte) {
+	by := u.used[id].issuer
+	delete(u.used, id)
+	if u.by[by]--; u.by[by] == 0 {
+		delete(u.by, by)
+	}
+}
+
 func (u *Uses) sweep(now time.Time) {
 	u.swept = now
 	for id, used := range u.used {
 		if now.Before(used.until) {
 			continue
 		}
-		delete(u.used, id)
-		if u.by[used.issuer]--; u.by[used.issuer] == 0 {
-			delete(u.by, used.issuer)
-		}
+		u.forget(id)
 	}
 }
+
+// Known returns a hash that a token is known by, the same for whatever else is
+// signed with its issuer and ID, and when no validator takes it any more.
+func (t *Token) Known() (hash [sha256.Size]byte, until time.Time) { return t.use, t.until }
 
 // useOf returns what a token is remembered by: its issuer and jti, or else what
 // is signed of it. The signature is no part of it: of some algorithms, whoever

@@ -93,6 +93,7 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 		return err
 	}
 	note(ctx, slog.String("agent", node.ID.String()), slog.String("serial", node.SerialNumber))
+	settle(ctx)
 	return stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{
 		Result: &agentv1.AttestAgentResponse_Result{Svid: x509SVIDToWire(svid), Reattestable: node.CanReattest},
 	}})

@@ -38,6 +38,7 @@ import (
 	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/authority"
+	"github.com/hallmark-id/hallmark/server/exchange"
 	"github.com/hallmark-id/hallmark/server/federation"
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/issue"
@@ -55,6 +56,7 @@ type Options struct {
 	Feed          *feed.Feed
 	NodeAttestors map[string]attestors.Server // by name; how nodes may attest
 	Profiles      []attestors.Profile         // of those, and of others that are not configured
+	Exchange      *exchange.Exchange          // nil: no tokens of outside issuers are taken
 	Cluster       *Cluster                    // nil: the server is alone
 	Federation    *federation.Client          // fetches foreign bundles; nil: one with the system's roots
 	AdminIDs      []spiffeid.ID               // administer besides the entries with admin set
@@ -78,6 +80,7 @@ type API struct {
 	feed        *feed.Feed
 	attestors   map[string]attestors.Server
 	profiles    []attestors.Profile
+	exchange    *exchange.Exchange
 	cluster     *Cluster
 	federation  *federation.Client
 	adminIDs    map[spiffeid.ID]bool
@@ -122,6 +125,7 @@ func New(o Options) *API {
 		feed:        o.Feed,
 		attestors:   o.NodeAttestors,
 		profiles:    o.Profiles,
+		exchange:    o.Exchange,
 		cluster:     o.Cluster,
 		federation:  cmp.Or(o.Federation, &federation.Client{}),
 		adminIDs:    make(map[spiffeid.ID]bool),

@@ -48,8 +48,12 @@ func (a *API) audit(ctx context.Context, c *Caller, name string, err error, bega
 	a.log.LogAttrs(ctx, slog.LevelInfo, "audit", attrs...)
 }
 
-// auditRecord is what the service of a stream says of what the call is about.
+// auditRecord is the record of a stream: its service says what the call is about,
+// and may have it written before the call ends.
 type auditRecord struct {
+	write func(err error)
+	once  sync.Once
+
 	mu   sync.Mutex
 	said []slog.Attr
 }
@@ -64,6 +68,16 @@ func note(ctx context.Context, attrs ...slog.Attr) {
 		r.said = append(r.said, attrs...)
 	}
 }
+
+// settle writes the record of a stream that has come to good, before what it
+// issued goes out: nothing does that is not on record.
+func settle(ctx context.Context) {
+	if r, _ := ctx.Value(auditKey{}).(*auditRecord); r != nil {
+		r.settle(nil)
+	}
+}
+
+func (r *auditRecord) settle(err error) { r.once.Do(func() { r.write(err) }) }
 
 func (r *auditRecord) attrs() []slog.Attr {
 	r.mu.Lock()

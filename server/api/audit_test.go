@@ -29,8 +29,8 @@ import (
 
 // reads names what changes and issues nothing; every other method must be
 // recorded. One that is new and not named like these is, until it is put here.
-var reads = regexp.MustCompile(`/(Get|List|Count)\w*$` +
-	`|/(SyncAuthorizedEntries|Follow|PostStatus|Check|Watch|AwaitAgents|ServerReflectionInfo)$`)
+var reads = regexp.MustCompile(`/(Get|List|Count|Explain|Lint|Await)\w*$` +
+	`|/(SyncAuthorizedEntries|Follow|PostStatus|Check|Watch|ServerReflectionInfo)$`)
 
 // withoutObject are the methods that are about nothing but the caller or the
 // server.

@@ -86,13 +86,13 @@ func (s *authorityService) ActivateJWTAuthority(ctx context.Context, req *locala
 
 // TaintJWTAuthority marks an old JWT authority: agents replace what it signed.
 func (s *authorityService) TaintJWTAuthority(ctx context.Context, req *localauthorityv1.TaintJWTAuthorityRequest) (*localauthorityv1.TaintJWTAuthorityResponse, error) {
-	tainted, err := s.authorities.Taint(ctx, registry.JWT, req.AuthorityId)
+	tainted, err := s.authorities.Taint(ctx, s.jwtKind(req.AuthorityId), req.AuthorityId)
 	return &localauthorityv1.TaintJWTAuthorityResponse{TaintedAuthority: stateToWire(tainted)}, status(err)
 }
 
 // RevokeJWTAuthority takes a tainted JWT authority out of the bundle.
 func (s *authorityService) RevokeJWTAuthority(ctx context.Context, req *localauthorityv1.RevokeJWTAuthorityRequest) (*localauthorityv1.RevokeJWTAuthorityResponse, error) {
-	revoked, err := s.authorities.Revoke(ctx, registry.JWT, req.AuthorityId)
+	revoked, err := s.authorities.Revoke(ctx, s.jwtKind(req.AuthorityId), req.AuthorityId)
 	return &localauthorityv1.RevokeJWTAuthorityResponse{RevokedAuthority: stateToWire(revoked)}, status(err)
 }
 
@@ -139,6 +139,16 @@ func (s *authorityService) RevokeWITAuthority(ctx context.Context, req *localaut
 	}
 	revoked, err := s.authorities.Revoke(ctx, registry.WIT, req.AuthorityId)
 	return &localauthorityv1.RevokeWITAuthorityResponse{RevokedAuthority: stateToWire(revoked)}, status(err)
+}
+
+// jwtKind returns the kind of a JWT authority. To the contract both kinds are one.
+func (s *authorityService) jwtKind(id string) registry.AuthorityKind {
+	for _, a := range s.registry.View().Authorities() {
+		if a.Kind == registry.JWTRS256 && a.ID == id {
+			return registry.JWTRS256
+		}
+	}
+	return registry.JWT
 }
 
 // states returns the active, the prepared and the newest old authority.

@@ -149,6 +149,8 @@ var methods = map[string]method{
 	hallmarkv1.AdminService_ListNodeAttestors_FullMethodName: {callers: local},
 	hallmarkv1.AdminService_GetJoinInfo_FullMethodName:       {callers: local},
 	hallmarkv1.AdminService_AwaitAgents_FullMethodName:       {callers: local},
+	hallmarkv1.AdminService_ExplainToken_FullMethodName:      {callers: local},
+	hallmarkv1.AdminService_LintIssuers_FullMethodName:       {callers: local},
 
 	hallmarkv1.ClusterService_ListServers_FullMethodName:  {callers: local},
 	hallmarkv1.ClusterService_Invite_FullMethodName:       {callers: local, audit: true},

@@ -36,6 +36,9 @@ func (b *below) X509() (*authority.X509, error) { return b.x509, nil }
 func (b *below) JWT() (*authority.JWT, error)   { return b.jwt, nil }
 func (b *below) WIT() (*authority.JWT, error)   { return b.wit, nil }
 
+// JWTRS256 is for profiles, of which there are none.
+func (b *below) JWTRS256() (*authority.JWT, error) { return nil, authority.ErrUnavailable }
+
 func parseAll(t testing.TB, ders [][]byte) (certs []*x509.Certificate) {
 	t.Helper()
 	for _, der := range ders {

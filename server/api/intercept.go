@@ -110,6 +110,11 @@ func (a *API) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo,
 	}
 	record := &auditRecord{}
 	ctx = context.WithValue(context.WithValue(ctx, callerKey{}, c), auditKey{}, record)
+	record.write = func(err error) {
+		if m.audit {
+			a.audit(ctx, c, info.FullMethod, err, began, record.attrs())
+		}
+	}
 	call := func() error {
 		if err := a.limitCalls(ctx, c); err != nil {
 			return err
@@ -129,9 +134,7 @@ func (a *API) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo,
 	}
 	err = a.finished(ctx, info.FullMethod, err)
 	a.metrics.Calls.Stream(info.FullMethod, err)
-	if m.audit {
-		a.audit(ctx, c, info.FullMethod, err, began, record.attrs())
-	}
+	record.settle(err)
 	return err
 }
 

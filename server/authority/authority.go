@@ -1,6 +1,7 @@
 // Package authority keeps the signing keys of a server: its X.509 authorities,
 // which sign X509-SVIDs, its JWT authorities, which sign JWT-SVIDs, and, if it
-// is told to, its WIT authorities, which sign WIT-SVIDs.
+// is told to, its WIT authorities, which sign WIT-SVIDs, and a second kind of
+// JWT authority for relying parties that take nothing but RS256.
 //
 // Of each kind a server has one active authority, which signs; at times one
 // that is prepared to follow it, which is in the bundle already so that every
@@ -13,7 +14,7 @@
 //
 // [Open] finds the authorities of an earlier run again, or makes the first;
 // [Authorities.Run] keeps them current. [Authorities.X509],
-// [Authorities.JWT] and [Authorities.WIT] say what to sign with; they are cheap
+// [Authorities.JWT], [Authorities.JWTRS256] and [Authorities.WIT] say what to sign with; they are cheap
 // enough to call for each signature.
 package authority
 
@@ -103,6 +104,11 @@ type Options struct {
 	WITLifetime time.Duration // 0: DefaultLifetime
 	WITKeyType  KeyType
 
+	// JWTRS256 has authorities of JWTs with RSA keys besides those of JWTKeyType,
+	// with the same lifetime. Without it, those of an earlier run sign no more, and
+	// stay in the bundle until they expire.
+	JWTRS256 bool
+
 	Now func() time.Time // nil: time.Now
 	Log *slog.Logger     // nil: none
 }
@@ -122,6 +128,7 @@ type Authorities struct {
 	x509 atomic.Pointer[X509] // active; nil before the first
 	jwt  atomic.Pointer[JWT]
 	wit  atomic.Pointer[JWT]
+	rsa  atomic.Pointer[JWT] // of JWTRS256
 
 	wake chan struct{} // a signature found no authority to sign with
 
@@ -178,6 +185,10 @@ func Open(ctx context.Context, o Options) (*Authorities, error) {
 		a.kinds = append(a.kinds, registry.WIT)
 		a.plans[registry.WIT] = plan{cmp.Or(o.WITLifetime, DefaultLifetime), o.WITKeyType}
 	}
+	if o.JWTRS256 {
+		a.kinds = append(a.kinds, registry.JWTRS256)
+		a.plans[registry.JWTRS256] = plan{cmp.Or(o.JWTLifetime, DefaultLifetime), RSA2048}
+	}
 	for kind, p := range a.plans {
 		if p.lifetime < MinLifetime || p.lifetime > MaxLifetime {
 			return nil, fmt.Errorf("open authorities: the lifetime of %s authorities is %s; it is at least %s and at most %s", kind, p.lifetime, MinLifetime, MaxLifetime)
@@ -208,6 +219,10 @@ func (a *Authorities) X509() (*X509, error) {
 
 // JWT returns the active JWT authority, or [ErrUnavailable].
 func (a *Authorities) JWT() (*JWT, error) { return a.token(&a.jwt) }
+
+// JWTRS256 returns the active authority of JWTs that are signed with RS256, or
+// [ErrUnavailable].
+func (a *Authorities) JWTRS256() (*JWT, error) { return a.token(&a.rsa) }
 
 // WIT returns the active WIT authority, or [ErrUnavailable].
 func (a *Authorities) WIT() (*JWT, error) { return a.token(&a.wit) }

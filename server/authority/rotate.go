@@ -66,7 +66,7 @@ func due(active, prepared *registry.Authority) (step, time.Time) {
 		return prepare, active.ExpiresAt.Add(-min(life/2, maxPrepareAhead))
 	}
 	at := active.ExpiresAt.Add(-min(life/6, maxActivateAhead))
-	if spread := prepared.CreatedAt.Add(min(life/12, maxSpread)); at.Before(spread) {
+	if spread := prepared.CreatedAt.Add(Spread(life)); at.Before(spread) {
 		at = spread
 	}
 	if at.After(active.ExpiresAt) {
@@ -74,6 +74,10 @@ func due(active, prepared *registry.Authority) (step, time.Time) {
 	}
 	return activate, at
 }
+
+// Spread returns how long an authority with such a lifetime is in the bundle, at
+// the least, before the schedule lets it sign.
+func Spread(lifetime time.Duration) time.Duration { return min(lifetime/12, maxSpread) }
 
 // Rotate does what is due now: it makes authorities, activates and prunes
 // them. It returns when the next step is due. [Authorities.Run] calls it; it
@@ -109,7 +113,7 @@ func (a *Authorities) acquire(ctx context.Context) (unlock func(), err error) {
 }
 
 // adopt opens the keys of this server's authorities that may have to sign. One
-// whose key is lost becomes old. It deletes the keys of those that another
+// whose key is lost, or of a kind that is to sign no more, becomes old. It deletes the keys of those that another
 // server has revoked.
 func (a *Authorities) adopt(ctx context.Context) error {
 	var lost []string
@@ -117,6 +121,11 @@ func (a *Authorities) adopt(ctx context.Context) error {
 	a.sweep(all)
 	for _, r := range all {
 		if r.Server != a.server || r.State == registry.Old || a.signers[r.KeyName] != nil {
+			continue
+		}
+		if !slices.Contains(a.kinds, r.Kind) {
+			a.log.Info("authority retired: there are to be none of its kind", "kind", r.Kind, "id", r.ID)
+			lost = append(lost, r.KeyName)
 			continue
 		}
 		signer, err := a.keys.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: r.KeyName})
@@ -143,7 +152,7 @@ func (a *Authorities) adopt(ctx context.Context) error {
 			return change, nil
 		})
 		if err != nil {
-			return fmt.Errorf("retire authorities without a key: %w", err)
+			return fmt.Errorf("retire authorities: %w", err)
 		}
 	}
 	for _, kind := range a.kinds {
@@ -238,7 +247,8 @@ func published(r *registry.Authority, own *bundle.Bundle) bool {
 
 // Prepare makes the next authority of a kind and publishes it in the bundle.
 // It replaces one that is prepared already, which leaves the bundle: it has
-// signed nothing.
+// signed nothing. JWT authorities of both kinds are prepared together: to those
+// who ask they are one.
 func (a *Authorities) Prepare(ctx context.Context, kind registry.AuthorityKind) (*registry.Authority, error) {
 	unlock, err := a.acquire(ctx)
 	if err != nil {
@@ -250,7 +260,17 @@ func (a *Authorities) Prepare(ctx context.Context, kind registry.AuthorityKind) 
 			"%d old %s authorities are still in the bundle, which is the most; the first to expire does so at %s",
 			len(old), kind, firstEnd(old).UTC().Format(time.RFC3339))}
 	}
+	if a.hasBoth(kind) {
+		if _, err := a.prepare(ctx, registry.JWTRS256); err != nil {
+			return nil, err
+		}
+	}
 	return a.prepare(ctx, kind)
+}
+
+// hasBoth reports whether a kind is JWT and there are authorities for RS256 too.
+func (a *Authorities) hasBoth(kind registry.AuthorityKind) bool {
+	return kind == registry.JWT && slices.Contains(a.kinds, registry.JWTRS256)
 }
 
 func firstEnd(rs []*registry.Authority) time.Time {
@@ -403,8 +423,8 @@ func (a *Authorities) find(v *registry.View, r *registry.Authority) *registry.Au
 }
 
 // Activate makes the prepared authority of a kind, named by its ID, the one
-// that signs; the active one becomes old. Errors of the caller's are
-// [registry.Error]s.
+// that signs; the active one becomes old. With that of JWT goes the one that is
+// prepared for RS256. Errors of the caller's are [registry.Error]s.
 func (a *Authorities) Activate(ctx context.Context, kind registry.AuthorityKind, id string) (*registry.Authority, error) {
 	if id == "" {
 		return nil, &registry.Error{Kind: registry.Invalid, Msg: "no authority ID provided"}
@@ -414,7 +434,15 @@ func (a *Authorities) Activate(ctx context.Context, kind registry.AuthorityKind,
 		return nil, err
 	}
 	defer unlock()
-	return a.activate(ctx, kind, id)
+	next, err := a.activate(ctx, kind, id)
+	if err == nil && a.hasBoth(kind) {
+		if _, prepared, _ := a.State(registry.JWTRS256); prepared != nil {
+			if _, err := a.activate(ctx, registry.JWTRS256, prepared.ID); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return next, err
 }
 
 func (a *Authorities) activate(ctx context.Context, kind registry.AuthorityKind, id string) (*registry.Authority, error) {
@@ -462,8 +490,11 @@ func (a *Authorities) use(r *registry.Authority) error {
 	}
 	if r.Kind != registry.X509 {
 		active := &a.jwt
-		if r.Kind == registry.WIT {
+		switch r.Kind {
+		case registry.WIT:
 			active = &a.wit
+		case registry.JWTRS256:
+			active = &a.rsa
 		}
 		if now := active.Load(); now != nil && now.ID == r.ID {
 			return nil

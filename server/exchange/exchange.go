@@ -14,7 +14,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -134,17 +133,30 @@ func (x *Exchange) Examine(ctx context.Context, token string) (*Evidence, error)
 	ctx, cancel := context.WithTimeout(ctx, verifyTime)
 	defer cancel()
 	verified, selectors, err := of.Verify(ctx, token)
+	if err == nil {
+		var more []selector.Selector
+		more, err = of.presetSelectors(verified)
+		selectors = append(selectors, more...)
+	}
 	if err != nil {
 		return &Evidence{Issuer: of.Name(), of: of}, err
 	}
+	return &Evidence{verified, of.Name(), of.parent, selector.NewSet(selectors...), of}, nil
+}
+
+// presetSelectors returns the selectors that the preset makes of a token.
+func (of *trusted) presetSelectors(t *issuer.Token) ([]selector.Selector, error) {
+	if of.config.Preset == "" {
+		return nil, nil
+	}
 	var values []string
-	for _, name := range slices.Sorted(maps.Keys(of.claims)) {
-		if of.config.Preset == "gcp" && name == "email" && verified.Claims["email_verified"] != true {
+	for _, name := range sortedKeys(of.claims) {
+		if of.config.Preset == "gcp" && name == "email" && t.Claims["email_verified"] != true {
 			continue
 		}
-		found, err := of.claims[name].Values(verified.Claims)
+		found, err := of.claims[name].Values(t.Claims)
 		if err != nil {
-			return &Evidence{Issuer: of.Name(), of: of}, err
+			return nil, err
 		}
 		for _, v := range found {
 			values = append(values, name+":"+v)
@@ -153,10 +165,7 @@ func (x *Exchange) Examine(ctx context.Context, token string) (*Evidence, error)
 	if td := of.config.TrustDomain; td != "" {
 		values = append(values, "trust_domain:"+td)
 	}
-	if of.config.Preset != "" {
-		selectors = append(selectors, attestors.SelectorsOf(of.config.Preset, values)...)
-	}
-	return &Evidence{verified, of.Name(), of.parent, selector.NewSet(selectors...), of}, nil
+	return attestors.SelectorsOf(of.config.Preset, values), nil
 }
 
 // issuerOf returns the issuer that is to verify a token: the one of its claim
@@ -241,8 +250,8 @@ func (x *Exchange) grant(ctx context.Context, r *request, say *record) (*answer,
 		return nil, refuse(r.invalid, "%v", err)
 	}
 	say.subject, say.jti, say.selectors = e.Token.Subject, e.Token.ID, e.Selectors
-	if _, ok := e.Token.Claims["may_act"]; ok { // RFC 8693 §4.4: nobody here has shown to be that party
-		return nil, refuse(r.invalid, "the token names who may act with it (may_act), which is not supported")
+	if err := checkActor(e.Token); err != nil {
+		return nil, refuse(r.invalid, "%v", err)
 	}
 	if r.client != "" && r.client != e.Token.Subject { // RFC 7523 §3
 		return nil, refuse("invalid_client", "client_id is not the token's subject")
@@ -268,10 +277,14 @@ func (x *Exchange) grant(ctx context.Context, r *request, say *record) (*answer,
 		return nil, tooMany()
 	}
 	if !e.of.config.Reusable {
-		if err := x.uses.Use(e.Token, x.o.Now()); errors.Is(err, issuer.ErrBusy) {
-			return nil, unavailable("%v", err)
-		} else if err != nil {
+		switch err := x.use(ctx, e.Token); {
+		case errors.Is(err, issuer.ErrUsed):
 			return nil, refuse(r.invalid, "%v", err)
+		case errors.Is(err, issuer.ErrBusy):
+			return nil, unavailable("%v", err)
+		case err != nil:
+			say.cause = err
+			return nil, unavailable("it cannot be noted now that the token is used; try again in a moment")
 		}
 	}
 	out, err := x.sign(ctx, r, &issued, most)
@@ -284,6 +297,32 @@ func (x *Exchange) grant(ctx context.Context, r *request, say *record) (*answer,
 	}
 	out.SPIFFEID = one.SPIFFEID.String()
 	return out, nil
+}
+
+// use notes that a token is used, which is once, on whichever server and however
+// often they start: in memory first, which bounds how many there are of an issuer.
+func (x *Exchange) use(ctx context.Context, t *issuer.Token) error {
+	if err := x.uses.Use(t, x.o.Now()); err != nil {
+		return err
+	}
+	hash, until := t.Known()
+	err := x.o.Registry.UseToken(ctx, hash, until)
+	if told := (*registry.Error)(nil); errors.As(err, &told) && told.Kind == registry.AlreadyExists {
+		return issuer.ErrUsed
+	}
+	if err != nil {
+		x.uses.Forget(t)
+	}
+	return err
+}
+
+// checkActor refuses a token that is for somebody to act with: nobody here has
+// shown to be that party. RFC 8693 §4.4.
+func checkActor(t *issuer.Token) error {
+	if _, ok := t.Claims["may_act"]; ok {
+		return errors.New("the token names who may act with it (may_act), which is not supported")
+	}
+	return nil
 }
 
 func shorter(own, standard, left time.Duration) time.Duration {

@@ -273,6 +273,31 @@ func TestOneTokenShownManyTimesAtOnceIsTakenOnce(t *testing.T) {
 	}
 }
 
+func TestATokenIsTakenOnceByAllServersThatShareAStore(t *testing.T) {
+	w := newWorld(t)
+	w.entry("ci", "/job", "oidc:issuer:ci")
+	other := w.second() // a server that has its own memory, or one that was restarted
+	token := w.token(map[string]any{"jti": "1"})
+	w.validated(w.exchanged(token), "https://api.example.org")
+	other.exchanged(token).refused(t, "invalid_request", "used before")
+	other.validated(other.exchanged(w.token(map[string]any{"jti": "2"})), "https://api.example.org")
+	w.exchanged(w.token(map[string]any{"jti": "2", "actor": "x"})).refused(t, "invalid_request", "used before")
+}
+
+func TestATokenWhoseUseCannotBeNotedIsNotTakenAndMayComeAgain(t *testing.T) {
+	w := newWorld(t)
+	w.entry("ci", "/job", "oidc:issuer:ci")
+	token := w.token(map[string]any{"jti": "1"})
+	w.fail.Store(true)
+	a := w.exchanged(token)
+	a.refused(t, "temporarily_unavailable", "try again")
+	if a.status != http.StatusServiceUnavailable || strings.Contains(a.body, errDisk.Error()) || !strings.Contains(w.log.String(), errDisk.Error()) {
+		t.Errorf("got %d %s\n%s", a.status, a.body, w.log.String())
+	}
+	w.fail.Store(false)
+	w.validated(w.exchanged(token), "https://api.example.org")
+}
+
 func TestAReusableTokenIsTakenUntilItEnds(t *testing.T) {
 	w := newWorld(t, func(c *exchange.IssuerConfig) { c.Reusable = true })
 	w.entry("ci", "/job", "oidc:issuer:ci")

@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -24,6 +25,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/exchange"
 	"github.com/hallmark-id/hallmark/server/issue"
 	"github.com/hallmark-id/hallmark/server/registry"
+	"github.com/hallmark-id/hallmark/server/store"
 	"github.com/hallmark-id/hallmark/server/store/badger"
 	"github.com/hallmark-id/hallmark/test/harness"
 )
@@ -55,6 +57,37 @@ type world struct {
 	own      *authority.Authorities
 	endpoint *exchange.Exchange
 	log      *logBuffer
+	fail     *atomic.Bool // the store takes no writes
+	options  exchange.Options
+}
+
+var errDisk = errors.New("disk on fire")
+
+// faulty is a store that fails when its world says so.
+type faulty struct {
+	store.Store
+	of *world
+}
+
+func (s faulty) Commit(ctx context.Context, txns ...store.Txn) []store.Result {
+	if !s.of.fail.Load() {
+		return s.Store.Commit(ctx, txns...)
+	}
+	out := make([]store.Result, len(txns))
+	for i := range out {
+		out[i].Err = errDisk
+	}
+	return out
+}
+
+// second returns another endpoint over the same store.
+func (w *world) second() *world {
+	w.t.Helper()
+	other := &world{t: w.t, ci: w.ci, registry: w.registry, own: w.own, log: w.log}
+	var err error
+	other.endpoint, err = exchange.New(w.options)
+	must(w.t, err)
+	return other
 }
 
 type logBuffer struct {
@@ -83,10 +116,10 @@ func issuerOf(p *harness.Issuer) exchange.IssuerConfig {
 // made of.
 func newWorld(t testing.TB, change ...any) *world {
 	t.Helper()
-	w := &world{t: t, ci: harness.NewIssuer(t), log: &logBuffer{}}
+	w := &world{t: t, ci: harness.NewIssuer(t), log: &logBuffer{}, fail: new(atomic.Bool)}
 	db, err := badger.Open(badger.Options{InMemory: true})
 	must(t, err)
-	w.registry, err = registry.Open(t.Context(), registry.Options{Store: db, TrustDomain: td})
+	w.registry, err = registry.Open(t.Context(), registry.Options{Store: faulty{db, w}, TrustDomain: td})
 	must(t, err)
 	ctx, stop := context.WithCancel(context.Background())
 	var running sync.WaitGroup
@@ -116,6 +149,7 @@ func newWorld(t testing.TB, change ...any) *world {
 			f(&o)
 		}
 	}
+	w.options = o
 	w.endpoint, err = exchange.New(o)
 	must(t, err)
 	return w

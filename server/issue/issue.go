@@ -44,6 +44,7 @@ type Authorities interface {
 	X509() (*authority.X509, error)
 	JWT() (*authority.JWT, error)
 	WIT() (*authority.JWT, error)
+	JWTRS256() (*authority.JWT, error) // for profiles that need it
 }
 
 // Options are what an [Issuer] is made of.
@@ -59,6 +60,7 @@ type Options struct {
 	WITTTL    time.Duration // of WIT-SVIDs; 0: DefaultWITTTL
 	AgentTTL  time.Duration // of nodes' X509-SVIDs; 0: DefaultAgentTTL
 	JWTIssuer string        // claim iss of JWT-SVIDs; empty: none
+	Profiles  []*Profile    // of JWT-SVIDs for some audiences; the first that fits
 }
 
 // Issuer issues credentials. It is safe for concurrent use.
@@ -73,10 +75,12 @@ type Issuer struct {
 	witTTL      time.Duration
 	agentTTL    time.Duration
 	jwtIssuer   string
+	profiles    []*Profile
 
 	// What stays the same as long as an authority does.
 	x509     atomic.Pointer[x509Signer]
-	jwt, wit jwtProfile
+	jwt, wit jwtKind
+	jwtRS256 jwtKind
 
 	signed sync.Map // *tally, by authority ID: one for each that has signed
 
@@ -97,8 +101,10 @@ func New(o Options) *Issuer {
 		witTTL:      cmp.Or(o.WITTTL, DefaultWITTTL),
 		agentTTL:    cmp.Or(o.AgentTTL, DefaultAgentTTL),
 		jwtIssuer:   o.JWTIssuer,
-		jwt:         jwtProfile{kind: "jwt", span: "sign JWT", typ: "JWT", authority: o.Authorities.JWT},
-		wit:         jwtProfile{kind: "wit", span: "sign WIT", typ: "wit+jwt", authority: o.Authorities.WIT},
+		profiles:    o.Profiles,
+		jwt:         jwtKind{kind: "jwt", span: "sign JWT", typ: "JWT", authority: o.Authorities.JWT},
+		jwtRS256:    jwtKind{kind: "jwt", span: "sign JWT", typ: "JWT", authority: o.Authorities.JWTRS256},
+		wit:         jwtKind{kind: "wit", span: "sign WIT", typ: "wit+jwt", authority: o.Authorities.WIT},
 	}
 	if i.now == nil {
 		i.now = time.Now

@@ -54,6 +54,7 @@ type keys struct {
 	x509 *authority.X509
 	jwt  *authority.JWT
 	wit  *authority.JWT
+	rsa  *authority.JWT
 }
 
 func (k *keys) X509() (*authority.X509, error) {
@@ -81,6 +82,15 @@ func (k *keys) WIT() (*authority.JWT, error) {
 		return nil, authority.ErrUnavailable
 	}
 	return k.wit, nil
+}
+
+func (k *keys) JWTRS256() (*authority.JWT, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.rsa == nil {
+		return nil, authority.ErrUnavailable
+	}
+	return k.rsa, nil
 }
 
 func (k *keys) set(x *authority.X509) {

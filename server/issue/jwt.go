@@ -1,6 +1,7 @@
 package issue
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -44,10 +45,11 @@ type token struct {
 	key      []byte   // of a WIT-SVID: the public key that it is bound to, a JWK
 	ttl      time.Duration
 	jti      bool
+	profile  *Profile // of a JWT-SVID; nil: none
 }
 
-// jwtProfile is what JWT-SVIDs, or WIT-SVIDs, have in common.
-type jwtProfile struct {
+// jwtKind is what JWT-SVIDs of one authority, or WIT-SVIDs, have in common.
+type jwtKind struct {
 	kind      string // for the record
 	span      string // for traces
 	typ       string // of the header
@@ -64,8 +66,8 @@ type jwtSigner struct {
 	signed *tally
 }
 
-// jwtSigner returns the active authority of a profile.
-func (i *Issuer) jwtSigner(p *jwtProfile) (*jwtSigner, error) {
+// jwtSigner returns the active authority of a kind.
+func (i *Issuer) jwtSigner(p *jwtKind) (*jwtSigner, error) {
 	a, err := p.authority()
 	if err != nil {
 		return nil, err
@@ -112,11 +114,24 @@ func (i *Issuer) signJWT(ctx context.Context, t token) (*JWTSVID, error) {
 	if err := ValidateAudience(t.audience); err != nil {
 		return nil, err
 	}
-	return i.signToken(ctx, &i.jwt, t)
+	var err error
+	if t.profile, err = i.profileOf(t.audience); err != nil {
+		return nil, err
+	}
+	kind := &i.jwt
+	if p := t.profile; p != nil {
+		if p.rs256 {
+			kind = &i.jwtRS256
+		}
+		if p.most > 0 {
+			t.ttl = min(t.ttl, p.most)
+		}
+	}
+	return i.signToken(ctx, kind, t)
 }
 
-// signToken builds the token of a profile, signs and records it.
-func (i *Issuer) signToken(ctx context.Context, p *jwtProfile, t token) (*JWTSVID, error) {
+// signToken builds a token of a kind, signs and records it.
+func (i *Issuer) signToken(ctx context.Context, p *jwtKind, t token) (*JWTSVID, error) {
 	ctx, span := telemetry.Span(ctx, p.span)
 	defer span.End()
 	if err := ctx.Err(); err != nil {
@@ -141,7 +156,11 @@ func (i *Issuer) signToken(ctx context.Context, p *jwtProfile, t token) (*JWTSVI
 		rand.Read(id[:]) // never fails
 		jti = base64.RawURLEncoding.EncodeToString(id[:])
 	}
-	signed, err := s.sign(i.claims(&t, jti, issued, expires))
+	claims, err := i.claims(&t, jti, issued, expires)
+	if err != nil {
+		return nil, err
+	}
+	signed, err := s.sign(claims)
 	if err != nil {
 		return nil, fmt.Errorf("sign the token of %s: %w", t.id, err)
 	}
@@ -202,7 +221,7 @@ func ValidateAudience(audience []string) error {
 }
 
 // claims returns the claims of a token, as JSON.
-func (i *Issuer) claims(t *token, jti string, issued, expires time.Time) []byte {
+func (i *Issuer) claims(t *token, jti string, issued, expires time.Time) ([]byte, error) {
 	b := make([]byte, 0, 512)
 	b = append(b, `{"sub":`...)
 	b = appendString(b, t.id.String())
@@ -230,13 +249,21 @@ func (i *Issuer) claims(t *token, jti string, issued, expires time.Time) []byte 
 		b = strconv.AppendInt(b, issued.Add(-backdate).Unix(), 10)
 		b = append(b, `,"cnf":{"jwk":`...)
 		b = append(b, t.key...)
-		return append(b, "}}"...) // no iss: WIT-SVID §3.7
+		return append(b, "}}"...), nil // no iss: WIT-SVID §3.7
 	}
-	if i.jwtIssuer != "" {
+	iss := i.jwtIssuer
+	if p := t.profile; p != nil {
+		iss = cmp.Or(p.issuer, iss)
+		var err error
+		if b, err = p.appendClaims(b, t.id); err != nil {
+			return nil, err
+		}
+	}
+	if iss != "" {
 		b = append(b, `,"iss":`...)
-		b = appendString(b, i.jwtIssuer)
+		b = appendString(b, iss)
 	}
-	return append(b, '}')
+	return append(b, '}'), nil
 }
 
 // appendString appends a string as JSON.

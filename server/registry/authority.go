@@ -22,6 +22,9 @@ const (
 	X509 AuthorityKind = AuthorityKind(hallmarkv1.Authority_KIND_X509)
 	JWT  AuthorityKind = AuthorityKind(hallmarkv1.Authority_KIND_JWT)
 	WIT  AuthorityKind = AuthorityKind(hallmarkv1.Authority_KIND_WIT)
+	// JWTRS256 signs JWT-SVIDs for relying parties that take RS256 alone. Its keys
+	// are among the JWT authorities of a bundle.
+	JWTRS256 AuthorityKind = AuthorityKind(hallmarkv1.Authority_KIND_JWT_RS256)
 )
 
 func (k AuthorityKind) String() string {
@@ -32,6 +35,8 @@ func (k AuthorityKind) String() string {
 		return "jwt"
 	case WIT:
 		return "wit"
+	case JWTRS256:
+		return "jwt_rs256"
 	}
 	return fmt.Sprintf("AuthorityKind(%d)", int(k))
 }
@@ -61,7 +66,7 @@ func (s AuthorityState) String() string {
 // Authority is the public half of a signing key of this trust domain. Do not
 // change one that a [View] returned.
 type Authority struct {
-	ID          string // X.509: subject key id in hex; JWT and WIT: the kid
+	ID          string // X.509: subject key id in hex; others: the kid
 	Kind        AuthorityKind
 	State       AuthorityState
 	Server      string              // the server that holds the key

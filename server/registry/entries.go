@@ -291,7 +291,7 @@ func (r *Registry) prune(ctx context.Context) {
 			pause = prunePause
 			if !r.leads() { // another server does it; look again, it may have gone
 				pause = pruneFailed
-			} else if err := r.pruneOnce(ctx); err != nil && ctx.Err() == nil {
+			} else if err := r.pruneAll(ctx); err != nil && ctx.Err() == nil {
 				r.log.Warn("expired records could not be deleted; trying again", "error", err)
 				pause = pruneFailed
 			}
@@ -305,9 +305,27 @@ func (r *Registry) prune(ctx context.Context) {
 	}
 }
 
-// pruneOnce deletes, in groups of a bounded size, what has ended by now.
+// pruneGroup is how many records of a kind are deleted together, at most.
+const pruneGroup = 1000
+
+// pruneAll deletes what has ended by now: of used tokens, of which there may be
+// many, all.
+func (r *Registry) pruneAll(ctx context.Context) error {
+	for {
+		ended := r.View().endedUses(r.now(), pruneGroup)
+		if err := r.forget(ctx, ended); err != nil {
+			return err
+		}
+		if len(ended) < pruneGroup {
+			return r.pruneOnce(ctx)
+		}
+	}
+}
+
+// pruneOnce deletes, in groups of a bounded size, entries and join tokens that
+// have ended by now.
 func (r *Registry) pruneOnce(ctx context.Context) error {
-	const group = 1000
+	const group = pruneGroup
 	now, v := r.now(), r.View()
 	var txns []store.Txn
 	v.byExpiry.Scan(func(e *storedEntry) bool {
@@ -327,6 +345,16 @@ func (r *Registry) pruneOnce(ctx context.Context) error {
 		}
 		return len(txns) < 2*group
 	})
+	if err := r.forget(ctx, txns); err != nil || len(txns) == 0 {
+		return err
+	}
+	r.log.Debug("pruned expired records", "entries", entries, "join_tokens", len(txns)-entries)
+	return nil
+}
+
+// forget commits deletions, of which some may come too late, and returns once the
+// view shows them.
+func (r *Registry) forget(ctx context.Context, txns []store.Txn) error {
 	if len(txns) == 0 {
 		return nil
 	}
@@ -337,7 +365,6 @@ func (r *Registry) pruneOnce(ctx context.Context) error {
 			return res.Err
 		}
 	}
-	r.log.Debug("pruned expired records", "entries", entries, "join_tokens", len(txns)-entries)
 	_, err := r.await(ctx, newest)
 	return err
 }

@@ -23,6 +23,7 @@ type fold struct {
 	nodes                                                      index[*Node]
 	bySelector                                                 index[nodeSelector]
 	tokens                                                     index[*storedToken]
+	uses                                                       index[*storedUse]
 	bundles                                                    index[*storedBundle]
 	authorities                                                index[*Authority]
 	federations                                                index[*Federation]
@@ -75,6 +76,7 @@ func newFold() fold {
 		nodes:       newIndex(lessNode),
 		bySelector:  newIndex(lessNodeSelector),
 		tokens:      newIndex(func(a, b *storedToken) bool { return a.key < b.key }),
+		uses:        newIndex(func(a, b *storedUse) bool { return a.key < b.key }),
 		bundles:     newIndex(func(a, b *storedBundle) bool { return a.TrustDomain.Compare(b.TrustDomain) < 0 }),
 		authorities: newIndex(func(a, b *Authority) bool { return authorityKey(a) < authorityKey(b) }),
 		federations: newIndex(lessFederation),
@@ -95,6 +97,7 @@ func (f *fold) publish(rev store.Revision, td spiffeid.TrustDomain) *View {
 		nodes:       f.nodes.publish(),
 		bySelector:  f.bySelector.publish(),
 		tokens:      f.tokens.publish(),
+		uses:        f.uses.publish(),
 		bundles:     f.bundles.publish(),
 		authorities: f.authorities.publish(),
 		federations: f.federations.publish(),
@@ -118,7 +121,8 @@ func (f *fold) apply(rec store.Record) error {
 }
 
 // revisionOf returns the revision that wrote a record, or 0 if it is not there
-// or none of ours.
+// or none of ours. Used tokens are no part of the digest: no agent has anything
+// of them.
 func (f *fold) revisionOf(key string) store.Revision {
 	prefix, rest, _ := strings.Cut(key, "/")
 	switch prefix + "/" {
@@ -180,6 +184,16 @@ func (f *fold) put(rec store.Record) error {
 			return err
 		}
 		f.tokens.set(t)
+	case usePrefix:
+		if rec.Value == nil {
+			f.uses.delete(&storedUse{key: rec.Key})
+			return nil
+		}
+		u, err := useFromRecord(rec)
+		if err != nil {
+			return err
+		}
+		f.uses.set(u)
 	case bundlePrefix:
 		td, err := spiffeid.TrustDomainFromString(rest)
 		if err != nil {

@@ -40,6 +40,7 @@ const (
 	bundlePrefix     = "bundle/"     // <trust domain>
 	authorityPrefix  = "authority/"  // <server>/<kind>/<authority ID>
 	federationPrefix = "federation/" // <trust domain>
+	usePrefix        = "used/"       // <hash of an outside issuer's token>
 	trustDomainKey   = "trust-domain"
 )
 

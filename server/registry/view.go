@@ -34,6 +34,7 @@ type View struct {
 	nodes       tree[*Node]        // by ID
 	bySelector  tree[nodeSelector] // by selector, node ID
 	tokens      tree[*storedToken] // by key
+	uses        tree[*storedUse]   // by key
 	bundles     tree[*storedBundle]
 	authorities tree[*Authority]  // by key
 	federations tree[*Federation] // by trust domain

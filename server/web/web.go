@@ -1,6 +1,6 @@
 // Package web serves what a server offers over HTTPS to whoever comes: with
 // [Serve], within bounds, and with the certificate that [Files] reads or the
-// server's own X509-SVID.
+// server's own X509-SVID. Behind a proxy that ends TLS it serves HTTP.
 package web
 
 import (
@@ -26,12 +26,12 @@ const (
 	stopTime       = time.Second
 )
 
-// Options of [Serve]. All are required.
+// Options of [Serve]. All but Certificate are required.
 type Options struct {
 	Listener    net.Listener
 	Handler     http.Handler
 	MaxBody     int64                            // bytes of a request
-	Certificate func() (*tls.Certificate, error) // the newest
+	Certificate func() (*tls.Certificate, error) // the newest; nil: plain HTTP
 	Log         *slog.Logger
 }
 
@@ -40,7 +40,6 @@ type Options struct {
 func Serve(ctx context.Context, o Options) error {
 	server := &http.Server{
 		Handler:           http.MaxBytesHandler(o.Handler, o.MaxBody),
-		TLSConfig:         tlsConfig(o.Certificate),
 		ReadHeaderTimeout: headerTime,
 		ReadTimeout:       headerTime,
 		WriteTimeout:      answerTime,
@@ -56,7 +55,15 @@ func Serve(ctx context.Context, o Options) error {
 		}
 	})
 	defer stopped()
-	err := server.ServeTLS(&boundedListener{Listener: o.Listener, of: make(map[string]int)}, "", "")
+	bounded := &boundedListener{Listener: o.Listener, ofAddress: maxOfAddress, of: make(map[string]int)}
+	var err error
+	if o.Certificate == nil {
+		bounded.ofAddress = maxConnections // the proxy is the one address
+		err = server.Serve(bounded)
+	} else {
+		server.TLSConfig = tlsConfig(o.Certificate)
+		err = server.ServeTLS(bounded, "", "")
+	}
 	if ctx.Err() != nil && errors.Is(err, http.ErrServerClosed) {
 		return ctx.Err()
 	}
@@ -82,6 +89,7 @@ func tlsConfig(certificate func() (*tls.Certificate, error)) *tls.Config {
 // and of one address.
 type boundedListener struct {
 	net.Listener
+	ofAddress int // how many one address may have
 
 	mu    sync.Mutex
 	total int
@@ -106,7 +114,7 @@ func (l *boundedListener) Accept() (net.Conn, error) {
 func (l *boundedListener) enter(host string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.total >= maxConnections || l.of[host] >= maxOfAddress {
+	if l.total >= maxConnections || l.of[host] >= l.ofAddress {
 		return false
 	}
 	l.total++

@@ -1091,6 +1091,431 @@ func (x *SelectorForm) GetMeaning() string {
 	return ""
 }
 
+type ExplainTokenRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"` // compact serialization
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainTokenRequest) Reset() {
+	*x = ExplainTokenRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainTokenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainTokenRequest) ProtoMessage() {}
+
+func (x *ExplainTokenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainTokenRequest.ProtoReflect.Descriptor instead.
+func (*ExplainTokenRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ExplainTokenRequest) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+type ExplainTokenResponse struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Issuer    string                 `protobuf:"bytes,1,opt,name=issuer,proto3" json:"issuer,omitempty"`                     // its name; empty: the token is of none that is trusted
+	ParentId  string                 `protobuf:"bytes,2,opt,name=parent_id,json=parentId,proto3" json:"parent_id,omitempty"` // of the entries for the issuer
+	Checks    []*TokenCheck          `protobuf:"bytes,3,rep,name=checks,proto3" json:"checks,omitempty"`                     // all that were made
+	Accepted  bool                   `protobuf:"varint,4,opt,name=accepted,proto3" json:"accepted,omitempty"`                // all checks passed
+	Selectors []*Selector            `protobuf:"bytes,5,rep,name=selectors,proto3" json:"selectors,omitempty"`               // of the claims; true only if it is accepted
+	// The issuer's entries that the token matches or comes near to, the nearest
+	// first.
+	Matches       []*TokenMatch `protobuf:"bytes,6,rep,name=matches,proto3" json:"matches,omitempty"`
+	Total         int32         `protobuf:"varint,7,opt,name=total,proto3" json:"total,omitempty"` // entries of the issuer
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainTokenResponse) Reset() {
+	*x = ExplainTokenResponse{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainTokenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainTokenResponse) ProtoMessage() {}
+
+func (x *ExplainTokenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainTokenResponse.ProtoReflect.Descriptor instead.
+func (*ExplainTokenResponse) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ExplainTokenResponse) GetIssuer() string {
+	if x != nil {
+		return x.Issuer
+	}
+	return ""
+}
+
+func (x *ExplainTokenResponse) GetParentId() string {
+	if x != nil {
+		return x.ParentId
+	}
+	return ""
+}
+
+func (x *ExplainTokenResponse) GetChecks() []*TokenCheck {
+	if x != nil {
+		return x.Checks
+	}
+	return nil
+}
+
+func (x *ExplainTokenResponse) GetAccepted() bool {
+	if x != nil {
+		return x.Accepted
+	}
+	return false
+}
+
+func (x *ExplainTokenResponse) GetSelectors() []*Selector {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *ExplainTokenResponse) GetMatches() []*TokenMatch {
+	if x != nil {
+		return x.Matches
+	}
+	return nil
+}
+
+func (x *ExplainTokenResponse) GetTotal() int32 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+// TokenCheck is one check of a token, and its result.
+type TokenCheck struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Failure       string                 `protobuf:"bytes,2,opt,name=failure,proto3" json:"failure,omitempty"` // why the token is refused; empty: it passes
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TokenCheck) Reset() {
+	*x = TokenCheck{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TokenCheck) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TokenCheck) ProtoMessage() {}
+
+func (x *TokenCheck) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TokenCheck.ProtoReflect.Descriptor instead.
+func (*TokenCheck) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *TokenCheck) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *TokenCheck) GetFailure() string {
+	if x != nil {
+		return x.Failure
+	}
+	return ""
+}
+
+// TokenMatch is an entry of an issuer, and what a token lacks for it.
+type TokenMatch struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Entry         *Entry                 `protobuf:"bytes,1,opt,name=entry,proto3" json:"entry,omitempty"`
+	Matched       bool                   `protobuf:"varint,2,opt,name=matched,proto3" json:"matched,omitempty"` // by its claims
+	Expired       bool                   `protobuf:"varint,3,opt,name=expired,proto3" json:"expired,omitempty"`
+	Missing       []*Selector            `protobuf:"bytes,4,rep,name=missing,proto3" json:"missing,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TokenMatch) Reset() {
+	*x = TokenMatch{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TokenMatch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TokenMatch) ProtoMessage() {}
+
+func (x *TokenMatch) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TokenMatch.ProtoReflect.Descriptor instead.
+func (*TokenMatch) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *TokenMatch) GetEntry() *Entry {
+	if x != nil {
+		return x.Entry
+	}
+	return nil
+}
+
+func (x *TokenMatch) GetMatched() bool {
+	if x != nil {
+		return x.Matched
+	}
+	return false
+}
+
+func (x *TokenMatch) GetExpired() bool {
+	if x != nil {
+		return x.Expired
+	}
+	return false
+}
+
+func (x *TokenMatch) GetMissing() []*Selector {
+	if x != nil {
+		return x.Missing
+	}
+	return nil
+}
+
+type LintIssuersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LintIssuersRequest) Reset() {
+	*x = LintIssuersRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LintIssuersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LintIssuersRequest) ProtoMessage() {}
+
+func (x *LintIssuersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LintIssuersRequest.ProtoReflect.Descriptor instead.
+func (*LintIssuersRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{24}
+}
+
+type LintIssuersResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Findings      []*IssuerFinding       `protobuf:"bytes,1,rep,name=findings,proto3" json:"findings,omitempty"`
+	Total         int32                  `protobuf:"varint,2,opt,name=total,proto3" json:"total,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LintIssuersResponse) Reset() {
+	*x = LintIssuersResponse{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LintIssuersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LintIssuersResponse) ProtoMessage() {}
+
+func (x *LintIssuersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LintIssuersResponse.ProtoReflect.Descriptor instead.
+func (*LintIssuersResponse) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *LintIssuersResponse) GetFindings() []*IssuerFinding {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
+func (x *LintIssuersResponse) GetTotal() int32 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+// IssuerFinding is something that is likely a mistake.
+type IssuerFinding struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Issuer        string                 `protobuf:"bytes,1,opt,name=issuer,proto3" json:"issuer,omitempty"`                     // its name
+	EntryId       string                 `protobuf:"bytes,2,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`    // empty: it is in the configuration
+	SpiffeId      string                 `protobuf:"bytes,3,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"` // of the entry
+	Says          string                 `protobuf:"bytes,4,opt,name=says,proto3" json:"says,omitempty"`                         // what is the matter
+	Remedy        string                 `protobuf:"bytes,5,opt,name=remedy,proto3" json:"remedy,omitempty"`                     // what to do
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssuerFinding) Reset() {
+	*x = IssuerFinding{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssuerFinding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssuerFinding) ProtoMessage() {}
+
+func (x *IssuerFinding) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssuerFinding.ProtoReflect.Descriptor instead.
+func (*IssuerFinding) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *IssuerFinding) GetIssuer() string {
+	if x != nil {
+		return x.Issuer
+	}
+	return ""
+}
+
+func (x *IssuerFinding) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+func (x *IssuerFinding) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *IssuerFinding) GetSays() string {
+	if x != nil {
+		return x.Says
+	}
+	return ""
+}
+
+func (x *IssuerFinding) GetRemedy() string {
+	if x != nil {
+		return x.Remedy
+	}
+	return ""
+}
+
 var File_hallmark_v1_admin_proto protoreflect.FileDescriptor
 
 const file_hallmark_v1_admin_proto_rawDesc = "" +
@@ -1163,7 +1588,37 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\x04page\x18\x06 \x01(\tR\x04page\"<\n" +
 	"\fSelectorForm\x12\x12\n" +
 	"\x04form\x18\x01 \x01(\tR\x04form\x12\x18\n" +
-	"\ameaning\x18\x02 \x01(\tR\ameaning2\xc1\x05\n" +
+	"\ameaning\x18\x02 \x01(\tR\ameaning\"+\n" +
+	"\x13ExplainTokenRequest\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\"\x96\x02\n" +
+	"\x14ExplainTokenResponse\x12\x16\n" +
+	"\x06issuer\x18\x01 \x01(\tR\x06issuer\x12\x1b\n" +
+	"\tparent_id\x18\x02 \x01(\tR\bparentId\x12/\n" +
+	"\x06checks\x18\x03 \x03(\v2\x17.hallmark.v1.TokenCheckR\x06checks\x12\x1a\n" +
+	"\baccepted\x18\x04 \x01(\bR\baccepted\x123\n" +
+	"\tselectors\x18\x05 \x03(\v2\x15.hallmark.v1.SelectorR\tselectors\x121\n" +
+	"\amatches\x18\x06 \x03(\v2\x17.hallmark.v1.TokenMatchR\amatches\x12\x14\n" +
+	"\x05total\x18\a \x01(\x05R\x05total\":\n" +
+	"\n" +
+	"TokenCheck\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\afailure\x18\x02 \x01(\tR\afailure\"\x9b\x01\n" +
+	"\n" +
+	"TokenMatch\x12(\n" +
+	"\x05entry\x18\x01 \x01(\v2\x12.hallmark.v1.EntryR\x05entry\x12\x18\n" +
+	"\amatched\x18\x02 \x01(\bR\amatched\x12\x18\n" +
+	"\aexpired\x18\x03 \x01(\bR\aexpired\x12/\n" +
+	"\amissing\x18\x04 \x03(\v2\x15.hallmark.v1.SelectorR\amissing\"\x14\n" +
+	"\x12LintIssuersRequest\"c\n" +
+	"\x13LintIssuersResponse\x126\n" +
+	"\bfindings\x18\x01 \x03(\v2\x1a.hallmark.v1.IssuerFindingR\bfindings\x12\x14\n" +
+	"\x05total\x18\x02 \x01(\x05R\x05total\"\x8b\x01\n" +
+	"\rIssuerFinding\x12\x16\n" +
+	"\x06issuer\x18\x01 \x01(\tR\x06issuer\x12\x19\n" +
+	"\bentry_id\x18\x02 \x01(\tR\aentryId\x12\x1b\n" +
+	"\tspiffe_id\x18\x03 \x01(\tR\bspiffeId\x12\x12\n" +
+	"\x04says\x18\x04 \x01(\tR\x04says\x12\x16\n" +
+	"\x06remedy\x18\x05 \x01(\tR\x06remedy2\xe8\x06\n" +
 	"\fAdminService\x12J\n" +
 	"\tGetServer\x12\x1d.hallmark.v1.GetServerRequest\x1a\x1e.hallmark.v1.GetServerResponse\x12C\n" +
 	"\x06Backup\x12\x1a.hallmark.v1.BackupRequest\x1a\x1b.hallmark.v1.BackupResponse0\x01\x12\\\n" +
@@ -1172,7 +1627,9 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\x0fListConnections\x12#.hallmark.v1.ListConnectionsRequest\x1a$.hallmark.v1.ListConnectionsResponse\x12P\n" +
 	"\vAwaitAgents\x12\x1f.hallmark.v1.AwaitAgentsRequest\x1a .hallmark.v1.AwaitAgentsResponse\x12P\n" +
 	"\vGetJoinInfo\x12\x1f.hallmark.v1.GetJoinInfoRequest\x1a .hallmark.v1.GetJoinInfoResponse\x12b\n" +
-	"\x11ListNodeAttestors\x12%.hallmark.v1.ListNodeAttestorsRequest\x1a&.hallmark.v1.ListNodeAttestorsResponseB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
+	"\x11ListNodeAttestors\x12%.hallmark.v1.ListNodeAttestorsRequest\x1a&.hallmark.v1.ListNodeAttestorsResponse\x12S\n" +
+	"\fExplainToken\x12 .hallmark.v1.ExplainTokenRequest\x1a!.hallmark.v1.ExplainTokenResponse\x12P\n" +
+	"\vLintIssuers\x12\x1f.hallmark.v1.LintIssuersRequest\x1a .hallmark.v1.LintIssuersResponseB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
 
 var (
 	file_hallmark_v1_admin_proto_rawDescOnce sync.Once
@@ -1186,7 +1643,7 @@ func file_hallmark_v1_admin_proto_rawDescGZIP() []byte {
 	return file_hallmark_v1_admin_proto_rawDescData
 }
 
-var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*GetServerRequest)(nil),          // 0: hallmark.v1.GetServerRequest
 	(*GetServerResponse)(nil),         // 1: hallmark.v1.GetServerResponse
@@ -1208,38 +1665,57 @@ var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*ListNodeAttestorsResponse)(nil), // 17: hallmark.v1.ListNodeAttestorsResponse
 	(*NodeAttestor)(nil),              // 18: hallmark.v1.NodeAttestor
 	(*SelectorForm)(nil),              // 19: hallmark.v1.SelectorForm
-	(*Authority)(nil),                 // 20: hallmark.v1.Authority
-	(Authority_Kind)(0),               // 21: hallmark.v1.Authority.Kind
+	(*ExplainTokenRequest)(nil),       // 20: hallmark.v1.ExplainTokenRequest
+	(*ExplainTokenResponse)(nil),      // 21: hallmark.v1.ExplainTokenResponse
+	(*TokenCheck)(nil),                // 22: hallmark.v1.TokenCheck
+	(*TokenMatch)(nil),                // 23: hallmark.v1.TokenMatch
+	(*LintIssuersRequest)(nil),        // 24: hallmark.v1.LintIssuersRequest
+	(*LintIssuersResponse)(nil),       // 25: hallmark.v1.LintIssuersResponse
+	(*IssuerFinding)(nil),             // 26: hallmark.v1.IssuerFinding
+	(*Authority)(nil),                 // 27: hallmark.v1.Authority
+	(Authority_Kind)(0),               // 28: hallmark.v1.Authority.Kind
+	(*Selector)(nil),                  // 29: hallmark.v1.Selector
+	(*Entry)(nil),                     // 30: hallmark.v1.Entry
 }
 var file_hallmark_v1_admin_proto_depIdxs = []int32{
-	20, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
+	27, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
 	6,  // 1: hallmark.v1.ListAuthoritiesResponse.uses:type_name -> hallmark.v1.AuthorityUse
-	21, // 2: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
-	20, // 3: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
+	28, // 2: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
+	27, // 3: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
 	11, // 4: hallmark.v1.ListConnectionsResponse.connections:type_name -> hallmark.v1.Connection
 	18, // 5: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
 	19, // 6: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
-	0,  // 7: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
-	2,  // 8: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
-	4,  // 9: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
-	7,  // 10: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
-	9,  // 11: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
-	12, // 12: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
-	14, // 13: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
-	16, // 14: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
-	1,  // 15: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
-	3,  // 16: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
-	5,  // 17: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
-	8,  // 18: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
-	10, // 19: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
-	13, // 20: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
-	15, // 21: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
-	17, // 22: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
-	15, // [15:23] is the sub-list for method output_type
-	7,  // [7:15] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	22, // 7: hallmark.v1.ExplainTokenResponse.checks:type_name -> hallmark.v1.TokenCheck
+	29, // 8: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
+	23, // 9: hallmark.v1.ExplainTokenResponse.matches:type_name -> hallmark.v1.TokenMatch
+	30, // 10: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
+	29, // 11: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
+	26, // 12: hallmark.v1.LintIssuersResponse.findings:type_name -> hallmark.v1.IssuerFinding
+	0,  // 13: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
+	2,  // 14: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
+	4,  // 15: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
+	7,  // 16: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
+	9,  // 17: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
+	12, // 18: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
+	14, // 19: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
+	16, // 20: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
+	20, // 21: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
+	24, // 22: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
+	1,  // 23: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
+	3,  // 24: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
+	5,  // 25: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
+	8,  // 26: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
+	10, // 27: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
+	13, // 28: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
+	15, // 29: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
+	17, // 30: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
+	21, // 31: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
+	25, // 32: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
+	23, // [23:33] is the sub-list for method output_type
+	13, // [13:23] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_hallmark_v1_admin_proto_init() }
@@ -1254,7 +1730,7 @@ func file_hallmark_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_admin_proto_rawDesc), len(file_hallmark_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -27,6 +27,8 @@ const (
 	AdminService_AwaitAgents_FullMethodName       = "/hallmark.v1.AdminService/AwaitAgents"
 	AdminService_GetJoinInfo_FullMethodName       = "/hallmark.v1.AdminService/GetJoinInfo"
 	AdminService_ListNodeAttestors_FullMethodName = "/hallmark.v1.AdminService/ListNodeAttestors"
+	AdminService_ExplainToken_FullMethodName      = "/hallmark.v1.AdminService/ExplainToken"
+	AdminService_LintIssuers_FullMethodName       = "/hallmark.v1.AdminService/LintIssuers"
 )
 
 // AdminServiceClient is the client API for AdminService service.
@@ -57,6 +59,12 @@ type AdminServiceClient interface {
 	// ListNodeAttestors lists the ways to attest nodes that this server has,
 	// whether they are configured or not, the weakest first.
 	ListNodeAttestors(ctx context.Context, in *ListNodeAttestorsRequest, opts ...grpc.CallOption) (*ListNodeAttestorsResponse, error)
+	// ExplainToken says what the token endpoint would make of an outside issuer's
+	// token. It uses up nothing.
+	ExplainToken(ctx context.Context, in *ExplainTokenRequest, opts ...grpc.CallOption) (*ExplainTokenResponse, error)
+	// LintIssuers looks for what lets in more than is meant, in the issuers of the
+	// token endpoint and the entries for their tokens.
+	LintIssuers(ctx context.Context, in *LintIssuersRequest, opts ...grpc.CallOption) (*LintIssuersResponse, error)
 }
 
 type adminServiceClient struct {
@@ -156,6 +164,26 @@ func (c *adminServiceClient) ListNodeAttestors(ctx context.Context, in *ListNode
 	return out, nil
 }
 
+func (c *adminServiceClient) ExplainToken(ctx context.Context, in *ExplainTokenRequest, opts ...grpc.CallOption) (*ExplainTokenResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExplainTokenResponse)
+	err := c.cc.Invoke(ctx, AdminService_ExplainToken_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminServiceClient) LintIssuers(ctx context.Context, in *LintIssuersRequest, opts ...grpc.CallOption) (*LintIssuersResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(LintIssuersResponse)
+	err := c.cc.Invoke(ctx, AdminService_LintIssuers_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServiceServer is the server API for AdminService service.
 // All implementations must embed UnimplementedAdminServiceServer
 // for forward compatibility.
@@ -184,6 +212,12 @@ type AdminServiceServer interface {
 	// ListNodeAttestors lists the ways to attest nodes that this server has,
 	// whether they are configured or not, the weakest first.
 	ListNodeAttestors(context.Context, *ListNodeAttestorsRequest) (*ListNodeAttestorsResponse, error)
+	// ExplainToken says what the token endpoint would make of an outside issuer's
+	// token. It uses up nothing.
+	ExplainToken(context.Context, *ExplainTokenRequest) (*ExplainTokenResponse, error)
+	// LintIssuers looks for what lets in more than is meant, in the issuers of the
+	// token endpoint and the entries for their tokens.
+	LintIssuers(context.Context, *LintIssuersRequest) (*LintIssuersResponse, error)
 	mustEmbedUnimplementedAdminServiceServer()
 }
 
@@ -217,6 +251,12 @@ func (UnimplementedAdminServiceServer) GetJoinInfo(context.Context, *GetJoinInfo
 }
 func (UnimplementedAdminServiceServer) ListNodeAttestors(context.Context, *ListNodeAttestorsRequest) (*ListNodeAttestorsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListNodeAttestors not implemented")
+}
+func (UnimplementedAdminServiceServer) ExplainToken(context.Context, *ExplainTokenRequest) (*ExplainTokenResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ExplainToken not implemented")
+}
+func (UnimplementedAdminServiceServer) LintIssuers(context.Context, *LintIssuersRequest) (*LintIssuersResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method LintIssuers not implemented")
 }
 func (UnimplementedAdminServiceServer) mustEmbedUnimplementedAdminServiceServer() {}
 func (UnimplementedAdminServiceServer) testEmbeddedByValue()                      {}
@@ -376,6 +416,42 @@ func _AdminService_ListNodeAttestors_Handler(srv interface{}, ctx context.Contex
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_ExplainToken_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExplainTokenRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ExplainToken(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ExplainToken_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ExplainToken(ctx, req.(*ExplainTokenRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdminService_LintIssuers_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LintIssuersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).LintIssuers(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_LintIssuers_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).LintIssuers(ctx, req.(*LintIssuersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // AdminService_ServiceDesc is the grpc.ServiceDesc for AdminService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -410,6 +486,14 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListNodeAttestors",
 			Handler:    _AdminService_ListNodeAttestors_Handler,
+		},
+		{
+			MethodName: "ExplainToken",
+			Handler:    _AdminService_ExplainToken_Handler,
+		},
+		{
+			MethodName: "LintIssuers",
+			Handler:    _AdminService_LintIssuers_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

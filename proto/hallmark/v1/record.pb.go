@@ -32,6 +32,7 @@ const (
 	Authority_KIND_X509        Authority_Kind = 1
 	Authority_KIND_JWT         Authority_Kind = 2
 	Authority_KIND_WIT         Authority_Kind = 3
+	Authority_KIND_JWT_RS256   Authority_Kind = 4 // signs JWT-SVIDs for relying parties that take RS256 alone
 )
 
 // Enum value maps for Authority_Kind.
@@ -41,12 +42,14 @@ var (
 		1: "KIND_X509",
 		2: "KIND_JWT",
 		3: "KIND_WIT",
+		4: "KIND_JWT_RS256",
 	}
 	Authority_Kind_value = map[string]int32{
 		"KIND_UNSPECIFIED": 0,
 		"KIND_X509":        1,
 		"KIND_JWT":         2,
 		"KIND_WIT":         3,
+		"KIND_JWT_RS256":   4,
 	}
 )
 
@@ -761,7 +764,7 @@ func (x *JWTAuthority) GetTainted() bool {
 // the key manager, under key_name.
 type Authority struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // X.509: subject key id in hex; JWT and WIT: the kid
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // X.509: subject key id in hex; others: the kid
 	Kind          Authority_Kind         `protobuf:"varint,2,opt,name=kind,proto3,enum=hallmark.v1.Authority_Kind" json:"kind,omitempty"`
 	State         Authority_State        `protobuf:"varint,3,opt,name=state,proto3,enum=hallmark.v1.Authority_State" json:"state,omitempty"`
 	Server        string                 `protobuf:"bytes,4,opt,name=server,proto3" json:"server,omitempty"`                               // the server that holds the key
@@ -991,6 +994,52 @@ func (x *Invitation) GetExpiresAt() int64 {
 	return 0
 }
 
+// UsedToken is a token of an outside issuer that was exchanged and is not to be
+// taken again. Its key has a hash of what the token is known by.
+type UsedToken struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EndsAt        int64                  `protobuf:"varint,1,opt,name=ends_at,json=endsAt,proto3" json:"ends_at,omitempty"` // Unix seconds; when no server takes it any more
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UsedToken) Reset() {
+	*x = UsedToken{}
+	mi := &file_hallmark_v1_record_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UsedToken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UsedToken) ProtoMessage() {}
+
+func (x *UsedToken) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_record_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UsedToken.ProtoReflect.Descriptor instead.
+func (*UsedToken) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_record_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *UsedToken) GetEndsAt() int64 {
+	if x != nil {
+		return x.EndsAt
+	}
+	return 0
+}
+
 var File_hallmark_v1_record_proto protoreflect.FileDescriptor
 
 const file_hallmark_v1_record_proto_rawDesc = "" +
@@ -1061,7 +1110,7 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"public_key\x18\x02 \x01(\fR\tpublicKey\x12\x1d\n" +
 	"\n" +
 	"expires_at\x18\x03 \x01(\x03R\texpiresAt\x12\x18\n" +
-	"\atainted\x18\x04 \x01(\bR\atainted\"\x81\x04\n" +
+	"\atainted\x18\x04 \x01(\bR\atainted\"\x95\x04\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1b.hallmark.v1.Authority.KindR\x04kind\x122\n" +
@@ -1077,12 +1126,13 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"\n" +
 	"expires_at\x18\n" +
 	" \x01(\x03R\texpiresAt\x12\x18\n" +
-	"\atainted\x18\v \x01(\bR\atainted\"G\n" +
+	"\atainted\x18\v \x01(\bR\atainted\"[\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tKIND_X509\x10\x01\x12\f\n" +
 	"\bKIND_JWT\x10\x02\x12\f\n" +
-	"\bKIND_WIT\x10\x03\"S\n" +
+	"\bKIND_WIT\x10\x03\x12\x12\n" +
+	"\x0eKIND_JWT_RS256\x10\x04\"S\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_PREPARED\x10\x01\x12\x10\n" +
@@ -1096,7 +1146,9 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"\n" +
 	"Invitation\x12\x1d\n" +
 	"\n" +
-	"expires_at\x18\x01 \x01(\x03R\texpiresAtB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
+	"expires_at\x18\x01 \x01(\x03R\texpiresAt\"$\n" +
+	"\tUsedToken\x12\x17\n" +
+	"\aends_at\x18\x01 \x01(\x03R\x06endsAtB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
 
 var (
 	file_hallmark_v1_record_proto_rawDescOnce sync.Once
@@ -1111,7 +1163,7 @@ func file_hallmark_v1_record_proto_rawDescGZIP() []byte {
 }
 
 var file_hallmark_v1_record_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hallmark_v1_record_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_hallmark_v1_record_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_hallmark_v1_record_proto_goTypes = []any{
 	(Authority_Kind)(0),   // 0: hallmark.v1.Authority.Kind
 	(Authority_State)(0),  // 1: hallmark.v1.Authority.State
@@ -1125,6 +1177,7 @@ var file_hallmark_v1_record_proto_goTypes = []any{
 	(*Authority)(nil),     // 9: hallmark.v1.Authority
 	(*Federation)(nil),    // 10: hallmark.v1.Federation
 	(*Invitation)(nil),    // 11: hallmark.v1.Invitation
+	(*UsedToken)(nil),     // 12: hallmark.v1.UsedToken
 }
 var file_hallmark_v1_record_proto_depIdxs = []int32{
 	2, // 0: hallmark.v1.Entry.selectors:type_name -> hallmark.v1.Selector
@@ -1152,7 +1205,7 @@ func file_hallmark_v1_record_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_record_proto_rawDesc), len(file_hallmark_v1_record_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   10,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
