@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
 	"time"
@@ -35,6 +36,8 @@ func giveMemoryBack(ctx context.Context, look <-chan time.Time) {
 		quiet := float64(m.allocated-allocated) < memoryQuiet*float64(m.held)
 		allocated = m.allocated
 		if quiet && m.held > left+memoryLeast && float64(m.held) > memoryExcess*float64(left) {
+			runtime.GC() // what pools keep goes at the second and third collection
+			runtime.GC()
 			debug.FreeOSMemory()
 			left = memory().held
 		}
