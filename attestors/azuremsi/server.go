@@ -143,13 +143,13 @@ func (s *Server) add(c TenantConfig) error {
 	case n > maxListed:
 		return fmt.Errorf("subscription_allow_list has %d items; the most is %d", n, maxListed)
 	}
-	t := &tenant{id: id}
+	var subscriptions []string
 	for _, subscription := range c.SubscriptionAllowList {
 		subscription = strings.ToLower(subscription)
 		if !guidForm.MatchString(subscription) {
 			return fmt.Errorf("subscription_allow_list has %q, which is no GUID", attestors.Clip(subscription))
 		}
-		t.subscriptions = append(t.subscriptions, subscription)
+		subscriptions = append(subscriptions, subscription)
 	}
 	if c.JWKSURL == "" && c.JWKSPath == "" {
 		c.JWKSURL = "https://login.microsoftonline.com/" + id + "/discovery/v2.0/keys"
@@ -166,7 +166,7 @@ func (s *Server) add(c TenantConfig) error {
 		if err != nil {
 			return err
 		}
-		s.tenants[iss] = &tenant{t.id, t.subscriptions, entra}
+		s.tenants[iss] = &tenant{id, subscriptions, entra}
 	}
 	return nil
 }
