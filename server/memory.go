@@ -34,7 +34,7 @@ func giveMemoryBack(ctx context.Context, look <-chan time.Time) {
 		}
 		m := memory()
 		quiet := float64(m.allocated-allocated) < memoryQuiet*float64(m.held)
-		allocated = m.allocated
+		allocated, left = m.allocated, min(left, m.held)
 		if quiet && m.held > left+memoryLeast && float64(m.held) > memoryExcess*float64(left) {
 			runtime.GC() // what pools keep goes at the second and third collection
 			runtime.GC()

@@ -21,9 +21,9 @@
 // What they are worth: a signature counts if one of the configured identities or
 // keys made it over the very digest that the daemon or kubelet says the image
 // was pulled by. An identity's must be in a transparency log of the trusted
-// root. Nothing is fetched but from the registry, and from that only for images
-// that the configuration names: whoever starts a container chooses its image,
-// and must not choose what the agent talks to.
+// root. Nothing is asked but registries of images that the configuration names, and
+// where those send whoever asks: whoever starts a container chooses its image, and
+// must not choose what the agent talks to.
 package imagesig
 
 import (
