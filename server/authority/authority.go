@@ -28,12 +28,14 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.step.sm/crypto/kms/apiv1"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/hallmark-id/hallmark/server/registry"
 )
@@ -109,6 +111,11 @@ type Options struct {
 	// stay in the bundle until they expire.
 	JWTRS256 bool
 
+	Upstream Upstream // signs the X.509 authorities; nil: each is its own root
+	// Counts, if it is set, is called with each outcome of what the upstream is
+	// asked for: sign, bundle or publish.
+	Counts func(what string, err error)
+
 	Now func() time.Time // nil: time.Now
 	Log *slog.Logger     // nil: none
 }
@@ -122,6 +129,8 @@ type Authorities struct {
 	kinds    []registry.AuthorityKind // that it has
 	plans    map[registry.AuthorityKind]plan
 	certify  certify
+	upstream Upstream // nil: none
+	asked    requests // of the upstream
 	now      func() time.Time
 	log      *slog.Logger
 
@@ -130,12 +139,15 @@ type Authorities struct {
 	wit  atomic.Pointer[JWT]
 	rsa  atomic.Pointer[JWT] // of JWTRS256
 
+	following sync.Mutex // what the upstream says is read and applied in turn
+
 	wake chan struct{} // a signature found no authority to sign with
 
 	lock     chan struct{}                  // holds one token: one change at a time
 	signers  map[string]crypto.Signer       // by key name; of own prepared and active ones; under lock
 	recorded map[string]bool                // key names of own authorities, as of the last look; under lock
 	spare    map[registry.AuthorityKind]key // keys of authorities that were not published; under lock
+	roots    []*x509.Certificate            // that the upstream named last; nil: none yet; under lock
 }
 
 // plan is how authorities of one kind are made.
@@ -146,7 +158,8 @@ type plan struct {
 
 // Open finds the authorities of this server again whose keys the key manager
 // still has, and makes and activates one of each kind where there is none that
-// can sign. The registry must be running. Authorities whose keys are gone stay
+// can sign. With an upstream that fails, they are made as soon as it does not.
+// The registry must be running. Authorities whose keys are gone stay
 // in the bundle, as old ones, until they expire.
 func Open(ctx context.Context, o Options) (*Authorities, error) {
 	if o.Server == "" || strings.Contains(o.Server, "/") {
@@ -167,14 +180,19 @@ func Open(ctx context.Context, o Options) (*Authorities, error) {
 			registry.X509: {cmp.Or(o.X509Lifetime, DefaultLifetime), o.X509KeyType},
 			registry.JWT:  {cmp.Or(o.JWTLifetime, DefaultLifetime), o.JWTKeyType},
 		},
-		certify: selfSigned,
-		now:     o.Now,
-		log:     o.Log,
-		wake:    make(chan struct{}, 1),
-		lock:    make(chan struct{}, 1),
-		signers: make(map[string]crypto.Signer),
-		spare:   make(map[registry.AuthorityKind]key),
+		certify:  selfSigned,
+		upstream: o.Upstream,
+		now:      o.Now,
+		log:      o.Log,
+		wake:     make(chan struct{}, 1),
+		lock:     make(chan struct{}, 1),
+		signers:  make(map[string]crypto.Signer),
+		spare:    make(map[registry.AuthorityKind]key),
 	}
+	if a.upstream != nil {
+		a.certify = a.certified
+	}
+	a.asked.counts = o.Counts
 	if a.now == nil {
 		a.now = time.Now
 	}
@@ -279,9 +297,19 @@ const (
 	retryWait = 5 * time.Second
 )
 
-// Run prepares, activates and prunes authorities on schedule, until the
+// Run prepares, activates and prunes authorities on schedule, and follows the
+// upstream, until the
 // context ends. It always returns an error, the context's.
 func (a *Authorities) Run(ctx context.Context) error {
+	running, ctx := errgroup.WithContext(ctx)
+	running.Go(func() error { return a.runRotate(ctx) })
+	if _, ok := a.upstream.(Follower); ok {
+		running.Go(func() error { return a.runFollow(ctx) })
+	}
+	return running.Wait()
+}
+
+func (a *Authorities) runRotate(ctx context.Context) error {
 	for {
 		next, err := a.Rotate(ctx)
 		wake := a.wake

@@ -278,7 +278,9 @@ func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
 type ListAuthoritiesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Authorities   []*Authority           `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`
-	Uses          []*AuthorityUse        `protobuf:"bytes,2,rep,name=uses,proto3" json:"uses,omitempty"` // one for each authority, in the same order
+	Uses          []*AuthorityUse        `protobuf:"bytes,2,rep,name=uses,proto3" json:"uses,omitempty"`         // one for each authority, in the same order
+	Roots         []*X509Authority       `protobuf:"bytes,3,rep,name=roots,proto3" json:"roots,omitempty"`       // of the trust domain's bundle
+	Upstream      *Upstream              `protobuf:"bytes,4,opt,name=upstream,proto3" json:"upstream,omitempty"` // the authority above this server's; unset: there is none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -327,6 +329,161 @@ func (x *ListAuthoritiesResponse) GetUses() []*AuthorityUse {
 	return nil
 }
 
+func (x *ListAuthoritiesResponse) GetRoots() []*X509Authority {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+func (x *ListAuthoritiesResponse) GetUpstream() *Upstream {
+	if x != nil {
+		return x.Upstream
+	}
+	return nil
+}
+
+// Upstream is the authority above a server's X.509 authorities, and how it is
+// doing.
+type Upstream struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Kind    string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`       // as in the configuration
+	Address string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"` // where or what it is
+	// What it is asked for: "sign", "bundle", and, of JWT and WIT authorities that
+	// it publishes, "publish". Those that were asked for since the server's start.
+	Requests      []*UpstreamRequest `protobuf:"bytes,3,rep,name=requests,proto3" json:"requests,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Upstream) Reset() {
+	*x = Upstream{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Upstream) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Upstream) ProtoMessage() {}
+
+func (x *Upstream) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Upstream.ProtoReflect.Descriptor instead.
+func (*Upstream) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Upstream) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Upstream) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Upstream) GetRequests() []*UpstreamRequest {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
+// UpstreamRequest is one thing that an upstream is asked for.
+type UpstreamRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	What          string                 `protobuf:"bytes,1,opt,name=what,proto3" json:"what,omitempty"`
+	SucceededAt   int64                  `protobuf:"varint,2,opt,name=succeeded_at,json=succeededAt,proto3" json:"succeeded_at,omitempty"`    // Unix seconds of the last success; 0: none yet
+	Failure       string                 `protobuf:"bytes,3,opt,name=failure,proto3" json:"failure,omitempty"`                                // of the last try; empty: it succeeded
+	FailingSince  int64                  `protobuf:"varint,4,opt,name=failing_since,json=failingSince,proto3" json:"failing_since,omitempty"` // Unix seconds; 0: it is not
+	NextTry       int64                  `protobuf:"varint,5,opt,name=next_try,json=nextTry,proto3" json:"next_try,omitempty"`                // Unix seconds; 0: when the next one is due
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpstreamRequest) Reset() {
+	*x = UpstreamRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpstreamRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpstreamRequest) ProtoMessage() {}
+
+func (x *UpstreamRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpstreamRequest.ProtoReflect.Descriptor instead.
+func (*UpstreamRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *UpstreamRequest) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *UpstreamRequest) GetSucceededAt() int64 {
+	if x != nil {
+		return x.SucceededAt
+	}
+	return 0
+}
+
+func (x *UpstreamRequest) GetFailure() string {
+	if x != nil {
+		return x.Failure
+	}
+	return ""
+}
+
+func (x *UpstreamRequest) GetFailingSince() int64 {
+	if x != nil {
+		return x.FailingSince
+	}
+	return 0
+}
+
+func (x *UpstreamRequest) GetNextTry() int64 {
+	if x != nil {
+		return x.NextTry
+	}
+	return 0
+}
+
 // AuthorityUse says what an authority has signed that may still be in use, as
 // far as the server knows: what tainting and revoking it are about.
 type AuthorityUse struct {
@@ -346,7 +503,7 @@ type AuthorityUse struct {
 
 func (x *AuthorityUse) Reset() {
 	*x = AuthorityUse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[6]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -358,7 +515,7 @@ func (x *AuthorityUse) String() string {
 func (*AuthorityUse) ProtoMessage() {}
 
 func (x *AuthorityUse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[6]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -371,7 +528,7 @@ func (x *AuthorityUse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityUse.ProtoReflect.Descriptor instead.
 func (*AuthorityUse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *AuthorityUse) GetAgents() int32 {
@@ -421,7 +578,7 @@ type RotateAuthorityRequest struct {
 
 func (x *RotateAuthorityRequest) Reset() {
 	*x = RotateAuthorityRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[7]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -433,7 +590,7 @@ func (x *RotateAuthorityRequest) String() string {
 func (*RotateAuthorityRequest) ProtoMessage() {}
 
 func (x *RotateAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[7]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -446,7 +603,7 @@ func (x *RotateAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*RotateAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *RotateAuthorityRequest) GetKind() Authority_Kind {
@@ -473,7 +630,7 @@ type RotateAuthorityResponse struct {
 
 func (x *RotateAuthorityResponse) Reset() {
 	*x = RotateAuthorityResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[8]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -485,7 +642,7 @@ func (x *RotateAuthorityResponse) String() string {
 func (*RotateAuthorityResponse) ProtoMessage() {}
 
 func (x *RotateAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[8]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -498,7 +655,7 @@ func (x *RotateAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*RotateAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *RotateAuthorityResponse) GetActivated() *Authority {
@@ -523,7 +680,7 @@ type ListConnectionsRequest struct {
 
 func (x *ListConnectionsRequest) Reset() {
 	*x = ListConnectionsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[9]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -535,7 +692,7 @@ func (x *ListConnectionsRequest) String() string {
 func (*ListConnectionsRequest) ProtoMessage() {}
 
 func (x *ListConnectionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[9]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -548,7 +705,7 @@ func (x *ListConnectionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListConnectionsRequest.ProtoReflect.Descriptor instead.
 func (*ListConnectionsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 type ListConnectionsResponse struct {
@@ -560,7 +717,7 @@ type ListConnectionsResponse struct {
 
 func (x *ListConnectionsResponse) Reset() {
 	*x = ListConnectionsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[10]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -572,7 +729,7 @@ func (x *ListConnectionsResponse) String() string {
 func (*ListConnectionsResponse) ProtoMessage() {}
 
 func (x *ListConnectionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[10]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -585,7 +742,7 @@ func (x *ListConnectionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListConnectionsResponse.ProtoReflect.Descriptor instead.
 func (*ListConnectionsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListConnectionsResponse) GetConnections() []*Connection {
@@ -609,7 +766,7 @@ type Connection struct {
 
 func (x *Connection) Reset() {
 	*x = Connection{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[11]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -621,7 +778,7 @@ func (x *Connection) String() string {
 func (*Connection) ProtoMessage() {}
 
 func (x *Connection) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[11]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -634,7 +791,7 @@ func (x *Connection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Connection.ProtoReflect.Descriptor instead.
 func (*Connection) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Connection) GetAgentId() string {
@@ -688,7 +845,7 @@ type AwaitAgentsRequest struct {
 
 func (x *AwaitAgentsRequest) Reset() {
 	*x = AwaitAgentsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -700,7 +857,7 @@ func (x *AwaitAgentsRequest) String() string {
 func (*AwaitAgentsRequest) ProtoMessage() {}
 
 func (x *AwaitAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -713,7 +870,7 @@ func (x *AwaitAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitAgentsRequest.ProtoReflect.Descriptor instead.
 func (*AwaitAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AwaitAgentsRequest) GetWait() int32 {
@@ -733,7 +890,7 @@ type AwaitAgentsResponse struct {
 
 func (x *AwaitAgentsResponse) Reset() {
 	*x = AwaitAgentsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[13]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -745,7 +902,7 @@ func (x *AwaitAgentsResponse) String() string {
 func (*AwaitAgentsResponse) ProtoMessage() {}
 
 func (x *AwaitAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[13]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -758,7 +915,7 @@ func (x *AwaitAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitAgentsResponse.ProtoReflect.Descriptor instead.
 func (*AwaitAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *AwaitAgentsResponse) GetRevision() int64 {
@@ -783,7 +940,7 @@ type GetJoinInfoRequest struct {
 
 func (x *GetJoinInfoRequest) Reset() {
 	*x = GetJoinInfoRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -795,7 +952,7 @@ func (x *GetJoinInfoRequest) String() string {
 func (*GetJoinInfoRequest) ProtoMessage() {}
 
 func (x *GetJoinInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -808,7 +965,7 @@ func (x *GetJoinInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJoinInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetJoinInfoRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 type GetJoinInfoResponse struct {
@@ -822,7 +979,7 @@ type GetJoinInfoResponse struct {
 
 func (x *GetJoinInfoResponse) Reset() {
 	*x = GetJoinInfoResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -834,7 +991,7 @@ func (x *GetJoinInfoResponse) String() string {
 func (*GetJoinInfoResponse) ProtoMessage() {}
 
 func (x *GetJoinInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -847,7 +1004,7 @@ func (x *GetJoinInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJoinInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetJoinInfoResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *GetJoinInfoResponse) GetTrustDomain() string {
@@ -879,7 +1036,7 @@ type ListNodeAttestorsRequest struct {
 
 func (x *ListNodeAttestorsRequest) Reset() {
 	*x = ListNodeAttestorsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -891,7 +1048,7 @@ func (x *ListNodeAttestorsRequest) String() string {
 func (*ListNodeAttestorsRequest) ProtoMessage() {}
 
 func (x *ListNodeAttestorsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -904,7 +1061,7 @@ func (x *ListNodeAttestorsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodeAttestorsRequest.ProtoReflect.Descriptor instead.
 func (*ListNodeAttestorsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 type ListNodeAttestorsResponse struct {
@@ -916,7 +1073,7 @@ type ListNodeAttestorsResponse struct {
 
 func (x *ListNodeAttestorsResponse) Reset() {
 	*x = ListNodeAttestorsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -928,7 +1085,7 @@ func (x *ListNodeAttestorsResponse) String() string {
 func (*ListNodeAttestorsResponse) ProtoMessage() {}
 
 func (x *ListNodeAttestorsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -941,7 +1098,7 @@ func (x *ListNodeAttestorsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodeAttestorsResponse.ProtoReflect.Descriptor instead.
 func (*ListNodeAttestorsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListNodeAttestorsResponse) GetNodeAttestors() []*NodeAttestor {
@@ -968,7 +1125,7 @@ type NodeAttestor struct {
 
 func (x *NodeAttestor) Reset() {
 	*x = NodeAttestor{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -980,7 +1137,7 @@ func (x *NodeAttestor) String() string {
 func (*NodeAttestor) ProtoMessage() {}
 
 func (x *NodeAttestor) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -993,7 +1150,7 @@ func (x *NodeAttestor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeAttestor.ProtoReflect.Descriptor instead.
 func (*NodeAttestor) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *NodeAttestor) GetName() string {
@@ -1049,7 +1206,7 @@ type SelectorForm struct {
 
 func (x *SelectorForm) Reset() {
 	*x = SelectorForm{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1061,7 +1218,7 @@ func (x *SelectorForm) String() string {
 func (*SelectorForm) ProtoMessage() {}
 
 func (x *SelectorForm) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1074,7 +1231,7 @@ func (x *SelectorForm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SelectorForm.ProtoReflect.Descriptor instead.
 func (*SelectorForm) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SelectorForm) GetForm() string {
@@ -1100,7 +1257,7 @@ type ExplainTokenRequest struct {
 
 func (x *ExplainTokenRequest) Reset() {
 	*x = ExplainTokenRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1112,7 +1269,7 @@ func (x *ExplainTokenRequest) String() string {
 func (*ExplainTokenRequest) ProtoMessage() {}
 
 func (x *ExplainTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1125,7 +1282,7 @@ func (x *ExplainTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainTokenRequest.ProtoReflect.Descriptor instead.
 func (*ExplainTokenRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExplainTokenRequest) GetToken() string {
@@ -1152,7 +1309,7 @@ type ExplainTokenResponse struct {
 
 func (x *ExplainTokenResponse) Reset() {
 	*x = ExplainTokenResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1164,7 +1321,7 @@ func (x *ExplainTokenResponse) String() string {
 func (*ExplainTokenResponse) ProtoMessage() {}
 
 func (x *ExplainTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1177,7 +1334,7 @@ func (x *ExplainTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainTokenResponse.ProtoReflect.Descriptor instead.
 func (*ExplainTokenResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExplainTokenResponse) GetIssuer() string {
@@ -1240,7 +1397,7 @@ type TokenCheck struct {
 
 func (x *TokenCheck) Reset() {
 	*x = TokenCheck{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1252,7 +1409,7 @@ func (x *TokenCheck) String() string {
 func (*TokenCheck) ProtoMessage() {}
 
 func (x *TokenCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1265,7 +1422,7 @@ func (x *TokenCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenCheck.ProtoReflect.Descriptor instead.
 func (*TokenCheck) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *TokenCheck) GetName() string {
@@ -1295,7 +1452,7 @@ type TokenMatch struct {
 
 func (x *TokenMatch) Reset() {
 	*x = TokenMatch{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1307,7 +1464,7 @@ func (x *TokenMatch) String() string {
 func (*TokenMatch) ProtoMessage() {}
 
 func (x *TokenMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1320,7 +1477,7 @@ func (x *TokenMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenMatch.ProtoReflect.Descriptor instead.
 func (*TokenMatch) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TokenMatch) GetEntry() *Entry {
@@ -1359,7 +1516,7 @@ type LintIssuersRequest struct {
 
 func (x *LintIssuersRequest) Reset() {
 	*x = LintIssuersRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1371,7 +1528,7 @@ func (x *LintIssuersRequest) String() string {
 func (*LintIssuersRequest) ProtoMessage() {}
 
 func (x *LintIssuersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1384,7 +1541,7 @@ func (x *LintIssuersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LintIssuersRequest.ProtoReflect.Descriptor instead.
 func (*LintIssuersRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 type LintIssuersResponse struct {
@@ -1397,7 +1554,7 @@ type LintIssuersResponse struct {
 
 func (x *LintIssuersResponse) Reset() {
 	*x = LintIssuersResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1409,7 +1566,7 @@ func (x *LintIssuersResponse) String() string {
 func (*LintIssuersResponse) ProtoMessage() {}
 
 func (x *LintIssuersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1422,7 +1579,7 @@ func (x *LintIssuersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LintIssuersResponse.ProtoReflect.Descriptor instead.
 func (*LintIssuersResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *LintIssuersResponse) GetFindings() []*IssuerFinding {
@@ -1453,7 +1610,7 @@ type IssuerFinding struct {
 
 func (x *IssuerFinding) Reset() {
 	*x = IssuerFinding{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1465,7 +1622,7 @@ func (x *IssuerFinding) String() string {
 func (*IssuerFinding) ProtoMessage() {}
 
 func (x *IssuerFinding) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1478,7 +1635,7 @@ func (x *IssuerFinding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuerFinding.ProtoReflect.Descriptor instead.
 func (*IssuerFinding) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *IssuerFinding) GetIssuer() string {
@@ -1535,10 +1692,22 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\x04data\x18\x01 \x01(\fR\x04data\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x12\n" +
 	"\x04done\x18\x03 \x01(\bR\x04done\"\x18\n" +
-	"\x16ListAuthoritiesRequest\"\x82\x01\n" +
+	"\x16ListAuthoritiesRequest\"\xe7\x01\n" +
 	"\x17ListAuthoritiesResponse\x128\n" +
 	"\vauthorities\x18\x01 \x03(\v2\x16.hallmark.v1.AuthorityR\vauthorities\x12-\n" +
-	"\x04uses\x18\x02 \x03(\v2\x19.hallmark.v1.AuthorityUseR\x04uses\"\xb2\x01\n" +
+	"\x04uses\x18\x02 \x03(\v2\x19.hallmark.v1.AuthorityUseR\x04uses\x120\n" +
+	"\x05roots\x18\x03 \x03(\v2\x1a.hallmark.v1.X509AuthorityR\x05roots\x121\n" +
+	"\bupstream\x18\x04 \x01(\v2\x15.hallmark.v1.UpstreamR\bupstream\"r\n" +
+	"\bUpstream\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x128\n" +
+	"\brequests\x18\x03 \x03(\v2\x1c.hallmark.v1.UpstreamRequestR\brequests\"\xa2\x01\n" +
+	"\x0fUpstreamRequest\x12\x12\n" +
+	"\x04what\x18\x01 \x01(\tR\x04what\x12!\n" +
+	"\fsucceeded_at\x18\x02 \x01(\x03R\vsucceededAt\x12\x18\n" +
+	"\afailure\x18\x03 \x01(\tR\afailure\x12#\n" +
+	"\rfailing_since\x18\x04 \x01(\x03R\ffailingSince\x12\x19\n" +
+	"\bnext_try\x18\x05 \x01(\x03R\anextTry\"\xb2\x01\n" +
 	"\fAuthorityUse\x12\x16\n" +
 	"\x06agents\x18\x01 \x01(\x05R\x06agents\x12)\n" +
 	"\x10connected_agents\x18\x02 \x01(\x05R\x0fconnectedAgents\x12\x1f\n" +
@@ -1643,7 +1812,7 @@ func file_hallmark_v1_admin_proto_rawDescGZIP() []byte {
 	return file_hallmark_v1_admin_proto_rawDescData
 }
 
-var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*GetServerRequest)(nil),          // 0: hallmark.v1.GetServerRequest
 	(*GetServerResponse)(nil),         // 1: hallmark.v1.GetServerResponse
@@ -1651,71 +1820,77 @@ var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*BackupResponse)(nil),            // 3: hallmark.v1.BackupResponse
 	(*ListAuthoritiesRequest)(nil),    // 4: hallmark.v1.ListAuthoritiesRequest
 	(*ListAuthoritiesResponse)(nil),   // 5: hallmark.v1.ListAuthoritiesResponse
-	(*AuthorityUse)(nil),              // 6: hallmark.v1.AuthorityUse
-	(*RotateAuthorityRequest)(nil),    // 7: hallmark.v1.RotateAuthorityRequest
-	(*RotateAuthorityResponse)(nil),   // 8: hallmark.v1.RotateAuthorityResponse
-	(*ListConnectionsRequest)(nil),    // 9: hallmark.v1.ListConnectionsRequest
-	(*ListConnectionsResponse)(nil),   // 10: hallmark.v1.ListConnectionsResponse
-	(*Connection)(nil),                // 11: hallmark.v1.Connection
-	(*AwaitAgentsRequest)(nil),        // 12: hallmark.v1.AwaitAgentsRequest
-	(*AwaitAgentsResponse)(nil),       // 13: hallmark.v1.AwaitAgentsResponse
-	(*GetJoinInfoRequest)(nil),        // 14: hallmark.v1.GetJoinInfoRequest
-	(*GetJoinInfoResponse)(nil),       // 15: hallmark.v1.GetJoinInfoResponse
-	(*ListNodeAttestorsRequest)(nil),  // 16: hallmark.v1.ListNodeAttestorsRequest
-	(*ListNodeAttestorsResponse)(nil), // 17: hallmark.v1.ListNodeAttestorsResponse
-	(*NodeAttestor)(nil),              // 18: hallmark.v1.NodeAttestor
-	(*SelectorForm)(nil),              // 19: hallmark.v1.SelectorForm
-	(*ExplainTokenRequest)(nil),       // 20: hallmark.v1.ExplainTokenRequest
-	(*ExplainTokenResponse)(nil),      // 21: hallmark.v1.ExplainTokenResponse
-	(*TokenCheck)(nil),                // 22: hallmark.v1.TokenCheck
-	(*TokenMatch)(nil),                // 23: hallmark.v1.TokenMatch
-	(*LintIssuersRequest)(nil),        // 24: hallmark.v1.LintIssuersRequest
-	(*LintIssuersResponse)(nil),       // 25: hallmark.v1.LintIssuersResponse
-	(*IssuerFinding)(nil),             // 26: hallmark.v1.IssuerFinding
-	(*Authority)(nil),                 // 27: hallmark.v1.Authority
-	(Authority_Kind)(0),               // 28: hallmark.v1.Authority.Kind
-	(*Selector)(nil),                  // 29: hallmark.v1.Selector
-	(*Entry)(nil),                     // 30: hallmark.v1.Entry
+	(*Upstream)(nil),                  // 6: hallmark.v1.Upstream
+	(*UpstreamRequest)(nil),           // 7: hallmark.v1.UpstreamRequest
+	(*AuthorityUse)(nil),              // 8: hallmark.v1.AuthorityUse
+	(*RotateAuthorityRequest)(nil),    // 9: hallmark.v1.RotateAuthorityRequest
+	(*RotateAuthorityResponse)(nil),   // 10: hallmark.v1.RotateAuthorityResponse
+	(*ListConnectionsRequest)(nil),    // 11: hallmark.v1.ListConnectionsRequest
+	(*ListConnectionsResponse)(nil),   // 12: hallmark.v1.ListConnectionsResponse
+	(*Connection)(nil),                // 13: hallmark.v1.Connection
+	(*AwaitAgentsRequest)(nil),        // 14: hallmark.v1.AwaitAgentsRequest
+	(*AwaitAgentsResponse)(nil),       // 15: hallmark.v1.AwaitAgentsResponse
+	(*GetJoinInfoRequest)(nil),        // 16: hallmark.v1.GetJoinInfoRequest
+	(*GetJoinInfoResponse)(nil),       // 17: hallmark.v1.GetJoinInfoResponse
+	(*ListNodeAttestorsRequest)(nil),  // 18: hallmark.v1.ListNodeAttestorsRequest
+	(*ListNodeAttestorsResponse)(nil), // 19: hallmark.v1.ListNodeAttestorsResponse
+	(*NodeAttestor)(nil),              // 20: hallmark.v1.NodeAttestor
+	(*SelectorForm)(nil),              // 21: hallmark.v1.SelectorForm
+	(*ExplainTokenRequest)(nil),       // 22: hallmark.v1.ExplainTokenRequest
+	(*ExplainTokenResponse)(nil),      // 23: hallmark.v1.ExplainTokenResponse
+	(*TokenCheck)(nil),                // 24: hallmark.v1.TokenCheck
+	(*TokenMatch)(nil),                // 25: hallmark.v1.TokenMatch
+	(*LintIssuersRequest)(nil),        // 26: hallmark.v1.LintIssuersRequest
+	(*LintIssuersResponse)(nil),       // 27: hallmark.v1.LintIssuersResponse
+	(*IssuerFinding)(nil),             // 28: hallmark.v1.IssuerFinding
+	(*Authority)(nil),                 // 29: hallmark.v1.Authority
+	(*X509Authority)(nil),             // 30: hallmark.v1.X509Authority
+	(Authority_Kind)(0),               // 31: hallmark.v1.Authority.Kind
+	(*Selector)(nil),                  // 32: hallmark.v1.Selector
+	(*Entry)(nil),                     // 33: hallmark.v1.Entry
 }
 var file_hallmark_v1_admin_proto_depIdxs = []int32{
-	27, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
-	6,  // 1: hallmark.v1.ListAuthoritiesResponse.uses:type_name -> hallmark.v1.AuthorityUse
-	28, // 2: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
-	27, // 3: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
-	11, // 4: hallmark.v1.ListConnectionsResponse.connections:type_name -> hallmark.v1.Connection
-	18, // 5: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
-	19, // 6: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
-	22, // 7: hallmark.v1.ExplainTokenResponse.checks:type_name -> hallmark.v1.TokenCheck
-	29, // 8: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
-	23, // 9: hallmark.v1.ExplainTokenResponse.matches:type_name -> hallmark.v1.TokenMatch
-	30, // 10: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
-	29, // 11: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
-	26, // 12: hallmark.v1.LintIssuersResponse.findings:type_name -> hallmark.v1.IssuerFinding
-	0,  // 13: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
-	2,  // 14: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
-	4,  // 15: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
-	7,  // 16: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
-	9,  // 17: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
-	12, // 18: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
-	14, // 19: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
-	16, // 20: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
-	20, // 21: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
-	24, // 22: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
-	1,  // 23: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
-	3,  // 24: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
-	5,  // 25: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
-	8,  // 26: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
-	10, // 27: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
-	13, // 28: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
-	15, // 29: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
-	17, // 30: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
-	21, // 31: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
-	25, // 32: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
-	23, // [23:33] is the sub-list for method output_type
-	13, // [13:23] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	29, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
+	8,  // 1: hallmark.v1.ListAuthoritiesResponse.uses:type_name -> hallmark.v1.AuthorityUse
+	30, // 2: hallmark.v1.ListAuthoritiesResponse.roots:type_name -> hallmark.v1.X509Authority
+	6,  // 3: hallmark.v1.ListAuthoritiesResponse.upstream:type_name -> hallmark.v1.Upstream
+	7,  // 4: hallmark.v1.Upstream.requests:type_name -> hallmark.v1.UpstreamRequest
+	31, // 5: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
+	29, // 6: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
+	13, // 7: hallmark.v1.ListConnectionsResponse.connections:type_name -> hallmark.v1.Connection
+	20, // 8: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
+	21, // 9: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
+	24, // 10: hallmark.v1.ExplainTokenResponse.checks:type_name -> hallmark.v1.TokenCheck
+	32, // 11: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
+	25, // 12: hallmark.v1.ExplainTokenResponse.matches:type_name -> hallmark.v1.TokenMatch
+	33, // 13: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
+	32, // 14: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
+	28, // 15: hallmark.v1.LintIssuersResponse.findings:type_name -> hallmark.v1.IssuerFinding
+	0,  // 16: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
+	2,  // 17: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
+	4,  // 18: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
+	9,  // 19: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
+	11, // 20: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
+	14, // 21: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
+	16, // 22: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
+	18, // 23: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
+	22, // 24: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
+	26, // 25: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
+	1,  // 26: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
+	3,  // 27: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
+	5,  // 28: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
+	10, // 29: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
+	12, // 30: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
+	15, // 31: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
+	17, // 32: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
+	19, // 33: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
+	23, // 34: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
+	27, // 35: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
+	26, // [26:36] is the sub-list for method output_type
+	16, // [16:26] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_hallmark_v1_admin_proto_init() }
@@ -1730,7 +1905,7 @@ func file_hallmark_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_admin_proto_rawDesc), len(file_hallmark_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
