@@ -28,15 +28,23 @@ func readiness(asked, running context.Context, st *opened, authorities *authorit
 	for _, kind := range authorities.Kinds() {
 		switch active, _, _ := authorities.State(kind); {
 		case active == nil:
-			return fmt.Errorf("there is no active %v authority", kind)
+			return because(fmt.Errorf("there is no active %v authority", kind), authorities.UpstreamFailure())
 		case !now.Before(active.ExpiresAt):
-			return fmt.Errorf("the active %v authority has expired", kind)
+			return because(fmt.Errorf("the active %v authority has expired", kind), authorities.UpstreamFailure())
 		}
 	}
 	if k, ok := keys.(interface{ Available() error }); ok {
 		return k.Available()
 	}
 	return nil
+}
+
+// because adds to what is wrong that the authority above has failed, if it has.
+func because(wrong, failure error) error {
+	if failure == nil {
+		return wrong
+	}
+	return fmt.Errorf("%w; the upstream authority: %w", wrong, failure)
 }
 
 // readable returns why the store cannot be read, or nil.
@@ -60,6 +68,10 @@ func state(reg *registry.Registry, pushes *feed.Feed, authorities *authority.Aut
 		Revision:      int64(view.Revision()),
 		AgentsBehind:  pushes.Behind(),
 		AuthorityEnds: make(map[string]time.Time),
+	}
+	if kind, _, _ := authorities.UpstreamState(); kind != "" {
+		failing := authorities.UpstreamFailure() != nil
+		s.UpstreamFailing = &failing
 	}
 	for _, kind := range authorities.Kinds() {
 		if active, _, _ := authorities.State(kind); active != nil {

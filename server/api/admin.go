@@ -85,7 +85,34 @@ func (s *adminService) ListAuthorities(context.Context, *hallmarkv1.ListAuthorit
 		resp.Authorities = append(resp.Authorities, rec)
 		resp.Uses = append(resp.Uses, use)
 	}
+	if own := view.Bundle(s.td); own != nil {
+		rec, err := own.Record()
+		if err != nil {
+			return nil, status(err)
+		}
+		resp.Roots = rec.X509Authorities
+	}
+	resp.Upstream = s.upstream()
 	return resp, nil
+}
+
+// upstream says how the authority above is doing; nil: there is none.
+func (s *adminService) upstream() *hallmarkv1.Upstream {
+	kind, address, asked := s.authorities.UpstreamState()
+	if kind == "" {
+		return nil
+	}
+	up := &hallmarkv1.Upstream{Kind: kind, Address: address}
+	for _, q := range asked {
+		r := &hallmarkv1.UpstreamRequest{
+			What: q.What, SucceededAt: timeToWire(q.SucceededAt), FailingSince: timeToWire(q.FailingSince), NextTry: timeToWire(q.NextTry),
+		}
+		if q.Failure != nil {
+			r.Failure = q.Failure.Error()
+		}
+		up.Requests = append(up.Requests, r)
+	}
+	return up
 }
 
 // authorityUses counts the agents that depend on each X.509 authority. Its cost

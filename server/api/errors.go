@@ -67,6 +67,7 @@ func status(err error) error {
 		call     *callError
 		records  *registry.Error
 		issuance *issue.InvalidError
+		above    *authority.UpstreamError
 	)
 	switch {
 	case errors.As(err, &call):
@@ -79,6 +80,8 @@ func status(err error) error {
 		return &callError{code: codes.Unavailable, text: authority.ErrUnavailable.Error()}
 	case errors.Is(err, authority.ErrKeysUnavailable): // the key manager has logged why
 		return &callError{code: codes.Unavailable, text: authority.ErrKeysUnavailable.Error()}
+	case errors.As(err, &above):
+		return &callError{code: codes.Unavailable, text: err.Error()}
 	case errors.Is(err, attestors.ErrUnavailable):
 		return &callError{code: codes.Unavailable, text: attestors.ErrUnavailable.Error()}
 	case errors.Is(err, store.ErrTooLarge):

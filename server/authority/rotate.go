@@ -213,7 +213,7 @@ func (a *Authorities) advance(ctx context.Context, kind registry.AuthorityKind) 
 		} else {
 			_, err = a.activate(ctx, kind, prepared.ID)
 		}
-		if of := (*upstreamError)(nil); errors.As(err, &of) {
+		if of := (*UpstreamError)(nil); errors.As(err, &of) {
 			return a.asked.next(of.what), nil // the others go on
 		}
 		if err != nil {

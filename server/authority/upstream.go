@@ -152,15 +152,15 @@ func (a *Authorities) UpstreamFailure() error {
 	return nil
 }
 
-// upstreamError is a failure of the upstream's, of which the server goes on with
-// what it has.
-type upstreamError struct {
+// UpstreamError is a failure of the upstream's. The server goes on with what it
+// has, and tries again.
+type UpstreamError struct {
 	what string
 	err  error
 }
 
-func (e *upstreamError) Error() string { return e.err.Error() }
-func (e *upstreamError) Unwrap() error { return e.err }
+func (e *UpstreamError) Error() string { return e.err.Error() }
+func (e *UpstreamError) Unwrap() error { return e.err }
 
 // ask asks the upstream, within a time, and notes how that ends.
 func (a *Authorities) ask(ctx context.Context, what string, question func(context.Context) error) error {
@@ -180,7 +180,7 @@ func (a *Authorities) ask(ctx context.Context, what string, question func(contex
 	if was == nil || was.Error() != err.Error() {
 		a.log.Warn("the upstream authority failed; the server goes on with what it has", "upstream", kind, "asked_to", what, "error", err, "next_try", next)
 	}
-	return &upstreamError{what, fmt.Errorf("the upstream authority (%s): %w", kind, err)}
+	return &UpstreamError{what, fmt.Errorf("the upstream authority (%s): %w", kind, err)}
 }
 
 // failure returns the failure that a request had last.
@@ -443,7 +443,7 @@ func (a *Authorities) runFollow(ctx context.Context) error {
 				return ctx.Err()
 			}
 			wait = max(a.asked.next(askBundle).Sub(a.now()), minFollow)
-			var of *upstreamError
+			var of *UpstreamError
 			if !errors.As(err, &of) {
 				wait = retryWait
 				a.log.Error("cannot follow the upstream authority; will try again", "error", err, "in", wait)

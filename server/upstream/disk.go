@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/hallmark-id/hallmark/attestors/pemfile"
+	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/server/authority"
 )
 
@@ -119,6 +120,21 @@ func parseKey(data []byte) (crypto.Signer, error) {
 		}
 		return signer, nil
 	}
+}
+
+// Bundle implements [authority.Follower]: the root that is in the file now.
+func (d *disk) Bundle(context.Context) (*bundle.Bundle, bool, error) {
+	chain, _, err := d.load()
+	if err != nil {
+		return nil, false, err
+	}
+	b := &bundle.Bundle{}
+	for _, c := range chain {
+		if c.CheckSignatureFrom(c) == nil {
+			b.X509Authorities = append(b.X509Authorities, bundle.X509Authority{Certificate: c})
+		}
+	}
+	return b, false, nil
 }
 
 // Sign implements [authority.Upstream].
