@@ -9,8 +9,8 @@ import (
 	"strings"
 	"time"
 
-	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	"github.com/spf13/cobra"
+	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 )
