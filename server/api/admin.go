@@ -152,6 +152,9 @@ const (
 	// yet. Agents hand the bundle on to their workloads, which take it in some
 	// milliseconds later, if they are not busy.
 	rotateSettle = time.Second
+	// nestedLevels is how many servers a new authority passes, from one to the
+	// next, until all of a nested trust domain know it.
+	nestedLevels = 3
 )
 
 // RotateAuthority replaces the authority that signs by a new one, once every
@@ -182,7 +185,7 @@ func (s *adminService) RotateAuthority(ctx context.Context, req *hallmarkv1.Rota
 	case err != nil:
 		return nil, callErrorf(codes.DeadlineExceeded, "the new %s authority %s is prepared but does not sign: after %v, %v", kind, prepared.ID, wait, err)
 	}
-	settled := time.NewTimer(rotateSettle)
+	settled := time.NewTimer(s.settle(s.registry.View()))
 	defer settled.Stop()
 	select {
 	case <-settled.C:
@@ -198,6 +201,19 @@ func (s *adminService) RotateAuthority(ctx context.Context, req *hallmarkv1.Rota
 		return nil, status(err)
 	}
 	return &hallmarkv1.RotateAuthorityResponse{Activated: rec, Agents: int32(agents)}, nil
+}
+
+// settle is how long an authority that every agent of this server knows does not
+// sign yet. With servers above or below in the trust domain, it is until they
+// have followed, some levels of them.
+func (s *adminService) settle(view *registry.View) time.Duration {
+	nested := s.authorities.Publishes()
+	for e := range view.Entries("") {
+		if nested = nested || e.Downstream; nested {
+			return rotateSettle + nestedLevels*s.authorities.FollowWait()
+		}
+	}
+	return rotateSettle
 }
 
 // ListNodeAttestors says what each way to attest nodes is worth.

@@ -423,9 +423,16 @@ func (a *Authorities) changeRoot(ctx context.Context, id, verb string, change fu
 	return nil
 }
 
-// followWait is how long to wait before the upstream is asked again what is to be
-// trusted.
-func (a *Authorities) followWait() time.Duration {
+// Publishes reports whether there is an upstream that publishes this server's
+// authorities to the whole trust domain.
+func (a *Authorities) Publishes() bool {
+	_, ok := a.upstream.(Publisher)
+	return ok
+}
+
+// FollowWait is how long a server waits before it asks its upstream again what is
+// to be trusted, if its authorities live as long as this one's.
+func (a *Authorities) FollowWait() time.Duration {
 	wait := followEvery
 	for _, kind := range a.kinds {
 		wait = min(wait, a.plans[kind].lifetime/followPart)
@@ -437,7 +444,7 @@ func (a *Authorities) followWait() time.Duration {
 // ends. It always returns an error, the context's.
 func (a *Authorities) runFollow(ctx context.Context) error {
 	for {
-		wait := a.followWait()
+		wait := a.FollowWait()
 		if err := a.Follow(ctx); err != nil {
 			if ctx.Err() != nil {
 				return ctx.Err()
