@@ -49,6 +49,9 @@ func verifyIssued(td spiffeid.TrustDomain, signer crypto.Signer, chain, roots []
 	if err := checkOwn(td, signer.Public(), own, now); err != nil {
 		return nil, nil, err
 	}
+	if slices.ContainsFunc(roots, own.Equal) {
+		return nil, nil, errors.New("it returned the new authority's certificate among the roots")
+	}
 	for len(chain) > 1 { // some have the root at its end
 		last := chain[len(chain)-1]
 		if !slices.ContainsFunc(roots, last.Equal) && last.CheckSignatureFrom(last) != nil {
