@@ -417,7 +417,7 @@ func (a *Authorities) changeRoot(ctx context.Context, id, verb string, change fu
 		return none, change(own, is)
 	})
 	if err != nil {
-		return fmt.Errorf("%s upstream authority: %w", verb, err)
+		return err
 	}
 	a.log.Info("upstream authority "+map[string]string{"taint": "tainted", "revoke": "revoked"}[verb], "subject_key_id", id)
 	return nil

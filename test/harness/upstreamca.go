@@ -6,7 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/sha1" //nolint:gosec // what services derive key identifiers with
+	"crypto/sha1" // what services derive key identifiers with
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/json"
