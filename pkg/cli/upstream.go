@@ -198,7 +198,9 @@ func (a *app) endUpstream(ctx context.Context, e ending, c *admin, id string, ye
 	defer cancel()
 	s := localauthorityv1.NewLocalAuthorityClient(c)
 	var err error
+	done := "is tainted: agents replace what leads to it."
 	if e.use == "revoke" {
+		done = "is revoked: what leads to it verifies no more."
 		_, err = s.RevokeX509UpstreamAuthority(ctx, &localauthorityv1.RevokeX509UpstreamAuthorityRequest{SubjectKeyId: id})
 	} else {
 		_, err = s.TaintX509UpstreamAuthority(ctx, &localauthorityv1.TaintX509UpstreamAuthorityRequest{SubjectKeyId: id})
@@ -206,5 +208,5 @@ func (a *app) endUpstream(ctx context.Context, e ending, c *admin, id string, ye
 	if err != nil {
 		return rpcError(e.use+" the upstream's root "+id, err)
 	}
-	return a.printChange("upstream", e.state, &authorityState{AuthorityId: id}, e.done)
+	return a.printChange("upstream", e.state, &authorityState{AuthorityId: id}, done)
 }

@@ -554,7 +554,11 @@ func (a *Authorities) escape(ctx context.Context, b *bundle.Bundle) error {
 // merge makes what an upstream trusts part of a bundle. Marks that are held back
 // are not made yet.
 func (a *Authorities) merge(own, b *bundle.Bundle, whole, held bool, all []*registry.Authority, now time.Time) {
+	end := now.Add(-pruneAfter) // what has ended is pruned here, however long it stays above
 	for _, x := range b.X509Authorities {
+		if x.Certificate.NotAfter.Before(end) {
+			continue
+		}
 		i := slices.IndexFunc(own.X509Authorities, func(y bundle.X509Authority) bool { return y.Certificate.Equal(x.Certificate) })
 		if i < 0 {
 			own.X509Authorities = append(own.X509Authorities, bundle.X509Authority{Certificate: x.Certificate, Upstream: true})
@@ -571,11 +575,11 @@ func (a *Authorities) merge(own, b *bundle.Bundle, whole, held bool, all []*regi
 	own.X509Authorities = slices.DeleteFunc(own.X509Authorities, func(x bundle.X509Authority) bool {
 		return x.Upstream && !slices.ContainsFunc(a.roots, x.Certificate.Equal)
 	})
-	mergeKeys(&own.JWTAuthorities, b.JWTAuthorities, own)
-	mergeKeys(&own.WITAuthorities, b.WITAuthorities, own)
+	mergeKeys(&own.JWTAuthorities, b.JWTAuthorities, own, end)
+	mergeKeys(&own.WITAuthorities, b.WITAuthorities, own, end)
 }
 
-func mergeKeys(keys *[]bundle.JWTAuthority, above []bundle.JWTAuthority, own *bundle.Bundle) {
+func mergeKeys(keys *[]bundle.JWTAuthority, above []bundle.JWTAuthority, own *bundle.Bundle, end time.Time) {
 	*keys = slices.DeleteFunc(*keys, func(k bundle.JWTAuthority) bool {
 		return k.Upstream && !slices.ContainsFunc(above, func(x bundle.JWTAuthority) bool { return x.KeyID == k.KeyID && sameKey(x.PublicKey, k.PublicKey) })
 	})
@@ -584,6 +588,7 @@ func mergeKeys(keys *[]bundle.JWTAuthority, above []bundle.JWTAuthority, own *bu
 		switch {
 		case i >= 0:
 			(*keys)[i].Tainted = (*keys)[i].Tainted || x.Tainted && sameKey(x.PublicKey, (*keys)[i].PublicKey)
+		case !x.ExpiresAt.IsZero() && x.ExpiresAt.Before(end):
 		case !own.HasKeyID(x.KeyID): // WIT-SVID §6.1: one key by that name
 			x.Upstream = true
 			*keys = append(*keys, x)

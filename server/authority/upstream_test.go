@@ -348,6 +348,21 @@ func TestUpstream_JWTAuthoritiesReachTheServerAboveBeforeTheySign(t *testing.T) 
 	if err := a.Follow(t.Context()); err != nil || w.bundle().JWTKey("sibling") == nil || w.bundle().JWTKey(j.ID) == nil {
 		t.Errorf("the bundle is %v, %v", w.bundle(), err)
 	}
+	// What has ended stays above for a while, but does not come back here again
+	// and again.
+	u.set(func() {
+		u.tells.JWTAuthorities = append(u.tells.JWTAuthorities, bundle.JWTAuthority{KeyID: "ended", PublicKey: newCA(t, w, "x", nil).key.Public(), ExpiresAt: w.time().Add(-time.Hour)})
+	})
+	before := w.bundle().SequenceNumber
+	for range 3 {
+		if err := a.Follow(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		w.rotate(a)
+	}
+	if b := w.bundle(); b.JWTKey("ended") != nil || b.SequenceNumber != before {
+		t.Errorf("a key that has ended: %v; the bundle has changed %d times", b.JWTKey("ended"), b.SequenceNumber-before)
+	}
 	// One of a server below goes up, and stays only as long as it is there.
 	forwarded := bundle.JWTAuthority{KeyID: "below", PublicKey: newCA(t, w, "x", nil).key.Public()}
 	err = a.Forward(t.Context(), registry.JWT, forwarded, func(k bundle.JWTAuthority) error {
