@@ -156,7 +156,7 @@ func (c *StepCAJWK) load() (*jose.JSONWebKey, error) {
 		if err != nil {
 			return nil, err
 		}
-		sealed, err := jose.ParseEncrypted(strings.TrimSpace(string(data)),
+		sealed, err := jose.ParseEncryptedCompact(strings.TrimSpace(string(data)),
 			[]jose.KeyAlgorithm{jose.PBES2_HS256_A128KW, jose.PBES2_HS384_A192KW, jose.PBES2_HS512_A256KW},
 			[]jose.ContentEncryption{jose.A128GCM, jose.A256GCM, jose.A128CBC_HS256, jose.A256CBC_HS512})
 		if err != nil {
