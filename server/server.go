@@ -122,7 +122,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	if err != nil {
 		return fmt.Errorf("open the registry: %w", err)
 	}
-	keys, err := s.openKeys(log)
+	keys, err := s.openKeys(name, log)
 	if err != nil {
 		return err
 	}
