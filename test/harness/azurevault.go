@@ -14,6 +14,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 )
 
 var azureKeyName = regexp.MustCompile(`^[0-9a-zA-Z-]{1,127}$`)
@@ -40,8 +43,8 @@ func (a *Azure) Identity(t testing.TB) http.Handler {
 	})
 }
 
-// Vault is an Azure Key Vault. Requests must have the token that [Azure.Identity]
-// gave last.
+// Vault is an Azure Key Vault. Requests must have a token of the machine's identity
+// that is for vaults.
 func (a *Azure) Vault(ring *KeyRing) http.Handler {
 	b64 := base64.RawURLEncoding.EncodeToString
 	mux := http.NewServeMux()
@@ -151,11 +154,12 @@ func (a *Azure) Vault(ring *KeyRing) http.Handler {
 		reply(w, out)
 	})
 	return ring.serve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		a.mu.Lock()
-		issued := a.issued
-		a.mu.Unlock()
-		switch token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer "); {
-		case !ok || token == "" || token != issued:
+		text, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+		var claims jwt.Claims
+		token, err := jwt.ParseSigned(text, []jose.SignatureAlgorithm{jose.RS256})
+		switch {
+		case err != nil || token.Claims(a.RootKey.Public(), &claims) != nil ||
+			claims.Validate(jwt.Expected{AnyAudience: []string{"https://vault.azure.net"}, Time: time.Now()}) != nil:
 			refuse(w, http.StatusUnauthorized, "Unauthorized")
 		case r.FormValue("api-version") != "7.4":
 			refuse(w, http.StatusBadRequest, "BadParameter")
