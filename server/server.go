@@ -176,7 +176,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 			below.Go(func() error { return s.serveOIDCIssuer(base, *relied, reg) })
 		}
 		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities) })
-		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities, keys) })
+		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities) })
 		if st.shared != nil {
 			self := s.announced(name, tcp)
 			tell := func(list []etcd.Server) { pushes.SetServers(addresses(list)) }

@@ -307,3 +307,12 @@ func (a *Authorities) Run(ctx context.Context) error {
 		}
 	}
 }
+
+// KeysAvailable returns why the key manager cannot be used now, or nil. It does
+// not wait.
+func (a *Authorities) KeysAvailable() error {
+	if k, ok := a.keys.(interface{ Available() error }); ok {
+		return k.Available()
+	}
+	return nil
+}
