@@ -473,6 +473,9 @@ func TestEveryKeyManager_AnswersThatAreNoneAreErrors(t *testing.T) {
 			"elsewhere": func(w http.ResponseWriter, r *http.Request) {
 				http.Redirect(w, r, "http://127.0.0.1:1/steal", http.StatusTemporaryRedirect)
 			},
+			"bad request": func(w http.ResponseWriter, _ *http.Request) {
+				http.Error(w, `{"error":"no","__type":"ValidationException"}`, http.StatusBadRequest)
+			},
 			"forbidden": func(w http.ResponseWriter, _ *http.Request) { http.Error(w, `{"error":"no"}`, http.StatusForbidden) },
 			"broken off": func(w http.ResponseWriter, _ *http.Request) {
 				w.Header().Set("Content-Length", "100")

@@ -25,8 +25,6 @@ const (
 	awsPage     = 100 // aliases of one answer, the most
 	awsMaxPages = 500
 	awsPending  = 7 // days until a deleted key is gone, the least
-	// maxCloudAnswer bounds an answer of a cloud's, in bytes: a page of a list.
-	maxCloudAnswer = 1 << 20
 )
 
 var awsRegion = regexp.MustCompile(`^[a-z]{2,4}(-[a-z]+)+-[0-9]{1,2}$`)
@@ -247,11 +245,15 @@ func (a *awsKMS) list(ctx context.Context) (keys []Key, err error) {
 	return nil, fmt.Errorf("the account has more than %d aliases", awsMaxPages*awsPage)
 }
 
-// gone makes of "there is no such key", where one was there, an error that it is:
-// a key that is held does not become another.
+// gone makes errors of a signature's those of a service that cannot be used: a key
+// that was there is there no more, or does not sign.
 func gone(err error) error {
-	if errors.Is(err, apiv1.NotFoundError{}) {
+	var refused refusal
+	switch {
+	case errors.Is(err, apiv1.NotFoundError{}):
 		return errors.New("the key is gone from it")
+	case errors.As(err, &refused):
+		return fmt.Errorf("it refuses to sign: %w", refused.error)
 	}
 	return err
 }

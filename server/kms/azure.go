@@ -6,7 +6,6 @@ import (
 	"crypto/elliptic"
 	"crypto/rsa"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/big"
@@ -19,7 +18,6 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
-	"go.step.sm/crypto/kms/apiv1"
 	"golang.org/x/crypto/cryptobyte"
 	"golang.org/x/crypto/cryptobyte/asn1"
 
@@ -96,29 +94,7 @@ func (a *azureKMS) ask(ctx context.Context, method, where string, in, out any) e
 		text, _, _ := strings.Cut(err.Error(), "\n") // the rest is a trace of HTTP
 		return fmt.Errorf("token of Azure: %s", clip(text, 300))
 	}
-	q := cloud.Question{Method: method, URL: where, Most: maxCloudAnswer, Header: map[string]string{"Authorization": "Bearer " + token.Token}}
-	if in != nil {
-		body, err := json.Marshal(in)
-		if err != nil {
-			return err
-		}
-		q.Body, q.Header["Content-Type"] = string(body), "application/json"
-	}
-	answer, err := a.api.Do(ctx, q)
-	var status *cloud.StatusError
-	switch {
-	case errors.As(err, &status) && status.Code == http.StatusNotFound:
-		return apiv1.NotFoundError{Message: "no such key"}
-	case errors.As(err, &status) && status.Code == http.StatusConflict:
-		return apiv1.AlreadyExistsError{Message: "there is such a key, or was one until a while ago"}
-	case errors.As(err, &status) && status.Code == http.StatusBadRequest:
-		return refusal{err}
-	case err != nil:
-		return err
-	case json.Unmarshal(answer.Body, out) != nil:
-		return errors.New("it answered with something else than was asked")
-	}
-	return nil
+	return askWithToken(ctx, a.api, method, where, token.Token, in, out)
 }
 
 func (a *azureKMS) create(ctx context.Context, name string, t keyType) error {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/base64"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -96,29 +95,7 @@ func (g *googleKMS) ask(ctx context.Context, method, where string, in, out any) 
 		}
 		return fmt.Errorf("token of Google Cloud: %w", err)
 	}
-	q := cloud.Question{Method: method, URL: where, Most: maxCloudAnswer, Header: map[string]string{"Authorization": "Bearer " + token.AccessToken}}
-	if in != nil {
-		body, err := json.Marshal(in)
-		if err != nil {
-			return err
-		}
-		q.Body, q.Header["Content-Type"] = string(body), "application/json"
-	}
-	answer, err := g.api.Do(ctx, q)
-	var status *cloud.StatusError
-	switch {
-	case errors.As(err, &status) && status.Code == http.StatusNotFound:
-		return apiv1.NotFoundError{Message: "no such key"}
-	case errors.As(err, &status) && status.Code == http.StatusConflict:
-		return apiv1.AlreadyExistsError{Message: "there is such a key"}
-	case errors.As(err, &status) && status.Code == http.StatusBadRequest:
-		return refusal{err}
-	case err != nil:
-		return err
-	case json.Unmarshal(answer.Body, out) != nil:
-		return errors.New("it answered with something else than was asked")
-	}
-	return nil
+	return askWithToken(ctx, g.api, method, where, token.AccessToken, in, out)
 }
 
 // googleVersion is what the service says of a version.

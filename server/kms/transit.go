@@ -166,7 +166,7 @@ func (t *transitKMS) ask(ctx context.Context, method, path string, in, out any) 
 		Data any `json:"data"`
 	}{out}
 	if json.Unmarshal(answer.Body, &whole) != nil {
-		return errors.New("it answered with something else than was asked")
+		return errNoAnswer
 	}
 	return nil
 }
