@@ -140,6 +140,8 @@ var seenByValidateOnly = map[string]bool{
 	"server lifetime of nothing": true, "server fraction of a second": true, "server SVID outlives authority": true,
 	"server authority for a century": true, "server foreign admin": true, "server malformed admin": true,
 	"server limit below zero": true, "server unknown variable": true,
+	"server key manager of another name": true, "server key manager without a region": true, "server key manager with a token in it": true,
+	"server key manager in plain HTTP": true, "server key manager with a wrong attribute": true,
 	"server HTTP challenges of any name": true, "server HTTP challenges again at any port": true, "agent HTTP challenge of an address": true,
 	"server plugin without checksum": true, "server plugin with the name of a built-in attestor": true,
 	"agent plugin by a relative path": true, "agent two plugins for one node": true,
