@@ -124,11 +124,6 @@ func verify(public crypto.PublicKey, hash crypto.Hash, digest, signature []byte)
 	return nil
 }
 
-func sameKey(a, b crypto.PublicKey) bool {
-	k, ok := a.(interface{ Equal(crypto.PublicKey) bool })
-	return ok && k.Equal(b)
-}
-
 // owner is whose the keys are: one server of one trust domain. Others may have
 // keys in the same place.
 type owner struct{ trustDomain, server string }

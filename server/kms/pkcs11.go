@@ -286,3 +286,8 @@ func (s *pkcs11Signer) find(t *pkcs11.PKCS11) (crypto.Signer, error) {
 	}
 	return s.held, nil
 }
+
+func sameKey(a, b crypto.PublicKey) bool {
+	k, ok := a.(interface{ Equal(crypto.PublicKey) bool })
+	return ok && k.Equal(b)
+}
