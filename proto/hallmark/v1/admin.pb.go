@@ -1516,6 +1516,539 @@ func (x *IssuerFinding) GetRemedy() string {
 	return ""
 }
 
+type RevokeSVIDsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What to revoke. Of a serial number without an authority, this server looks
+	// for what it has issued. Times, and those of certificates whose end is not
+	// known, are the server's to set.
+	Revocations   []*Revocation `protobuf:"bytes,1,rep,name=revocations,proto3" json:"revocations,omitempty"`
+	Wait          int32         `protobuf:"varint,2,opt,name=wait,proto3" json:"wait,omitempty"` // how long at most, in seconds; 0 means 10
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeSVIDsRequest) Reset() {
+	*x = RevokeSVIDsRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeSVIDsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeSVIDsRequest) ProtoMessage() {}
+
+func (x *RevokeSVIDsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeSVIDsRequest.ProtoReflect.Descriptor instead.
+func (*RevokeSVIDsRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *RevokeSVIDsRequest) GetRevocations() []*Revocation {
+	if x != nil {
+		return x.Revocations
+	}
+	return nil
+}
+
+func (x *RevokeSVIDsRequest) GetWait() int32 {
+	if x != nil {
+		return x.Wait
+	}
+	return 0
+}
+
+type RevokeSVIDsResponse struct {
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	Revision            int64                  `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Authorities         []*RevocationCoverage  `protobuf:"bytes,2,rep,name=authorities,proto3" json:"authorities,omitempty"`                                             // that may have signed what is revoked
+	Agents              int32                  `protobuf:"varint,3,opt,name=agents,proto3" json:"agents,omitempty"`                                                      // of this server that have the CRLs
+	AgentsMissing       bool                   `protobuf:"varint,4,opt,name=agents_missing,json=agentsMissing,proto3" json:"agents_missing,omitempty"`                   // others did not acknowledge in time
+	ElapsedMicroseconds int64                  `protobuf:"varint,5,opt,name=elapsed_microseconds,json=elapsedMicroseconds,proto3" json:"elapsed_microseconds,omitempty"` // from the call to the last acknowledgement
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *RevokeSVIDsResponse) Reset() {
+	*x = RevokeSVIDsResponse{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeSVIDsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeSVIDsResponse) ProtoMessage() {}
+
+func (x *RevokeSVIDsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeSVIDsResponse.ProtoReflect.Descriptor instead.
+func (*RevokeSVIDsResponse) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *RevokeSVIDsResponse) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *RevokeSVIDsResponse) GetAuthorities() []*RevocationCoverage {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+func (x *RevokeSVIDsResponse) GetAgents() int32 {
+	if x != nil {
+		return x.Agents
+	}
+	return 0
+}
+
+func (x *RevokeSVIDsResponse) GetAgentsMissing() bool {
+	if x != nil {
+		return x.AgentsMissing
+	}
+	return false
+}
+
+func (x *RevokeSVIDsResponse) GetElapsedMicroseconds() int64 {
+	if x != nil {
+		return x.ElapsedMicroseconds
+	}
+	return 0
+}
+
+// RevocationCoverage says whether an authority's CRL has what was revoked.
+type RevocationCoverage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AuthorityId   string                 `protobuf:"bytes,1,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	Server        string                 `protobuf:"bytes,2,opt,name=server,proto3" json:"server,omitempty"`
+	Covered       bool                   `protobuf:"varint,3,opt,name=covered,proto3" json:"covered,omitempty"`                      // its CRL has all that concerns it
+	CrlNumber     uint64                 `protobuf:"varint,4,opt,name=crl_number,json=crlNumber,proto3" json:"crl_number,omitempty"` // 0: it has none, as nothing of it is revoked
+	Revoked       int32                  `protobuf:"varint,5,opt,name=revoked,proto3" json:"revoked,omitempty"`                      // certificates in its CRL
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevocationCoverage) Reset() {
+	*x = RevocationCoverage{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevocationCoverage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevocationCoverage) ProtoMessage() {}
+
+func (x *RevocationCoverage) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevocationCoverage.ProtoReflect.Descriptor instead.
+func (*RevocationCoverage) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *RevocationCoverage) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *RevocationCoverage) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+func (x *RevocationCoverage) GetCovered() bool {
+	if x != nil {
+		return x.Covered
+	}
+	return false
+}
+
+func (x *RevocationCoverage) GetCrlNumber() uint64 {
+	if x != nil {
+		return x.CrlNumber
+	}
+	return 0
+}
+
+func (x *RevocationCoverage) GetRevoked() int32 {
+	if x != nil {
+		return x.Revoked
+	}
+	return 0
+}
+
+type ListSVIDsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId      string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`             // only of this ID
+	NodeId        string                 `protobuf:"bytes,2,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`                   // only of this agent and through it
+	SerialNumber  string                 `protobuf:"bytes,3,opt,name=serial_number,json=serialNumber,proto3" json:"serial_number,omitempty"` // decimal; only this one
+	Limit         int32                  `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"`                                  // 0 means 1000; the most is 10000
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSVIDsRequest) Reset() {
+	*x = ListSVIDsRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSVIDsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSVIDsRequest) ProtoMessage() {}
+
+func (x *ListSVIDsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSVIDsRequest.ProtoReflect.Descriptor instead.
+func (*ListSVIDsRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *ListSVIDsRequest) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *ListSVIDsRequest) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *ListSVIDsRequest) GetSerialNumber() string {
+	if x != nil {
+		return x.SerialNumber
+	}
+	return ""
+}
+
+func (x *ListSVIDsRequest) GetLimit() int32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type ListSVIDsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Svids         []*IssuedSVID          `protobuf:"bytes,1,rep,name=svids,proto3" json:"svids,omitempty"`  // the newest first
+	Total         int64                  `protobuf:"varint,2,opt,name=total,proto3" json:"total,omitempty"` // that match
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSVIDsResponse) Reset() {
+	*x = ListSVIDsResponse{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSVIDsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSVIDsResponse) ProtoMessage() {}
+
+func (x *ListSVIDsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSVIDsResponse.ProtoReflect.Descriptor instead.
+func (*ListSVIDsResponse) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *ListSVIDsResponse) GetSvids() []*IssuedSVID {
+	if x != nil {
+		return x.Svids
+	}
+	return nil
+}
+
+func (x *ListSVIDsResponse) GetTotal() int64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+// IssuedSVID is what is kept of an SVID that was issued.
+type IssuedSVID struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"` // "x509" or "jwt"
+	SpiffeId      string                 `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	NodeId        string                 `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"` // the agent that asked for it; empty: none
+	AuthorityId   string                 `protobuf:"bytes,4,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	SerialNumber  string                 `protobuf:"bytes,5,opt,name=serial_number,json=serialNumber,proto3" json:"serial_number,omitempty"` // X.509: decimal
+	StatusList    string                 `protobuf:"bytes,6,opt,name=status_list,json=statusList,proto3" json:"status_list,omitempty"`       // JWT: the name of its status list
+	StatusIndex   int64                  `protobuf:"varint,7,opt,name=status_index,json=statusIndex,proto3" json:"status_index,omitempty"`
+	IssuedAt      int64                  `protobuf:"varint,8,opt,name=issued_at,json=issuedAt,proto3" json:"issued_at,omitempty"`    // Unix seconds
+	ExpiresAt     int64                  `protobuf:"varint,9,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"` // Unix seconds
+	Revoked       bool                   `protobuf:"varint,10,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssuedSVID) Reset() {
+	*x = IssuedSVID{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssuedSVID) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssuedSVID) ProtoMessage() {}
+
+func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssuedSVID.ProtoReflect.Descriptor instead.
+func (*IssuedSVID) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *IssuedSVID) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *IssuedSVID) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *IssuedSVID) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *IssuedSVID) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *IssuedSVID) GetSerialNumber() string {
+	if x != nil {
+		return x.SerialNumber
+	}
+	return ""
+}
+
+func (x *IssuedSVID) GetStatusList() string {
+	if x != nil {
+		return x.StatusList
+	}
+	return ""
+}
+
+func (x *IssuedSVID) GetStatusIndex() int64 {
+	if x != nil {
+		return x.StatusIndex
+	}
+	return 0
+}
+
+func (x *IssuedSVID) GetIssuedAt() int64 {
+	if x != nil {
+		return x.IssuedAt
+	}
+	return 0
+}
+
+func (x *IssuedSVID) GetExpiresAt() int64 {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return 0
+}
+
+func (x *IssuedSVID) GetRevoked() bool {
+	if x != nil {
+		return x.Revoked
+	}
+	return false
+}
+
+type ListRevocationsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRevocationsRequest) Reset() {
+	*x = ListRevocationsRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRevocationsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRevocationsRequest) ProtoMessage() {}
+
+func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRevocationsRequest.ProtoReflect.Descriptor instead.
+func (*ListRevocationsRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{33}
+}
+
+type ListRevocationsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revocations   []*Revocation          `protobuf:"bytes,1,rep,name=revocations,proto3" json:"revocations,omitempty"` // the newest first
+	Authorities   []*RevocationCoverage  `protobuf:"bytes,2,rep,name=authorities,proto3" json:"authorities,omitempty"` // all that may have live SVIDs; covered: all revocations
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRevocationsResponse) Reset() {
+	*x = ListRevocationsResponse{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRevocationsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRevocationsResponse) ProtoMessage() {}
+
+func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRevocationsResponse.ProtoReflect.Descriptor instead.
+func (*ListRevocationsResponse) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ListRevocationsResponse) GetRevocations() []*Revocation {
+	if x != nil {
+		return x.Revocations
+	}
+	return nil
+}
+
+func (x *ListRevocationsResponse) GetAuthorities() []*RevocationCoverage {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
 var File_hallmark_v1_admin_proto protoreflect.FileDescriptor
 
 const file_hallmark_v1_admin_proto_rawDesc = "" +
@@ -1618,7 +2151,50 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\bentry_id\x18\x02 \x01(\tR\aentryId\x12\x1b\n" +
 	"\tspiffe_id\x18\x03 \x01(\tR\bspiffeId\x12\x12\n" +
 	"\x04says\x18\x04 \x01(\tR\x04says\x12\x16\n" +
-	"\x06remedy\x18\x05 \x01(\tR\x06remedy2\xe8\x06\n" +
+	"\x06remedy\x18\x05 \x01(\tR\x06remedy\"c\n" +
+	"\x12RevokeSVIDsRequest\x129\n" +
+	"\vrevocations\x18\x01 \x03(\v2\x17.hallmark.v1.RevocationR\vrevocations\x12\x12\n" +
+	"\x04wait\x18\x02 \x01(\x05R\x04wait\"\xe6\x01\n" +
+	"\x13RevokeSVIDsResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x03R\brevision\x12A\n" +
+	"\vauthorities\x18\x02 \x03(\v2\x1f.hallmark.v1.RevocationCoverageR\vauthorities\x12\x16\n" +
+	"\x06agents\x18\x03 \x01(\x05R\x06agents\x12%\n" +
+	"\x0eagents_missing\x18\x04 \x01(\bR\ragentsMissing\x121\n" +
+	"\x14elapsed_microseconds\x18\x05 \x01(\x03R\x13elapsedMicroseconds\"\xa2\x01\n" +
+	"\x12RevocationCoverage\x12!\n" +
+	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x16\n" +
+	"\x06server\x18\x02 \x01(\tR\x06server\x12\x18\n" +
+	"\acovered\x18\x03 \x01(\bR\acovered\x12\x1d\n" +
+	"\n" +
+	"crl_number\x18\x04 \x01(\x04R\tcrlNumber\x12\x18\n" +
+	"\arevoked\x18\x05 \x01(\x05R\arevoked\"\x83\x01\n" +
+	"\x10ListSVIDsRequest\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x17\n" +
+	"\anode_id\x18\x02 \x01(\tR\x06nodeId\x12#\n" +
+	"\rserial_number\x18\x03 \x01(\tR\fserialNumber\x12\x14\n" +
+	"\x05limit\x18\x04 \x01(\x05R\x05limit\"X\n" +
+	"\x11ListSVIDsResponse\x12-\n" +
+	"\x05svids\x18\x01 \x03(\v2\x17.hallmark.v1.IssuedSVIDR\x05svids\x12\x14\n" +
+	"\x05total\x18\x02 \x01(\x03R\x05total\"\xb8\x02\n" +
+	"\n" +
+	"IssuedSVID\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1b\n" +
+	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x17\n" +
+	"\anode_id\x18\x03 \x01(\tR\x06nodeId\x12!\n" +
+	"\fauthority_id\x18\x04 \x01(\tR\vauthorityId\x12#\n" +
+	"\rserial_number\x18\x05 \x01(\tR\fserialNumber\x12\x1f\n" +
+	"\vstatus_list\x18\x06 \x01(\tR\n" +
+	"statusList\x12!\n" +
+	"\fstatus_index\x18\a \x01(\x03R\vstatusIndex\x12\x1b\n" +
+	"\tissued_at\x18\b \x01(\x03R\bissuedAt\x12\x1d\n" +
+	"\n" +
+	"expires_at\x18\t \x01(\x03R\texpiresAt\x12\x18\n" +
+	"\arevoked\x18\n" +
+	" \x01(\bR\arevoked\"\x18\n" +
+	"\x16ListRevocationsRequest\"\x97\x01\n" +
+	"\x17ListRevocationsResponse\x129\n" +
+	"\vrevocations\x18\x01 \x03(\v2\x17.hallmark.v1.RevocationR\vrevocations\x12A\n" +
+	"\vauthorities\x18\x02 \x03(\v2\x1f.hallmark.v1.RevocationCoverageR\vauthorities2\xe4\b\n" +
 	"\fAdminService\x12J\n" +
 	"\tGetServer\x12\x1d.hallmark.v1.GetServerRequest\x1a\x1e.hallmark.v1.GetServerResponse\x12C\n" +
 	"\x06Backup\x12\x1a.hallmark.v1.BackupRequest\x1a\x1b.hallmark.v1.BackupResponse0\x01\x12\\\n" +
@@ -1629,7 +2205,10 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\vGetJoinInfo\x12\x1f.hallmark.v1.GetJoinInfoRequest\x1a .hallmark.v1.GetJoinInfoResponse\x12b\n" +
 	"\x11ListNodeAttestors\x12%.hallmark.v1.ListNodeAttestorsRequest\x1a&.hallmark.v1.ListNodeAttestorsResponse\x12S\n" +
 	"\fExplainToken\x12 .hallmark.v1.ExplainTokenRequest\x1a!.hallmark.v1.ExplainTokenResponse\x12P\n" +
-	"\vLintIssuers\x12\x1f.hallmark.v1.LintIssuersRequest\x1a .hallmark.v1.LintIssuersResponseB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
+	"\vLintIssuers\x12\x1f.hallmark.v1.LintIssuersRequest\x1a .hallmark.v1.LintIssuersResponse\x12P\n" +
+	"\vRevokeSVIDs\x12\x1f.hallmark.v1.RevokeSVIDsRequest\x1a .hallmark.v1.RevokeSVIDsResponse\x12J\n" +
+	"\tListSVIDs\x12\x1d.hallmark.v1.ListSVIDsRequest\x1a\x1e.hallmark.v1.ListSVIDsResponse\x12\\\n" +
+	"\x0fListRevocations\x12#.hallmark.v1.ListRevocationsRequest\x1a$.hallmark.v1.ListRevocationsResponseB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
 
 var (
 	file_hallmark_v1_admin_proto_rawDescOnce sync.Once
@@ -1643,7 +2222,7 @@ func file_hallmark_v1_admin_proto_rawDescGZIP() []byte {
 	return file_hallmark_v1_admin_proto_rawDescData
 }
 
-var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*GetServerRequest)(nil),          // 0: hallmark.v1.GetServerRequest
 	(*GetServerResponse)(nil),         // 1: hallmark.v1.GetServerResponse
@@ -1672,50 +2251,70 @@ var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*LintIssuersRequest)(nil),        // 24: hallmark.v1.LintIssuersRequest
 	(*LintIssuersResponse)(nil),       // 25: hallmark.v1.LintIssuersResponse
 	(*IssuerFinding)(nil),             // 26: hallmark.v1.IssuerFinding
-	(*Authority)(nil),                 // 27: hallmark.v1.Authority
-	(Authority_Kind)(0),               // 28: hallmark.v1.Authority.Kind
-	(*Selector)(nil),                  // 29: hallmark.v1.Selector
-	(*Entry)(nil),                     // 30: hallmark.v1.Entry
+	(*RevokeSVIDsRequest)(nil),        // 27: hallmark.v1.RevokeSVIDsRequest
+	(*RevokeSVIDsResponse)(nil),       // 28: hallmark.v1.RevokeSVIDsResponse
+	(*RevocationCoverage)(nil),        // 29: hallmark.v1.RevocationCoverage
+	(*ListSVIDsRequest)(nil),          // 30: hallmark.v1.ListSVIDsRequest
+	(*ListSVIDsResponse)(nil),         // 31: hallmark.v1.ListSVIDsResponse
+	(*IssuedSVID)(nil),                // 32: hallmark.v1.IssuedSVID
+	(*ListRevocationsRequest)(nil),    // 33: hallmark.v1.ListRevocationsRequest
+	(*ListRevocationsResponse)(nil),   // 34: hallmark.v1.ListRevocationsResponse
+	(*Authority)(nil),                 // 35: hallmark.v1.Authority
+	(Authority_Kind)(0),               // 36: hallmark.v1.Authority.Kind
+	(*Selector)(nil),                  // 37: hallmark.v1.Selector
+	(*Entry)(nil),                     // 38: hallmark.v1.Entry
+	(*Revocation)(nil),                // 39: hallmark.v1.Revocation
 }
 var file_hallmark_v1_admin_proto_depIdxs = []int32{
-	27, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
+	35, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
 	6,  // 1: hallmark.v1.ListAuthoritiesResponse.uses:type_name -> hallmark.v1.AuthorityUse
-	28, // 2: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
-	27, // 3: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
+	36, // 2: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
+	35, // 3: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
 	11, // 4: hallmark.v1.ListConnectionsResponse.connections:type_name -> hallmark.v1.Connection
 	18, // 5: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
 	19, // 6: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
 	22, // 7: hallmark.v1.ExplainTokenResponse.checks:type_name -> hallmark.v1.TokenCheck
-	29, // 8: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
+	37, // 8: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
 	23, // 9: hallmark.v1.ExplainTokenResponse.matches:type_name -> hallmark.v1.TokenMatch
-	30, // 10: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
-	29, // 11: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
+	38, // 10: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
+	37, // 11: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
 	26, // 12: hallmark.v1.LintIssuersResponse.findings:type_name -> hallmark.v1.IssuerFinding
-	0,  // 13: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
-	2,  // 14: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
-	4,  // 15: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
-	7,  // 16: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
-	9,  // 17: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
-	12, // 18: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
-	14, // 19: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
-	16, // 20: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
-	20, // 21: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
-	24, // 22: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
-	1,  // 23: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
-	3,  // 24: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
-	5,  // 25: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
-	8,  // 26: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
-	10, // 27: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
-	13, // 28: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
-	15, // 29: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
-	17, // 30: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
-	21, // 31: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
-	25, // 32: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
-	23, // [23:33] is the sub-list for method output_type
-	13, // [13:23] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	39, // 13: hallmark.v1.RevokeSVIDsRequest.revocations:type_name -> hallmark.v1.Revocation
+	29, // 14: hallmark.v1.RevokeSVIDsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
+	32, // 15: hallmark.v1.ListSVIDsResponse.svids:type_name -> hallmark.v1.IssuedSVID
+	39, // 16: hallmark.v1.ListRevocationsResponse.revocations:type_name -> hallmark.v1.Revocation
+	29, // 17: hallmark.v1.ListRevocationsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
+	0,  // 18: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
+	2,  // 19: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
+	4,  // 20: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
+	7,  // 21: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
+	9,  // 22: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
+	12, // 23: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
+	14, // 24: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
+	16, // 25: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
+	20, // 26: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
+	24, // 27: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
+	27, // 28: hallmark.v1.AdminService.RevokeSVIDs:input_type -> hallmark.v1.RevokeSVIDsRequest
+	30, // 29: hallmark.v1.AdminService.ListSVIDs:input_type -> hallmark.v1.ListSVIDsRequest
+	33, // 30: hallmark.v1.AdminService.ListRevocations:input_type -> hallmark.v1.ListRevocationsRequest
+	1,  // 31: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
+	3,  // 32: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
+	5,  // 33: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
+	8,  // 34: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
+	10, // 35: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
+	13, // 36: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
+	15, // 37: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
+	17, // 38: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
+	21, // 39: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
+	25, // 40: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
+	28, // 41: hallmark.v1.AdminService.RevokeSVIDs:output_type -> hallmark.v1.RevokeSVIDsResponse
+	31, // 42: hallmark.v1.AdminService.ListSVIDs:output_type -> hallmark.v1.ListSVIDsResponse
+	34, // 43: hallmark.v1.AdminService.ListRevocations:output_type -> hallmark.v1.ListRevocationsResponse
+	31, // [31:44] is the sub-list for method output_type
+	18, // [18:31] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_hallmark_v1_admin_proto_init() }
@@ -1730,7 +2329,7 @@ func file_hallmark_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_admin_proto_rawDesc), len(file_hallmark_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
