@@ -86,6 +86,10 @@ type Config struct {
 	// OpenID Connect. Default: they are in the bundle alone.
 	OIDCIssuer *OIDCIssuerConfig `yaml:"oidc_issuer"`
 
+	// CRLEndpoint serves the certificate revocation lists of the X.509 authorities.
+	// Default: agents and workloads have them alone.
+	CRLEndpoint *CRLEndpointConfig `yaml:"crl_endpoint"`
+
 	// Limits bound what callers can make the server do. SIGHUP reloads them.
 	Limits LimitsConfig `yaml:"limits"`
 
@@ -437,6 +441,7 @@ func (s *settings) check(src config.Source) error {
 	s.checkBundleEndpoint(wrong)
 	s.checkTokenExchange(wrong)
 	s.checkOIDC(wrong)
+	s.checkCRLEndpoint(wrong)
 	s.Telemetry.Check(func(key, format string, args ...any) { wrong("telemetry."+key, format, args...) })
 	s.checkLifetimes(wrong)
 	s.checkAttestors(wrong)

@@ -32,6 +32,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/federation"
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/issue"
+	"github.com/hallmark-id/hallmark/server/journal"
 	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
@@ -106,6 +107,14 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		defer relied.Listener.Close()
 	}
 
+	revoked, err := s.listenCRLEndpoint(log)
+	if err != nil {
+		return err
+	}
+	if revoked != nil {
+		defer revoked.Listener.Close()
+	}
+
 	name, err := s.serverName()
 	if err != nil {
 		return err
@@ -127,6 +136,11 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, keys.Close()) }()
+	issued, err := s.openJournal(log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, issued.Close()) }()
 	evidence, err := s.makeAttestors(reg, log)
 	if err != nil {
 		return err
@@ -152,16 +166,19 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	var endpoint *exchange.Exchange
 	authorities, err := s.openAuthorities(above, name, reg, keys, log)
 	if err == nil {
-		issuer = s.newIssuer(authorities, log, counted)
+		issuer = s.newIssuer(authorities, issued, log, counted)
 		endpoint, err = s.newExchange(reg, issuer, func() *api.API { return served }, log, counted)
 	}
 	if err == nil {
 		below.Go(func() error { return authorities.Run(base) })
+		below.Go(func() error { return issued.Run(base) })
+		publisher := s.newPublisher(reg, authorities, issued, log, counted)
+		below.Go(func() error { return publisher.Run(base) })
 		pushes := feed.New(feed.Options{
 			Registry: reg, X509TTL: time.Duration(s.X509.SVIDLifetime), JWTTTL: time.Duration(s.JWT.SVIDLifetime),
 			Log: log, Metrics: counted,
 		})
-		served = s.newAPI(st, name, reg, authorities, issuer, evidence, endpoint, pushes, log, level, counted, traces)
+		served = s.newAPI(st, name, reg, authorities, issuer, issued, evidence, endpoint, pushes, log, level, counted, traces)
 		fetches := federation.NewSchedule(federation.ScheduleOptions{
 			Relationships: federation.FromRegistry(reg), Refresh: served.RefreshFederated, Log: log, Metrics: counted,
 		})
@@ -175,7 +192,10 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		if relied != nil {
 			below.Go(func() error { return s.serveOIDCIssuer(base, *relied, reg) })
 		}
-		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities) })
+		if revoked != nil {
+			below.Go(func() error { return s.serveCRLs(base, *revoked, reg) })
+		}
+		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities, issued) })
 		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities, keys) })
 		if st.shared != nil {
 			self := s.announced(name, tcp)
@@ -230,7 +250,7 @@ func (s *settings) openAuthorities(ctx context.Context, name string, reg *regist
 	})
 }
 
-func (s *settings) newIssuer(authorities *authority.Authorities, log *slog.Logger, counted *metrics.Metrics) *issue.Issuer {
+func (s *settings) newIssuer(authorities *authority.Authorities, issued *journal.Journal, log *slog.Logger, counted *metrics.Metrics) *issue.Issuer {
 	return issue.New(issue.Options{
 		TrustDomain: s.td,
 		Authorities: authorities,
@@ -242,15 +262,18 @@ func (s *settings) newIssuer(authorities *authority.Authorities, log *slog.Logge
 		AgentTTL:    time.Duration(s.X509.AgentLifetime),
 		JWTIssuer:   s.JWT.Issuer,
 		Profiles:    s.profiles,
+		Journal:     issued,
+		CRLURL:      s.crlURL(),
 	})
 }
 
-func (s *settings) newAPI(st *opened, name string, reg *registry.Registry, authorities *authority.Authorities, issuer *issue.Issuer, evidence map[string]attestors.Server, endpoint *exchange.Exchange, pushes *feed.Feed, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics, traces *telemetry.Traces) *api.API {
+func (s *settings) newAPI(st *opened, name string, reg *registry.Registry, authorities *authority.Authorities, issuer *issue.Issuer, issued *journal.Journal, evidence map[string]attestors.Server, endpoint *exchange.Exchange, pushes *feed.Feed, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics, traces *telemetry.Traces) *api.API {
 	return api.New(api.Options{
 		Store:         st,
 		Registry:      reg,
 		Authorities:   authorities,
 		Issuer:        issuer,
+		Journal:       issued,
 		Feed:          pushes,
 		NodeAttestors: evidence,
 		Profiles:      s.attestorProfiles(),

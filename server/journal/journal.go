@@ -45,11 +45,11 @@ const (
 	// more: what was in it can be revoked by its serial number only.
 	MaxSVIDs = 4 << 20
 
-	maxSegment    = 32 << 10 // records
-	segmentSize   = 4 << 20  // bytes of a segment's file, all of which are taken when it is made
-	maxRecord     = 8 << 10  // bytes: three texts of at most 2 KiB
-	maxText       = 2 << 10  // bytes: a SPIFFE ID
-	sparse        = 4        // a segment of which less than 1 in so many is left is written anew
+	maxSegment    = 32 << 10    // records
+	segmentSize   = 4 << 20     // bytes of a segment's file, all of which are taken when it is made
+	maxRecord     = 8 << 10     // bytes: three texts of at most 2 KiB
+	maxText       = 2 << 10     // bytes: a SPIFFE ID
+	sparse        = 4           // a segment of which less than 1 in so many is left is written anew
 	pruneInterval = time.Minute // and of trying to make a file again
 	suffix        = ".log"
 	// version begins each file.

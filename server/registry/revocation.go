@@ -201,6 +201,12 @@ func (v *View) Revocations() iter.Seq[*Revocation] {
 	return func(yield func(*Revocation) bool) { v.revocations.Scan(yield) }
 }
 
+// Revocation returns the revocation of what another one is about, or nil.
+func (v *View) Revocation(of *Revocation) *Revocation {
+	r, _ := v.revocations.Get(&Revocation{key: of.keyOf()})
+	return r
+}
+
 // RevocationCount returns how many revocations there are.
 func (v *View) RevocationCount() int { return v.revocations.Len() }
 

@@ -1844,19 +1844,17 @@ func (x *ListSVIDsResponse) GetTotal() int64 {
 	return 0
 }
 
-// IssuedSVID is what is kept of an SVID that was issued.
+// IssuedSVID is what is kept of an X509-SVID, or of another certificate, that
+// was issued.
 type IssuedSVID struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"` // "x509" or "jwt"
-	SpiffeId      string                 `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
-	NodeId        string                 `protobuf:"bytes,3,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"` // the agent that asked for it; empty: none
-	AuthorityId   string                 `protobuf:"bytes,4,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
-	SerialNumber  string                 `protobuf:"bytes,5,opt,name=serial_number,json=serialNumber,proto3" json:"serial_number,omitempty"` // X.509: decimal
-	StatusList    string                 `protobuf:"bytes,6,opt,name=status_list,json=statusList,proto3" json:"status_list,omitempty"`       // JWT: the name of its status list
-	StatusIndex   int64                  `protobuf:"varint,7,opt,name=status_index,json=statusIndex,proto3" json:"status_index,omitempty"`
-	IssuedAt      int64                  `protobuf:"varint,8,opt,name=issued_at,json=issuedAt,proto3" json:"issued_at,omitempty"`    // Unix seconds
-	ExpiresAt     int64                  `protobuf:"varint,9,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"` // Unix seconds
-	Revoked       bool                   `protobuf:"varint,10,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	SpiffeId      string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	NodeId        string                 `protobuf:"bytes,2,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"` // the agent that asked for it; empty: none
+	AuthorityId   string                 `protobuf:"bytes,3,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	SerialNumber  string                 `protobuf:"bytes,4,opt,name=serial_number,json=serialNumber,proto3" json:"serial_number,omitempty"` // decimal
+	IssuedAt      int64                  `protobuf:"varint,5,opt,name=issued_at,json=issuedAt,proto3" json:"issued_at,omitempty"`            // Unix seconds
+	ExpiresAt     int64                  `protobuf:"varint,6,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`         // Unix seconds
+	Revoked       bool                   `protobuf:"varint,7,opt,name=revoked,proto3" json:"revoked,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1891,13 +1889,6 @@ func (*IssuedSVID) Descriptor() ([]byte, []int) {
 	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{32}
 }
 
-func (x *IssuedSVID) GetKind() string {
-	if x != nil {
-		return x.Kind
-	}
-	return ""
-}
-
 func (x *IssuedSVID) GetSpiffeId() string {
 	if x != nil {
 		return x.SpiffeId
@@ -1924,20 +1915,6 @@ func (x *IssuedSVID) GetSerialNumber() string {
 		return x.SerialNumber
 	}
 	return ""
-}
-
-func (x *IssuedSVID) GetStatusList() string {
-	if x != nil {
-		return x.StatusList
-	}
-	return ""
-}
-
-func (x *IssuedSVID) GetStatusIndex() int64 {
-	if x != nil {
-		return x.StatusIndex
-	}
-	return 0
 }
 
 func (x *IssuedSVID) GetIssuedAt() int64 {
@@ -2175,22 +2152,17 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\x05limit\x18\x04 \x01(\x05R\x05limit\"X\n" +
 	"\x11ListSVIDsResponse\x12-\n" +
 	"\x05svids\x18\x01 \x03(\v2\x17.hallmark.v1.IssuedSVIDR\x05svids\x12\x14\n" +
-	"\x05total\x18\x02 \x01(\x03R\x05total\"\xb8\x02\n" +
+	"\x05total\x18\x02 \x01(\x03R\x05total\"\xe0\x01\n" +
 	"\n" +
-	"IssuedSVID\x12\x12\n" +
-	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1b\n" +
-	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x17\n" +
-	"\anode_id\x18\x03 \x01(\tR\x06nodeId\x12!\n" +
-	"\fauthority_id\x18\x04 \x01(\tR\vauthorityId\x12#\n" +
-	"\rserial_number\x18\x05 \x01(\tR\fserialNumber\x12\x1f\n" +
-	"\vstatus_list\x18\x06 \x01(\tR\n" +
-	"statusList\x12!\n" +
-	"\fstatus_index\x18\a \x01(\x03R\vstatusIndex\x12\x1b\n" +
-	"\tissued_at\x18\b \x01(\x03R\bissuedAt\x12\x1d\n" +
+	"IssuedSVID\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x17\n" +
+	"\anode_id\x18\x02 \x01(\tR\x06nodeId\x12!\n" +
+	"\fauthority_id\x18\x03 \x01(\tR\vauthorityId\x12#\n" +
+	"\rserial_number\x18\x04 \x01(\tR\fserialNumber\x12\x1b\n" +
+	"\tissued_at\x18\x05 \x01(\x03R\bissuedAt\x12\x1d\n" +
 	"\n" +
-	"expires_at\x18\t \x01(\x03R\texpiresAt\x12\x18\n" +
-	"\arevoked\x18\n" +
-	" \x01(\bR\arevoked\"\x18\n" +
+	"expires_at\x18\x06 \x01(\x03R\texpiresAt\x12\x18\n" +
+	"\arevoked\x18\a \x01(\bR\arevoked\"\x18\n" +
 	"\x16ListRevocationsRequest\"\x97\x01\n" +
 	"\x17ListRevocationsResponse\x129\n" +
 	"\vrevocations\x18\x01 \x03(\v2\x17.hallmark.v1.RevocationR\vrevocations\x12A\n" +
