@@ -20,6 +20,12 @@ type CRL struct {
 	serials   map[string]bool // big endian, without leading zeros
 }
 
+// ID returns the ID of the CRL's authority: its key ID in hex.
+func (c *CRL) ID() string { return c.authority }
+
+// Number returns the CRL's number.
+func (c *CRL) Number() uint64 { return c.number }
+
 // NewCRL reads the CRL of an authority, named by its key ID in hex. One that
 // cannot be read counts in the digest, and revokes nothing; the error says why.
 // Its signature is for those to verify who are given it: here it has SVIDs

@@ -148,13 +148,17 @@ func (r *Registry) Revoke(ctx context.Context, revocations []*Revocation) (*View
 	if len(revocations) == 0 {
 		return nil, invalid("nothing to revoke was named")
 	}
-	if 2*len(revocations) > store.MaxWrites/2 {
-		return nil, invalid("%d revocations in one call; the most is %d: send several", len(revocations), store.MaxWrites/4)
-	}
+	writes := 0 // and conditions
 	for _, x := range revocations {
+		if writes += 2; !x.Node.IsZero() {
+			writes += 2
+		}
 		if err := x.validate(r.td); err != nil {
 			return nil, err
 		}
+	}
+	if writes > store.MaxWrites {
+		return nil, invalid("%d revocations in one call; the most is %d, or %d of nodes: send several", len(revocations), store.MaxWrites/2, store.MaxWrites/4)
 	}
 	return r.change(ctx, func(v *View) (store.Txn, error) {
 		var txn store.Txn

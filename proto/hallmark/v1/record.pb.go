@@ -1040,19 +1040,17 @@ func (x *UsedToken) GetEndsAt() int64 {
 	return 0
 }
 
-// Revocation takes back what was issued before it. Of serial_number,
-// spiffe_id, node_id and status_list one is set.
+// Revocation takes back what was issued before it. Of serial_number, spiffe_id
+// and node_id one is set.
 type Revocation struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SerialNumber  []byte                 `protobuf:"bytes,1,opt,name=serial_number,json=serialNumber,proto3" json:"serial_number,omitempty"` // of one certificate, as in DER
 	AuthorityId   string                 `protobuf:"bytes,2,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`    // with serial_number: the X.509 authority that signed it
 	SpiffeId      string                 `protobuf:"bytes,3,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`             // all of this SPIFFE ID
 	NodeId        string                 `protobuf:"bytes,4,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`                   // the SVID of this agent, and all that was issued through it
-	StatusList    string                 `protobuf:"bytes,5,opt,name=status_list,json=statusList,proto3" json:"status_list,omitempty"`       // one JWT-SVID: the name of its status list
-	StatusIndex   int64                  `protobuf:"varint,6,opt,name=status_index,json=statusIndex,proto3" json:"status_index,omitempty"`   // with status_list
-	RevokedAt     int64                  `protobuf:"varint,7,opt,name=revoked_at,json=revokedAt,proto3" json:"revoked_at,omitempty"`         // Unix seconds
-	EndsAt        int64                  `protobuf:"varint,8,opt,name=ends_at,json=endsAt,proto3" json:"ends_at,omitempty"`                  // Unix seconds; when all that it is about has ended
-	Reason        int32                  `protobuf:"varint,9,opt,name=reason,proto3" json:"reason,omitempty"`                                // RFC 5280 §5.3.1; 0: unspecified
+	RevokedAt     int64                  `protobuf:"varint,5,opt,name=revoked_at,json=revokedAt,proto3" json:"revoked_at,omitempty"`         // Unix seconds
+	EndsAt        int64                  `protobuf:"varint,6,opt,name=ends_at,json=endsAt,proto3" json:"ends_at,omitempty"`                  // Unix seconds; when all that it is about has ended
+	Reason        int32                  `protobuf:"varint,7,opt,name=reason,proto3" json:"reason,omitempty"`                                // RFC 5280 §5.3.1; 0: unspecified
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1113,20 +1111,6 @@ func (x *Revocation) GetNodeId() string {
 		return x.NodeId
 	}
 	return ""
-}
-
-func (x *Revocation) GetStatusList() string {
-	if x != nil {
-		return x.StatusList
-	}
-	return ""
-}
-
-func (x *Revocation) GetStatusIndex() int64 {
-	if x != nil {
-		return x.StatusIndex
-	}
-	return 0
 }
 
 func (x *Revocation) GetRevokedAt() int64 {
@@ -1206,84 +1190,6 @@ func (x *RevocationList) GetEndsAt() []int64 {
 }
 
 func (x *RevocationList) GetApplied() int64 {
-	if x != nil {
-		return x.Applied
-	}
-	return 0
-}
-
-// StatusList is a list of the states of JWT-SVIDs, which the server that
-// issued them writes.
-type StatusList struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Server        string                 `protobuf:"bytes,1,opt,name=server,proto3" json:"server,omitempty"`
-	Bits          []byte                 `protobuf:"bytes,2,opt,name=bits,proto3" json:"bits,omitempty"`                    // one a token, the lowest of an octet first; zlib-wrapped DEFLATE
-	Size          int32                  `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`                   // tokens
-	EndsAt        int64                  `protobuf:"varint,4,opt,name=ends_at,json=endsAt,proto3" json:"ends_at,omitempty"` // Unix seconds; when the last token in it has ended
-	Applied       int64                  `protobuf:"varint,5,opt,name=applied,proto3" json:"applied,omitempty"`             // as of RevocationList
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *StatusList) Reset() {
-	*x = StatusList{}
-	mi := &file_hallmark_v1_record_proto_msgTypes[13]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *StatusList) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*StatusList) ProtoMessage() {}
-
-func (x *StatusList) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_record_proto_msgTypes[13]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use StatusList.ProtoReflect.Descriptor instead.
-func (*StatusList) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_record_proto_rawDescGZIP(), []int{13}
-}
-
-func (x *StatusList) GetServer() string {
-	if x != nil {
-		return x.Server
-	}
-	return ""
-}
-
-func (x *StatusList) GetBits() []byte {
-	if x != nil {
-		return x.Bits
-	}
-	return nil
-}
-
-func (x *StatusList) GetSize() int32 {
-	if x != nil {
-		return x.Size
-	}
-	return 0
-}
-
-func (x *StatusList) GetEndsAt() int64 {
-	if x != nil {
-		return x.EndsAt
-	}
-	return 0
-}
-
-func (x *StatusList) GetApplied() int64 {
 	if x != nil {
 		return x.Applied
 	}
@@ -1398,31 +1304,21 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"\n" +
 	"expires_at\x18\x01 \x01(\x03R\texpiresAt\"$\n" +
 	"\tUsedToken\x12\x17\n" +
-	"\aends_at\x18\x01 \x01(\x03R\x06endsAt\"\x9e\x02\n" +
+	"\aends_at\x18\x01 \x01(\x03R\x06endsAt\"\xda\x01\n" +
 	"\n" +
 	"Revocation\x12#\n" +
 	"\rserial_number\x18\x01 \x01(\fR\fserialNumber\x12!\n" +
 	"\fauthority_id\x18\x02 \x01(\tR\vauthorityId\x12\x1b\n" +
 	"\tspiffe_id\x18\x03 \x01(\tR\bspiffeId\x12\x17\n" +
-	"\anode_id\x18\x04 \x01(\tR\x06nodeId\x12\x1f\n" +
-	"\vstatus_list\x18\x05 \x01(\tR\n" +
-	"statusList\x12!\n" +
-	"\fstatus_index\x18\x06 \x01(\x03R\vstatusIndex\x12\x1d\n" +
+	"\anode_id\x18\x04 \x01(\tR\x06nodeId\x12\x1d\n" +
 	"\n" +
-	"revoked_at\x18\a \x01(\x03R\trevokedAt\x12\x17\n" +
-	"\aends_at\x18\b \x01(\x03R\x06endsAt\x12\x16\n" +
-	"\x06reason\x18\t \x01(\x05R\x06reason\"U\n" +
+	"revoked_at\x18\x05 \x01(\x03R\trevokedAt\x12\x17\n" +
+	"\aends_at\x18\x06 \x01(\x03R\x06endsAt\x12\x16\n" +
+	"\x06reason\x18\a \x01(\x05R\x06reason\"U\n" +
 	"\x0eRevocationList\x12\x10\n" +
 	"\x03crl\x18\x01 \x01(\fR\x03crl\x12\x17\n" +
 	"\aends_at\x18\x02 \x03(\x03R\x06endsAt\x12\x18\n" +
-	"\aapplied\x18\x03 \x01(\x03R\aapplied\"\x7f\n" +
-	"\n" +
-	"StatusList\x12\x16\n" +
-	"\x06server\x18\x01 \x01(\tR\x06server\x12\x12\n" +
-	"\x04bits\x18\x02 \x01(\fR\x04bits\x12\x12\n" +
-	"\x04size\x18\x03 \x01(\x05R\x04size\x12\x17\n" +
-	"\aends_at\x18\x04 \x01(\x03R\x06endsAt\x12\x18\n" +
-	"\aapplied\x18\x05 \x01(\x03R\aappliedB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
+	"\aapplied\x18\x03 \x01(\x03R\aappliedB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
 
 var (
 	file_hallmark_v1_record_proto_rawDescOnce sync.Once
@@ -1437,7 +1333,7 @@ func file_hallmark_v1_record_proto_rawDescGZIP() []byte {
 }
 
 var file_hallmark_v1_record_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hallmark_v1_record_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_hallmark_v1_record_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_hallmark_v1_record_proto_goTypes = []any{
 	(Authority_Kind)(0),    // 0: hallmark.v1.Authority.Kind
 	(Authority_State)(0),   // 1: hallmark.v1.Authority.State
@@ -1454,7 +1350,6 @@ var file_hallmark_v1_record_proto_goTypes = []any{
 	(*UsedToken)(nil),      // 12: hallmark.v1.UsedToken
 	(*Revocation)(nil),     // 13: hallmark.v1.Revocation
 	(*RevocationList)(nil), // 14: hallmark.v1.RevocationList
-	(*StatusList)(nil),     // 15: hallmark.v1.StatusList
 }
 var file_hallmark_v1_record_proto_depIdxs = []int32{
 	2, // 0: hallmark.v1.Entry.selectors:type_name -> hallmark.v1.Selector
@@ -1482,7 +1377,7 @@ func file_hallmark_v1_record_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_record_proto_rawDesc), len(file_hallmark_v1_record_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   14,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
