@@ -30,6 +30,7 @@ import (
 	"encoding/asn1"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 )
@@ -219,9 +220,10 @@ func (l *Lists) key(id string) *known {
 	return k
 }
 
-// Check says whether a certificate is to be refused: with [ErrRevoked] if its
-// issuer has revoked it, with [ErrUnknown] if that cannot be said. The issuer is
-// one of the certificates given, found by its signature.
+// Check says whether a certificate, of a chain that has been verified, is to be
+// refused: with [ErrRevoked] if its issuer has revoked it, with [ErrUnknown] if
+// that cannot be said. The issuer is among the certificates given; if several
+// have its name and key identifier, the one whose key has signed.
 func (l *Lists) Check(cert *x509.Certificate, issuers []*x509.Certificate) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -231,10 +233,16 @@ func (l *Lists) Check(cert *x509.Certificate, issuers []*x509.Certificate) error
 	if len(l.of) == 0 {
 		return nil
 	}
+	if len(cert.AuthorityKeyId) > 0 && l.of[string(cert.AuthorityKeyId)] == nil {
+		return nil // of an authority that has no CRL, such as another trust domain's
+	}
+	issuers = slices.DeleteFunc(slices.Clone(issuers), func(issuer *x509.Certificate) bool {
+		return !bytes.Equal(issuer.RawSubject, cert.RawIssuer) ||
+			len(cert.AuthorityKeyId) > 0 && len(issuer.SubjectKeyId) > 0 && !bytes.Equal(cert.AuthorityKeyId, issuer.SubjectKeyId)
+	})
 	for _, issuer := range issuers {
-		if !bytes.Equal(issuer.RawSubject, cert.RawIssuer) ||
-			len(cert.AuthorityKeyId) > 0 && len(issuer.SubjectKeyId) > 0 && !bytes.Equal(cert.AuthorityKeyId, issuer.SubjectKeyId) ||
-			cert.CheckSignatureFrom(issuer) != nil {
+		// Of a chain that verifies, the only one that it can be is it.
+		if len(issuers) > 1 && cert.CheckSignatureFrom(issuer) != nil {
 			continue
 		}
 		id := issuer.SubjectKeyId
@@ -242,9 +250,6 @@ func (l *Lists) Check(cert *x509.Certificate, issuers []*x509.Certificate) error
 			id = cert.AuthorityKeyId
 		}
 		return l.check(cert, issuer, string(id))
-	}
-	if len(cert.AuthorityKeyId) > 0 && l.of[string(cert.AuthorityKeyId)] == nil {
-		return nil // of an authority that has no CRL, such as another trust domain's
 	}
 	return fmt.Errorf("%w: the certificate that it was signed with is not there", ErrUnknown)
 }

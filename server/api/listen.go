@@ -165,11 +165,10 @@ type tlsPeer struct {
 }
 
 // verification is what came of verifying a chain against a bundle. It holds
-// as long as the bundle and the CRL do: each call looks at the leaf's end, and no
+// as long as the bundle does: each call looks at the leaf's end, and no
 // authority of ours signs beyond its own.
 type verification struct {
 	by  *bundle.Bundle
-	crl *registry.CRL // of the leaf's authority; nil: it has none
 	err error
 }
 
@@ -192,11 +191,21 @@ var (
 // verify verifies the client's certificate by the rules of X509-SVID §5
 // against the bundle of its trust domain, and its authority's CRL.
 func (p *tlsPeer) verify(view *registry.View, now time.Time) error {
-	by, crl := view.Bundle(view.TrustDomain()), view.CRL(p.issuer)
+	by := view.Bundle(view.TrustDomain())
 	if by == nil {
 		return errNoOwnBundle
 	}
-	if v := p.verified.Load(); v != nil && v.by == by && v.crl == crl {
+	if err := p.verifyChain(by, now); err != nil {
+		return err
+	}
+	if view.CRL(p.issuer).Has(p.leaf.SerialNumber.Bytes()) {
+		return errRevoked
+	}
+	return nil
+}
+
+func (p *tlsPeer) verifyChain(by *bundle.Bundle, now time.Time) error {
+	if v := p.verified.Load(); v != nil && v.by == by {
 		return v.err
 	}
 	roots := x509bundle.New(by.TrustDomain)
@@ -204,10 +213,7 @@ func (p *tlsPeer) verify(view *registry.View, now time.Time) error {
 		roots.AddX509Authority(a.Certificate)
 	}
 	_, _, err := x509svid.Verify(p.chain, roots, x509svid.WithTime(now))
-	if err == nil && crl.Has(p.leaf.SerialNumber.Bytes()) {
-		err = errRevoked
-	}
-	p.verified.Store(&verification{by, crl, err})
+	p.verified.Store(&verification{by, err})
 	return err
 }
 
