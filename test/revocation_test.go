@@ -152,9 +152,9 @@ func revoke(t *testing.T, admin func(args ...string) string, args ...string) (r 
 	return r
 }
 
-// TestARevokedPeerIsRefused_RF18_A19 revokes by a certificate, an identity and an
+// TestRevocation_RF18_A19_ARevokedPeerIsRefused revokes by a certificate, an identity and an
 // agent, while two workloads speak mTLS, and asks verifiers of other makers.
-func TestARevokedPeerIsRefused_RF18_A19(t *testing.T) {
+func TestRevocation_RF18_A19_ARevokedPeerIsRefused(t *testing.T) {
 	t.Parallel()
 	harness.NeedCommand(t, "openssl")
 	endpoint := harness.FreeAddress(t)

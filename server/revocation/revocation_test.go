@@ -129,8 +129,8 @@ func newJournal(t testing.TB, dir string) *journal.Journal {
 	return j
 }
 
-// TestCRL_RF18 checks the form of a CRL.
-func TestCRL_RF18(t *testing.T) {
+// TestCRL_RF18_ItsFormAndSignature checks the form of a CRL.
+func TestCRL_RF18_ItsFormAndSignature(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := memoryStore(t)
 		h, end := open(t, db, newKeys(), newJournal(t, ""), "main", false)
@@ -157,8 +157,8 @@ func TestCRL_RF18(t *testing.T) {
 	})
 }
 
-// TestACRLIsRenewedAndEntriesStayUntilTheirEnd_RF18 lets time pass.
-func TestACRLIsRenewedAndEntriesStayUntilTheirEnd_RF18(t *testing.T) {
+// TestCRL_RF18_ItIsRenewedAndEntriesStayUntilTheirEnd lets time pass.
+func TestCRL_RF18_ItIsRenewedAndEntriesStayUntilTheirEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		db := memoryStore(t)
 		h, end := open(t, db, newKeys(), newJournal(t, ""), "main", true)

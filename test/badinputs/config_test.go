@@ -67,6 +67,10 @@ var configs = []struct {
 	{"agent", "plugin by a relative path", "trust_domain: a\nserver: b:1\nworkload_attestors: {plugins: {acme: {command: x}}}\n", []string{"plugin acme", "no absolute path"}},
 	{"agent", "two plugins for one node", "trust_domain: a\nserver: b:1\nnode_attestor: {plugins: {p: {command: /x, insecure_no_checksum: true}, q: {command: /x, insecure_no_checksum: true}}}\n", []string{"names 2 attestors", "by one"}},
 
+	{"server", "CRLs nowhere", "trust_domain: a\ncrl_endpoint: {url: 'http://crl.example'}\n", []string{"crl_endpoint has no listen", "0.0.0.0:8080"}},
+	{"server", "CRLs where agents are", "trust_domain: a\nlisten: ':8081'\ncrl_endpoint: {listen: ':8081'}\n", []string{"where agents are served", "choose another port"}},
+	{"server", "CRLs where the bundle is", "trust_domain: a\nbundle_endpoint: {listen: ':8443'}\ncrl_endpoint: {listen: ':8443'}\n", []string{"where bundle_endpoint is", "choose another port"}},
+	{"server", "CRLs by a URL with a path", "trust_domain: a\ncrl_endpoint: {listen: ':8080', url: 'http://crl.example/x'}\n", []string{"none of a host alone", "write one like http://crl.example.org"}},
 	{"server", "OIDC issuer nowhere", "trust_domain: a\njwt: {issuer: 'https://id.example'}\noidc_issuer: {urls: ['https://id.example'], plain_http: true}\n", []string{"oidc_issuer has no listen", "0.0.0.0:8445"}},
 	{"server", "OIDC issuer without a certificate", "trust_domain: a\njwt: {issuer: 'https://id.example'}\noidc_issuer: {listen: ':8445', urls: ['https://id.example']}\n", []string{"no https_web", "set its certificate and key, or plain_http"}},
 	{"server", "OIDC issuer with TLS and without", "trust_domain: a\njwt: {issuer: 'https://id.example'}\noidc_issuer: {listen: ':8445', urls: ['https://id.example'], plain_http: true, https_web: {certificate: /x, key: /y}}\n", []string{"https_web and plain_http", "choose one"}},
