@@ -7,8 +7,8 @@
 // check to a [tls.Config], [Source.Listen] also closes connections whose peer
 // is revoked while they are open:
 //
-//	svids, err := workloadapi.NewX509Source(ctx)  // go-spiffe
-//	crls, err := revocation.NewSource(ctx)        // both find SPIFFE_ENDPOINT_SOCKET
+//	svids, err := workloadapi.NewX509Source(ctx)                 // go-spiffe
+//	crls, err := revocation.NewSource(ctx, revocation.Options{}) // both find SPIFFE_ENDPOINT_SOCKET
 //	config := tlsconfig.MTLSServerConfig(svids, svids, tlsconfig.AuthorizeMemberOf(td))
 //	listener, err := crls.Listen("tcp", ":8443", config)
 //
