@@ -425,7 +425,7 @@ func (a *app) svidRevocations() *cobra.Command {
 			}
 			t := table{style: a.style, header: []string{"WHAT", "OF", "REASON", "REVOKED", "UNTIL"}}
 			for _, x := range out.Revocations {
-				t.add(text(x.Kind), painted(a.style.bold, x.SPIFFEID+x.SerialNumber), text(x.Reason), text(a.relative(*x.RevokedAt)), text(a.relative(*x.EndsAt)))
+				t.add(text(x.Kind), painted(a.style.bold, x.SPIFFEID+x.SerialNumber), text(x.Reason), text(x.RevokedAt.UTC().Format(time.RFC3339)), text(a.relative(*x.EndsAt)))
 			}
 			io.WriteString(w, t.String()+"\n"+a.coverageTable(out.Authorities))
 		})

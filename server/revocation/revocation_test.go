@@ -285,6 +285,24 @@ func TestServersAndWhatIsNoTargetAreNotRevoked(t *testing.T) {
 	}
 }
 
+func TestRevocationsInOneCallAreBounded(t *testing.T) {
+	db := memoryStore(t)
+	h, end := open(t, db, newKeys(), newJournal(t, ""), "main", false)
+	defer db.Close()
+	defer end()
+	many := make([]*registry.Revocation, 51)
+	for i := range many {
+		many[i] = &registry.Revocation{SerialNumber: []byte{1, byte(i)}, AuthorityID: h.active().ID, EndsAt: time.Now().Add(time.Hour)}
+	}
+	var e *registry.Error
+	if _, err := h.registry.Revoke(t.Context(), many); !errors.As(err, &e) || e.Kind != registry.Invalid {
+		t.Errorf("51 in one call: %v", err)
+	}
+	if _, err := h.registry.Revoke(t.Context(), many[:50]); err != nil {
+		t.Errorf("50 in one call: %v", err)
+	}
+}
+
 func TestTheEndpointServesCRLs(t *testing.T) {
 	db := memoryStore(t)
 	h, end := open(t, db, newKeys(), newJournal(t, ""), "main", true)
