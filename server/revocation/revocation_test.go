@@ -44,7 +44,6 @@ type house struct {
 	authorities *authority.Authorities
 	journal     *journal.Journal
 	issuer      *issue.Issuer
-	stop        func() // the publisher
 }
 
 func memoryStore(t testing.TB) store.Store {
