@@ -57,7 +57,7 @@ func (a *app) svidRevoke() *cobra.Command {
 		Args: arguments(0, -1, "a file"),
 	}
 	cmd.Flags().StringVar(&serial, "serial", "", "serial `number`, decimal, or hexadecimal after 0x")
-	cmd.Flags().StringVar(&authority, "authority", "", "with --serial: `ID` of the X.509 authority that signed it; needed if another server issued it")
+	cmd.Flags().StringVar(&authority, "authority", "", "with --serial: `ID` of the authority, if another server issued it")
 	cmd.Flags().StringVar(&id, "spiffe-id", "", "all of this identity: `SPIFFE-ID` or just /PATH")
 	cmd.Flags().StringVar(&node, "node", "", "this `AGENT`'s SVID, and all that was issued through it")
 	cmd.Flags().StringVar(&reason, "reason", "unspecified", "`reason` in the CRL: unspecified, keyCompromise, affiliationChanged, superseded,\ncessationOfOperation or privilegeWithdrawn")
