@@ -78,6 +78,9 @@ type Config struct {
 	// trust domains. Default: it is not published.
 	BundleEndpoint *BundleEndpointConfig `yaml:"bundle_endpoint"`
 
+	// Federation is about fetching the bundles of foreign trust domains.
+	Federation FederationConfig `yaml:"federation"`
+
 	// TokenExchange gives SVIDs for tokens of outside issuers, over OAuth 2.0.
 	// Default: it does not.
 	TokenExchange *TokenExchangeConfig `yaml:"token_exchange"`
@@ -116,6 +119,13 @@ type BundleEndpointConfig struct {
 	// HTTPSWeb makes the profile https_web: clients verify the endpoint as
 	// browsers do. Default: https_spiffe.
 	HTTPSWeb *CertificateConfig `yaml:"https_web"`
+}
+
+// FederationConfig is about fetching the bundles of foreign trust domains.
+type FederationConfig struct {
+	// RefuseRedirects has a fetch fail whose endpoint answers with a redirect.
+	// Default: it is followed, on the same host.
+	RefuseRedirects bool `yaml:"refuse_redirects"`
 }
 
 // TokenExchangeConfig is the token endpoint: POST ISSUER/token gives SVIDs for

@@ -255,6 +255,7 @@ func (s *settings) newAPI(st *opened, name string, reg *registry.Registry, autho
 		NodeAttestors: evidence,
 		Profiles:      s.attestorProfiles(),
 		Exchange:      endpoint,
+		Federation:    &federation.Client{RefuseRedirects: s.Federation.RefuseRedirects},
 		Cluster:       st.cluster(name),
 		AdminIDs:      s.adminIDs,
 		Advertise:     s.Advertise,

@@ -151,6 +151,7 @@ var methods = map[string]method{
 	hallmarkv1.AdminService_AwaitAgents_FullMethodName:       {callers: local},
 	hallmarkv1.AdminService_ExplainToken_FullMethodName:      {callers: local},
 	hallmarkv1.AdminService_LintIssuers_FullMethodName:       {callers: local},
+	hallmarkv1.AdminService_ListBundleFetches_FullMethodName: {callers: local},
 
 	hallmarkv1.ClusterService_ListServers_FullMethodName:  {callers: local},
 	hallmarkv1.ClusterService_Invite_FullMethodName:       {callers: local, audit: true},

@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -48,6 +49,9 @@ const (
 type Client struct {
 	// Roots verify endpoints of the profile https_web; nil: the system's.
 	Roots *x509.CertPool
+	// RefuseRedirects has a fetch fail whose endpoint leads elsewhere. SPIFFE
+	// Federation §7.5.1.
+	RefuseRedirects bool
 }
 
 // ErrNoRoots means that an endpoint cannot be verified, as the server has no
@@ -78,7 +82,7 @@ func (c *Client) Fetch(ctx context.Context, f *registry.Federation, bundles x509
 		MaxResponseHeaderBytes: maxHeaders,
 	}
 	defer transport.CloseIdleConnections()
-	client := &http.Client{Transport: transport, CheckRedirect: checkRedirect}
+	client := &http.Client{Transport: transport, CheckRedirect: c.checkRedirect}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, f.EndpointURL, http.NoBody)
 	if err != nil {
 		return nil, fmt.Errorf("fetch the bundle of %q: %w", f.TrustDomain.Name(), err)
@@ -125,10 +129,16 @@ func clampRefreshHint(b *spiffebundle.Bundle, document []byte) error {
 }
 
 // checkRedirect lets a request be redirected to what could be configured as an
-// endpoint too. SPIFFE Federation §5.2.1.3.
-func checkRedirect(req *http.Request, via []*http.Request) error {
-	if len(via) > maxRedirects {
+// endpoint too (SPIFFE Federation §5.2.1.3), on the same host: whom this server
+// asks is for its operator to say.
+func (c *Client) checkRedirect(req *http.Request, via []*http.Request) error {
+	switch host := via[0].URL.Hostname(); {
+	case c.RefuseRedirects:
+		return errors.New("redirected, and federation.refuse_redirects is set")
+	case len(via) > maxRedirects:
 		return fmt.Errorf("redirected more than %d times", maxRedirects)
+	case !strings.EqualFold(req.URL.Hostname(), host):
+		return fmt.Errorf("redirected from %s to another host, %s; if that is where the bundle is now, set its URL with \"hallmark federation update\"", host, req.URL.Hostname())
 	}
 	if err := registry.ValidateEndpointURL(req.URL.String()); err != nil {
 		return fmt.Errorf("redirected to what is no endpoint: %w", err)

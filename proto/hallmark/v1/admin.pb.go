@@ -775,6 +775,162 @@ func (x *AwaitAgentsResponse) GetAgents() int32 {
 	return 0
 }
 
+type ListBundleFetchesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListBundleFetchesRequest) Reset() {
+	*x = ListBundleFetchesRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListBundleFetchesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListBundleFetchesRequest) ProtoMessage() {}
+
+func (x *ListBundleFetchesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListBundleFetchesRequest.ProtoReflect.Descriptor instead.
+func (*ListBundleFetchesRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{14}
+}
+
+type ListBundleFetchesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Fetches       []*BundleFetch         `protobuf:"bytes,1,rep,name=fetches,proto3" json:"fetches,omitempty"` // ordered by trust domain
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListBundleFetchesResponse) Reset() {
+	*x = ListBundleFetchesResponse{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListBundleFetchesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListBundleFetchesResponse) ProtoMessage() {}
+
+func (x *ListBundleFetchesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListBundleFetchesResponse.ProtoReflect.Descriptor instead.
+func (*ListBundleFetchesResponse) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ListBundleFetchesResponse) GetFetches() []*BundleFetch {
+	if x != nil {
+		return x.Fetches
+	}
+	return nil
+}
+
+type BundleFetch struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	FetchedAt     int64                  `protobuf:"varint,2,opt,name=fetched_at,json=fetchedAt,proto3" json:"fetched_at,omitempty"` // Unix seconds; 0 if not since this server started
+	TriedAt       int64                  `protobuf:"varint,3,opt,name=tried_at,json=triedAt,proto3" json:"tried_at,omitempty"`       // likewise
+	Failures      int32                  `protobuf:"varint,4,opt,name=failures,proto3" json:"failures,omitempty"`                    // since it was fetched
+	Error         string                 `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`                           // why the last failed; empty if it did not
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BundleFetch) Reset() {
+	*x = BundleFetch{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BundleFetch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BundleFetch) ProtoMessage() {}
+
+func (x *BundleFetch) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BundleFetch.ProtoReflect.Descriptor instead.
+func (*BundleFetch) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *BundleFetch) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *BundleFetch) GetFetchedAt() int64 {
+	if x != nil {
+		return x.FetchedAt
+	}
+	return 0
+}
+
+func (x *BundleFetch) GetTriedAt() int64 {
+	if x != nil {
+		return x.TriedAt
+	}
+	return 0
+}
+
+func (x *BundleFetch) GetFailures() int32 {
+	if x != nil {
+		return x.Failures
+	}
+	return 0
+}
+
+func (x *BundleFetch) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 type GetJoinInfoRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -783,7 +939,7 @@ type GetJoinInfoRequest struct {
 
 func (x *GetJoinInfoRequest) Reset() {
 	*x = GetJoinInfoRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -795,7 +951,7 @@ func (x *GetJoinInfoRequest) String() string {
 func (*GetJoinInfoRequest) ProtoMessage() {}
 
 func (x *GetJoinInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -808,7 +964,7 @@ func (x *GetJoinInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJoinInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetJoinInfoRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 type GetJoinInfoResponse struct {
@@ -822,7 +978,7 @@ type GetJoinInfoResponse struct {
 
 func (x *GetJoinInfoResponse) Reset() {
 	*x = GetJoinInfoResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -834,7 +990,7 @@ func (x *GetJoinInfoResponse) String() string {
 func (*GetJoinInfoResponse) ProtoMessage() {}
 
 func (x *GetJoinInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -847,7 +1003,7 @@ func (x *GetJoinInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJoinInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetJoinInfoResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *GetJoinInfoResponse) GetTrustDomain() string {
@@ -879,7 +1035,7 @@ type ListNodeAttestorsRequest struct {
 
 func (x *ListNodeAttestorsRequest) Reset() {
 	*x = ListNodeAttestorsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -891,7 +1047,7 @@ func (x *ListNodeAttestorsRequest) String() string {
 func (*ListNodeAttestorsRequest) ProtoMessage() {}
 
 func (x *ListNodeAttestorsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -904,7 +1060,7 @@ func (x *ListNodeAttestorsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodeAttestorsRequest.ProtoReflect.Descriptor instead.
 func (*ListNodeAttestorsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 type ListNodeAttestorsResponse struct {
@@ -916,7 +1072,7 @@ type ListNodeAttestorsResponse struct {
 
 func (x *ListNodeAttestorsResponse) Reset() {
 	*x = ListNodeAttestorsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -928,7 +1084,7 @@ func (x *ListNodeAttestorsResponse) String() string {
 func (*ListNodeAttestorsResponse) ProtoMessage() {}
 
 func (x *ListNodeAttestorsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -941,7 +1097,7 @@ func (x *ListNodeAttestorsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodeAttestorsResponse.ProtoReflect.Descriptor instead.
 func (*ListNodeAttestorsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ListNodeAttestorsResponse) GetNodeAttestors() []*NodeAttestor {
@@ -968,7 +1124,7 @@ type NodeAttestor struct {
 
 func (x *NodeAttestor) Reset() {
 	*x = NodeAttestor{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -980,7 +1136,7 @@ func (x *NodeAttestor) String() string {
 func (*NodeAttestor) ProtoMessage() {}
 
 func (x *NodeAttestor) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -993,7 +1149,7 @@ func (x *NodeAttestor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeAttestor.ProtoReflect.Descriptor instead.
 func (*NodeAttestor) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *NodeAttestor) GetName() string {
@@ -1049,7 +1205,7 @@ type SelectorForm struct {
 
 func (x *SelectorForm) Reset() {
 	*x = SelectorForm{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1061,7 +1217,7 @@ func (x *SelectorForm) String() string {
 func (*SelectorForm) ProtoMessage() {}
 
 func (x *SelectorForm) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1074,7 +1230,7 @@ func (x *SelectorForm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SelectorForm.ProtoReflect.Descriptor instead.
 func (*SelectorForm) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SelectorForm) GetForm() string {
@@ -1100,7 +1256,7 @@ type ExplainTokenRequest struct {
 
 func (x *ExplainTokenRequest) Reset() {
 	*x = ExplainTokenRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1112,7 +1268,7 @@ func (x *ExplainTokenRequest) String() string {
 func (*ExplainTokenRequest) ProtoMessage() {}
 
 func (x *ExplainTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1125,7 +1281,7 @@ func (x *ExplainTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainTokenRequest.ProtoReflect.Descriptor instead.
 func (*ExplainTokenRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExplainTokenRequest) GetToken() string {
@@ -1152,7 +1308,7 @@ type ExplainTokenResponse struct {
 
 func (x *ExplainTokenResponse) Reset() {
 	*x = ExplainTokenResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1164,7 +1320,7 @@ func (x *ExplainTokenResponse) String() string {
 func (*ExplainTokenResponse) ProtoMessage() {}
 
 func (x *ExplainTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1177,7 +1333,7 @@ func (x *ExplainTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainTokenResponse.ProtoReflect.Descriptor instead.
 func (*ExplainTokenResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExplainTokenResponse) GetIssuer() string {
@@ -1240,7 +1396,7 @@ type TokenCheck struct {
 
 func (x *TokenCheck) Reset() {
 	*x = TokenCheck{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1252,7 +1408,7 @@ func (x *TokenCheck) String() string {
 func (*TokenCheck) ProtoMessage() {}
 
 func (x *TokenCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1265,7 +1421,7 @@ func (x *TokenCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenCheck.ProtoReflect.Descriptor instead.
 func (*TokenCheck) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TokenCheck) GetName() string {
@@ -1295,7 +1451,7 @@ type TokenMatch struct {
 
 func (x *TokenMatch) Reset() {
 	*x = TokenMatch{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1307,7 +1463,7 @@ func (x *TokenMatch) String() string {
 func (*TokenMatch) ProtoMessage() {}
 
 func (x *TokenMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1320,7 +1476,7 @@ func (x *TokenMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenMatch.ProtoReflect.Descriptor instead.
 func (*TokenMatch) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *TokenMatch) GetEntry() *Entry {
@@ -1359,7 +1515,7 @@ type LintIssuersRequest struct {
 
 func (x *LintIssuersRequest) Reset() {
 	*x = LintIssuersRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1371,7 +1527,7 @@ func (x *LintIssuersRequest) String() string {
 func (*LintIssuersRequest) ProtoMessage() {}
 
 func (x *LintIssuersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1384,7 +1540,7 @@ func (x *LintIssuersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LintIssuersRequest.ProtoReflect.Descriptor instead.
 func (*LintIssuersRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 type LintIssuersResponse struct {
@@ -1397,7 +1553,7 @@ type LintIssuersResponse struct {
 
 func (x *LintIssuersResponse) Reset() {
 	*x = LintIssuersResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1409,7 +1565,7 @@ func (x *LintIssuersResponse) String() string {
 func (*LintIssuersResponse) ProtoMessage() {}
 
 func (x *LintIssuersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1422,7 +1578,7 @@ func (x *LintIssuersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LintIssuersResponse.ProtoReflect.Descriptor instead.
 func (*LintIssuersResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *LintIssuersResponse) GetFindings() []*IssuerFinding {
@@ -1453,7 +1609,7 @@ type IssuerFinding struct {
 
 func (x *IssuerFinding) Reset() {
 	*x = IssuerFinding{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1465,7 +1621,7 @@ func (x *IssuerFinding) String() string {
 func (*IssuerFinding) ProtoMessage() {}
 
 func (x *IssuerFinding) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1478,7 +1634,7 @@ func (x *IssuerFinding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuerFinding.ProtoReflect.Descriptor instead.
 func (*IssuerFinding) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *IssuerFinding) GetIssuer() string {
@@ -1567,7 +1723,17 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\x04wait\x18\x01 \x01(\x05R\x04wait\"I\n" +
 	"\x13AwaitAgentsResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x16\n" +
-	"\x06agents\x18\x02 \x01(\x05R\x06agents\"\x14\n" +
+	"\x06agents\x18\x02 \x01(\x05R\x06agents\"\x1a\n" +
+	"\x18ListBundleFetchesRequest\"O\n" +
+	"\x19ListBundleFetchesResponse\x122\n" +
+	"\afetches\x18\x01 \x03(\v2\x18.hallmark.v1.BundleFetchR\afetches\"\x9c\x01\n" +
+	"\vBundleFetch\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1d\n" +
+	"\n" +
+	"fetched_at\x18\x02 \x01(\x03R\tfetchedAt\x12\x19\n" +
+	"\btried_at\x18\x03 \x01(\x03R\atriedAt\x12\x1a\n" +
+	"\bfailures\x18\x04 \x01(\x05R\bfailures\x12\x14\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\"\x14\n" +
 	"\x12GetJoinInfoRequest\"s\n" +
 	"\x13GetJoinInfoResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
@@ -1618,7 +1784,7 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\bentry_id\x18\x02 \x01(\tR\aentryId\x12\x1b\n" +
 	"\tspiffe_id\x18\x03 \x01(\tR\bspiffeId\x12\x12\n" +
 	"\x04says\x18\x04 \x01(\tR\x04says\x12\x16\n" +
-	"\x06remedy\x18\x05 \x01(\tR\x06remedy2\xe8\x06\n" +
+	"\x06remedy\x18\x05 \x01(\tR\x06remedy2\xcc\a\n" +
 	"\fAdminService\x12J\n" +
 	"\tGetServer\x12\x1d.hallmark.v1.GetServerRequest\x1a\x1e.hallmark.v1.GetServerResponse\x12C\n" +
 	"\x06Backup\x12\x1a.hallmark.v1.BackupRequest\x1a\x1b.hallmark.v1.BackupResponse0\x01\x12\\\n" +
@@ -1629,7 +1795,8 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\vGetJoinInfo\x12\x1f.hallmark.v1.GetJoinInfoRequest\x1a .hallmark.v1.GetJoinInfoResponse\x12b\n" +
 	"\x11ListNodeAttestors\x12%.hallmark.v1.ListNodeAttestorsRequest\x1a&.hallmark.v1.ListNodeAttestorsResponse\x12S\n" +
 	"\fExplainToken\x12 .hallmark.v1.ExplainTokenRequest\x1a!.hallmark.v1.ExplainTokenResponse\x12P\n" +
-	"\vLintIssuers\x12\x1f.hallmark.v1.LintIssuersRequest\x1a .hallmark.v1.LintIssuersResponseB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
+	"\vLintIssuers\x12\x1f.hallmark.v1.LintIssuersRequest\x1a .hallmark.v1.LintIssuersResponse\x12b\n" +
+	"\x11ListBundleFetches\x12%.hallmark.v1.ListBundleFetchesRequest\x1a&.hallmark.v1.ListBundleFetchesResponseB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
 
 var (
 	file_hallmark_v1_admin_proto_rawDescOnce sync.Once
@@ -1643,7 +1810,7 @@ func file_hallmark_v1_admin_proto_rawDescGZIP() []byte {
 	return file_hallmark_v1_admin_proto_rawDescData
 }
 
-var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*GetServerRequest)(nil),          // 0: hallmark.v1.GetServerRequest
 	(*GetServerResponse)(nil),         // 1: hallmark.v1.GetServerResponse
@@ -1659,63 +1826,69 @@ var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*Connection)(nil),                // 11: hallmark.v1.Connection
 	(*AwaitAgentsRequest)(nil),        // 12: hallmark.v1.AwaitAgentsRequest
 	(*AwaitAgentsResponse)(nil),       // 13: hallmark.v1.AwaitAgentsResponse
-	(*GetJoinInfoRequest)(nil),        // 14: hallmark.v1.GetJoinInfoRequest
-	(*GetJoinInfoResponse)(nil),       // 15: hallmark.v1.GetJoinInfoResponse
-	(*ListNodeAttestorsRequest)(nil),  // 16: hallmark.v1.ListNodeAttestorsRequest
-	(*ListNodeAttestorsResponse)(nil), // 17: hallmark.v1.ListNodeAttestorsResponse
-	(*NodeAttestor)(nil),              // 18: hallmark.v1.NodeAttestor
-	(*SelectorForm)(nil),              // 19: hallmark.v1.SelectorForm
-	(*ExplainTokenRequest)(nil),       // 20: hallmark.v1.ExplainTokenRequest
-	(*ExplainTokenResponse)(nil),      // 21: hallmark.v1.ExplainTokenResponse
-	(*TokenCheck)(nil),                // 22: hallmark.v1.TokenCheck
-	(*TokenMatch)(nil),                // 23: hallmark.v1.TokenMatch
-	(*LintIssuersRequest)(nil),        // 24: hallmark.v1.LintIssuersRequest
-	(*LintIssuersResponse)(nil),       // 25: hallmark.v1.LintIssuersResponse
-	(*IssuerFinding)(nil),             // 26: hallmark.v1.IssuerFinding
-	(*Authority)(nil),                 // 27: hallmark.v1.Authority
-	(Authority_Kind)(0),               // 28: hallmark.v1.Authority.Kind
-	(*Selector)(nil),                  // 29: hallmark.v1.Selector
-	(*Entry)(nil),                     // 30: hallmark.v1.Entry
+	(*ListBundleFetchesRequest)(nil),  // 14: hallmark.v1.ListBundleFetchesRequest
+	(*ListBundleFetchesResponse)(nil), // 15: hallmark.v1.ListBundleFetchesResponse
+	(*BundleFetch)(nil),               // 16: hallmark.v1.BundleFetch
+	(*GetJoinInfoRequest)(nil),        // 17: hallmark.v1.GetJoinInfoRequest
+	(*GetJoinInfoResponse)(nil),       // 18: hallmark.v1.GetJoinInfoResponse
+	(*ListNodeAttestorsRequest)(nil),  // 19: hallmark.v1.ListNodeAttestorsRequest
+	(*ListNodeAttestorsResponse)(nil), // 20: hallmark.v1.ListNodeAttestorsResponse
+	(*NodeAttestor)(nil),              // 21: hallmark.v1.NodeAttestor
+	(*SelectorForm)(nil),              // 22: hallmark.v1.SelectorForm
+	(*ExplainTokenRequest)(nil),       // 23: hallmark.v1.ExplainTokenRequest
+	(*ExplainTokenResponse)(nil),      // 24: hallmark.v1.ExplainTokenResponse
+	(*TokenCheck)(nil),                // 25: hallmark.v1.TokenCheck
+	(*TokenMatch)(nil),                // 26: hallmark.v1.TokenMatch
+	(*LintIssuersRequest)(nil),        // 27: hallmark.v1.LintIssuersRequest
+	(*LintIssuersResponse)(nil),       // 28: hallmark.v1.LintIssuersResponse
+	(*IssuerFinding)(nil),             // 29: hallmark.v1.IssuerFinding
+	(*Authority)(nil),                 // 30: hallmark.v1.Authority
+	(Authority_Kind)(0),               // 31: hallmark.v1.Authority.Kind
+	(*Selector)(nil),                  // 32: hallmark.v1.Selector
+	(*Entry)(nil),                     // 33: hallmark.v1.Entry
 }
 var file_hallmark_v1_admin_proto_depIdxs = []int32{
-	27, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
+	30, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
 	6,  // 1: hallmark.v1.ListAuthoritiesResponse.uses:type_name -> hallmark.v1.AuthorityUse
-	28, // 2: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
-	27, // 3: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
+	31, // 2: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
+	30, // 3: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
 	11, // 4: hallmark.v1.ListConnectionsResponse.connections:type_name -> hallmark.v1.Connection
-	18, // 5: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
-	19, // 6: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
-	22, // 7: hallmark.v1.ExplainTokenResponse.checks:type_name -> hallmark.v1.TokenCheck
-	29, // 8: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
-	23, // 9: hallmark.v1.ExplainTokenResponse.matches:type_name -> hallmark.v1.TokenMatch
-	30, // 10: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
-	29, // 11: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
-	26, // 12: hallmark.v1.LintIssuersResponse.findings:type_name -> hallmark.v1.IssuerFinding
-	0,  // 13: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
-	2,  // 14: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
-	4,  // 15: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
-	7,  // 16: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
-	9,  // 17: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
-	12, // 18: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
-	14, // 19: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
-	16, // 20: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
-	20, // 21: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
-	24, // 22: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
-	1,  // 23: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
-	3,  // 24: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
-	5,  // 25: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
-	8,  // 26: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
-	10, // 27: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
-	13, // 28: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
-	15, // 29: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
-	17, // 30: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
-	21, // 31: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
-	25, // 32: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
-	23, // [23:33] is the sub-list for method output_type
-	13, // [13:23] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	16, // 5: hallmark.v1.ListBundleFetchesResponse.fetches:type_name -> hallmark.v1.BundleFetch
+	21, // 6: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
+	22, // 7: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
+	25, // 8: hallmark.v1.ExplainTokenResponse.checks:type_name -> hallmark.v1.TokenCheck
+	32, // 9: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
+	26, // 10: hallmark.v1.ExplainTokenResponse.matches:type_name -> hallmark.v1.TokenMatch
+	33, // 11: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
+	32, // 12: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
+	29, // 13: hallmark.v1.LintIssuersResponse.findings:type_name -> hallmark.v1.IssuerFinding
+	0,  // 14: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
+	2,  // 15: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
+	4,  // 16: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
+	7,  // 17: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
+	9,  // 18: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
+	12, // 19: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
+	17, // 20: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
+	19, // 21: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
+	23, // 22: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
+	27, // 23: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
+	14, // 24: hallmark.v1.AdminService.ListBundleFetches:input_type -> hallmark.v1.ListBundleFetchesRequest
+	1,  // 25: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
+	3,  // 26: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
+	5,  // 27: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
+	8,  // 28: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
+	10, // 29: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
+	13, // 30: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
+	18, // 31: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
+	20, // 32: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
+	24, // 33: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
+	28, // 34: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
+	15, // 35: hallmark.v1.AdminService.ListBundleFetches:output_type -> hallmark.v1.ListBundleFetchesResponse
+	25, // [25:36] is the sub-list for method output_type
+	14, // [14:25] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_hallmark_v1_admin_proto_init() }
@@ -1730,7 +1903,7 @@ func file_hallmark_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_admin_proto_rawDesc), len(file_hallmark_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

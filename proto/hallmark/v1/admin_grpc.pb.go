@@ -29,6 +29,7 @@ const (
 	AdminService_ListNodeAttestors_FullMethodName = "/hallmark.v1.AdminService/ListNodeAttestors"
 	AdminService_ExplainToken_FullMethodName      = "/hallmark.v1.AdminService/ExplainToken"
 	AdminService_LintIssuers_FullMethodName       = "/hallmark.v1.AdminService/LintIssuers"
+	AdminService_ListBundleFetches_FullMethodName = "/hallmark.v1.AdminService/ListBundleFetches"
 )
 
 // AdminServiceClient is the client API for AdminService service.
@@ -65,6 +66,9 @@ type AdminServiceClient interface {
 	// LintIssuers looks for what lets in more than is meant, in the issuers of the
 	// token endpoint and the entries for their tokens.
 	LintIssuers(ctx context.Context, in *LintIssuersRequest, opts ...grpc.CallOption) (*LintIssuersResponse, error)
+	// ListBundleFetches returns what has come of this server's fetches of foreign
+	// bundles, for each federation relationship.
+	ListBundleFetches(ctx context.Context, in *ListBundleFetchesRequest, opts ...grpc.CallOption) (*ListBundleFetchesResponse, error)
 }
 
 type adminServiceClient struct {
@@ -184,6 +188,16 @@ func (c *adminServiceClient) LintIssuers(ctx context.Context, in *LintIssuersReq
 	return out, nil
 }
 
+func (c *adminServiceClient) ListBundleFetches(ctx context.Context, in *ListBundleFetchesRequest, opts ...grpc.CallOption) (*ListBundleFetchesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListBundleFetchesResponse)
+	err := c.cc.Invoke(ctx, AdminService_ListBundleFetches_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServiceServer is the server API for AdminService service.
 // All implementations must embed UnimplementedAdminServiceServer
 // for forward compatibility.
@@ -218,6 +232,9 @@ type AdminServiceServer interface {
 	// LintIssuers looks for what lets in more than is meant, in the issuers of the
 	// token endpoint and the entries for their tokens.
 	LintIssuers(context.Context, *LintIssuersRequest) (*LintIssuersResponse, error)
+	// ListBundleFetches returns what has come of this server's fetches of foreign
+	// bundles, for each federation relationship.
+	ListBundleFetches(context.Context, *ListBundleFetchesRequest) (*ListBundleFetchesResponse, error)
 	mustEmbedUnimplementedAdminServiceServer()
 }
 
@@ -257,6 +274,9 @@ func (UnimplementedAdminServiceServer) ExplainToken(context.Context, *ExplainTok
 }
 func (UnimplementedAdminServiceServer) LintIssuers(context.Context, *LintIssuersRequest) (*LintIssuersResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method LintIssuers not implemented")
+}
+func (UnimplementedAdminServiceServer) ListBundleFetches(context.Context, *ListBundleFetchesRequest) (*ListBundleFetchesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListBundleFetches not implemented")
 }
 func (UnimplementedAdminServiceServer) mustEmbedUnimplementedAdminServiceServer() {}
 func (UnimplementedAdminServiceServer) testEmbeddedByValue()                      {}
@@ -452,6 +472,24 @@ func _AdminService_LintIssuers_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_ListBundleFetches_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListBundleFetchesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ListBundleFetches(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ListBundleFetches_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ListBundleFetches(ctx, req.(*ListBundleFetchesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // AdminService_ServiceDesc is the grpc.ServiceDesc for AdminService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -494,6 +532,10 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "LintIssuers",
 			Handler:    _AdminService_LintIssuers_Handler,
+		},
+		{
+			MethodName: "ListBundleFetches",
+			Handler:    _AdminService_ListBundleFetches_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
