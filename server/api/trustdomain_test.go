@@ -10,6 +10,7 @@ import (
 	"crypto/x509/pkix"
 	"fmt"
 	"math/big"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -61,6 +62,8 @@ func newDomain(t *testing.T, name string, spiffe bool) *domain {
 			fmt.Fprint(w, strings.Repeat(" ", 1<<20+1))
 		case "/elsewhere":
 			http.Redirect(w, r, "https://localhost:1/", http.StatusFound)
+		case "/slow":
+			<-r.Context().Done()
 		case "/gone":
 			http.NotFound(w, r)
 		default:
@@ -318,6 +321,48 @@ func TestRefreshBundle_F06_F07_F10_F25_F26_F27_F28_F32_F34_F44_F47_F49_FetchesWi
 	}
 	if len(w.log.lines("bundle refreshed", bySPIFFE.endpoint.URL, "spiffe://spiffe.org/endpoint", "sequence_number=7")) == 0 { // F-47
 		t.Error("no record of what was fetched from where")
+	}
+}
+
+// What cannot be right is refused, for a reason that is named, and what is stored
+// stays. Older and oversized bundles are among the tests of the profiles.
+func TestRefreshBundle_F05_F25_F49_WhatCannotBeRightIsNamedAndChangesNothing(t *testing.T) {
+	good, other, expired := newDomain(t, "web.org", false), newDomain(t, "other.org", false), newDomain(t, "web.org", false)
+	key := newKey(t)
+	was := sign(t, &x509.Certificate{
+		SerialNumber: big.NewInt(3), NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(-time.Hour),
+		IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+	}, nil, key, key)
+	expired.endpoint.TLS.Certificates = []tls.Certificate{{Certificate: [][]byte{was.Raw}, PrivateKey: key}}
+	pool := x509.NewCertPool()
+	for _, c := range []*x509.Certificate{good.endpoint.Certificate(), was} {
+		pool.AddCert(c)
+	}
+	client := &federation.Client{Roots: pool}
+	w := newWorld(t, func(o *api.Options) { o.Federation = client })
+	c := trustdomainv1.NewTrustDomainClient(w.admin())
+	expectStatus(t, createFederation(t, c, good.relationship("/"))[0].Status, codes.OK, "")
+	_, err := c.RefreshBundle(t.Context(), &trustdomainv1.RefreshBundleRequest{TrustDomain: "web.org"})
+	must(t, err)
+	for _, tc := range []struct {
+		name, url, says string
+		timeout         time.Duration
+	}{
+		{"another trust domain's", other.endpoint.URL, `is that of "other.org"`, 0},
+		{"of an endpoint whose certificate has expired", expired.endpoint.URL, "certificate has expired", 0},
+		{"slow", good.endpoint.URL + "/slow", "took longer than 50ms", 50 * time.Millisecond},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			client.Timeout = tc.timeout
+			_, err := c.BatchUpdateFederationRelationship(t.Context(), &trustdomainv1.BatchUpdateFederationRelationshipRequest{
+				FederationRelationships: []*types.FederationRelationship{web("web.org", tc.url)}, InputMask: &types.FederationRelationshipMask{BundleEndpointUrl: true}})
+			must(t, err)
+			_, err = c.RefreshBundle(t.Context(), &trustdomainv1.RefreshBundleRequest{TrustDomain: "web.org"})
+			expectCode(t, err, codes.Unavailable, tc.says)
+			if b := w.registry.View().Bundle(good.td); b == nil || !b.X509Authorities[0].Certificate.Equal(good.root) {
+				t.Errorf("stored %v", b)
+			}
+		})
 	}
 }
 
