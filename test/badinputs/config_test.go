@@ -68,6 +68,11 @@ var configs = []struct {
 	{"agent", "two plugins for one node", "trust_domain: a\nserver: b:1\nnode_attestor: {plugins: {p: {command: /x, insecure_no_checksum: true}, q: {command: /x, insecure_no_checksum: true}}}\n", []string{"names 2 attestors", "by one"}},
 
 	{"server", "OIDC issuer nowhere", "trust_domain: a\njwt: {issuer: 'https://id.example'}\noidc_issuer: {urls: ['https://id.example'], plain_http: true}\n", []string{"oidc_issuer has no listen", "0.0.0.0:8445"}},
+	{"server", "ACME without domains", "trust_domain: a\nbundle_endpoint: {listen: ':8443', https_web: {acme: {accept_terms: true}}}\n", []string{"acme names no domains"}},
+	{"server", "ACME without its terms accepted", "trust_domain: a\nbundle_endpoint: {listen: ':8443', https_web: {acme: {domains: [id.example]}}}\n", []string{"accept_terms: true"}},
+	{"server", "ACME for a wildcard", "trust_domain: a\nbundle_endpoint: {listen: ':8443', https_web: {acme: {domains: ['*.example'], accept_terms: true}}}\n", []string{"*.example", "not the name of a host"}},
+	{"server", "ACME over HTTP", "trust_domain: a\nbundle_endpoint: {listen: ':8443', https_web: {acme: {domains: [id.example], accept_terms: true, directory: 'http://ca.example/'}}}\n", []string{"not an https URL"}},
+	{"server", "ACME and files", "trust_domain: a\nbundle_endpoint: {listen: ':8443', https_web: {certificate: /x, key: /y, acme: {domains: [id.example], accept_terms: true}}}\n", []string{"acme and files", "choose one"}},
 	{"server", "OIDC issuer without a certificate", "trust_domain: a\njwt: {issuer: 'https://id.example'}\noidc_issuer: {listen: ':8445', urls: ['https://id.example']}\n", []string{"no https_web", "set its certificate and key, or plain_http"}},
 	{"server", "OIDC issuer with TLS and without", "trust_domain: a\njwt: {issuer: 'https://id.example'}\noidc_issuer: {listen: ':8445', urls: ['https://id.example'], plain_http: true, https_web: {certificate: /x, key: /y}}\n", []string{"https_web and plain_http", "choose one"}},
 	{"server", "OIDC issuer without a URL", "trust_domain: a\noidc_issuer: {listen: ':8445', plain_http: true}\n", []string{"oidc_issuer.urls", "write one like https://id.example.org"}},
