@@ -80,11 +80,10 @@ func (s *settings) listenCRLEndpoint(log *slog.Logger) (*web.Options, error) {
 	}
 	o := &web.Options{Log: log} // no request has a body
 	if c.HTTPSWeb != nil {
-		files, err := web.OpenFiles(c.HTTPSWeb.Certificate, c.HTTPSWeb.Key, log)
-		if err != nil {
-			return nil, fmt.Errorf("crl_endpoint.https_web: %w", err)
+		var err error
+		if o.Certificate, err = s.webCertificate("crl_endpoint", c.HTTPSWeb, log); err != nil {
+			return nil, err
 		}
-		o.Certificate = files.Certificate
 	}
 	l, err := net.Listen("tcp", c.Listen)
 	if err != nil {
@@ -97,7 +96,7 @@ func (s *settings) listenCRLEndpoint(log *slog.Logger) (*web.Options, error) {
 // serveCRLs serves CRLs until the context ends.
 func (s *settings) serveCRLs(ctx context.Context, o web.Options, reg *registry.Registry) error {
 	o.Handler = revocation.Handler(reg.View)
-	o.Log.Info("CRLs are served", "listen", o.Listener.Addr().String(), "tls", o.Certificate != nil)
+	o.Log.Info("CRLs are served", "listen", o.Listener.Addr().String(), "tls", o.Certificate.Get != nil)
 	if err := web.Serve(ctx, o); ctx.Err() == nil {
 		return fmt.Errorf("serve CRLs: %w", err)
 	}

@@ -278,6 +278,7 @@ func (s *settings) newAPI(st *opened, name string, reg *registry.Registry, autho
 		NodeAttestors: evidence,
 		Profiles:      s.attestorProfiles(),
 		Exchange:      endpoint,
+		Federation:    &federation.Client{RefuseRedirects: s.Federation.RefuseRedirects},
 		Cluster:       st.cluster(name),
 		AdminIDs:      s.adminIDs,
 		Advertise:     s.Advertise,
@@ -298,11 +299,10 @@ func (s *settings) listenBundleEndpoint(log *slog.Logger) (*federation.EndpointO
 	}
 	o := &federation.EndpointOptions{Log: log}
 	if c.HTTPSWeb != nil {
-		files, err := web.OpenFiles(c.HTTPSWeb.Certificate, c.HTTPSWeb.Key, log)
-		if err != nil {
-			return nil, fmt.Errorf("bundle_endpoint.https_web: %w", err)
+		var err error
+		if o.Certificate, err = s.webCertificate("bundle_endpoint", c.HTTPSWeb, log); err != nil {
+			return nil, err
 		}
-		o.Certificate = files.Certificate
 	}
 	l, err := net.Listen("tcp", c.Listen)
 	if err != nil {
@@ -316,8 +316,8 @@ func (s *settings) listenBundleEndpoint(log *slog.Logger) (*federation.EndpointO
 func (s *settings) publish(ctx context.Context, o federation.EndpointOptions, reg *registry.Registry, issuer *issue.Issuer) error {
 	o.Bundle = func() *bundle.Bundle { return reg.View().Bundle(s.td) }
 	profile := "https_web"
-	if o.Certificate == nil {
-		profile, o.Certificate = "https_spiffe", issuer.ServerTLS
+	if o.Certificate.Get == nil {
+		profile, o.Certificate = "https_spiffe", web.Own(issuer.ServerTLS)
 	}
 	o.Log.Info("the bundle is published", "listen", o.Listener.Addr().String(), "profile", profile)
 	return federation.NewEndpoint(o).Run(ctx)
@@ -332,11 +332,10 @@ func (s *settings) listenTokenExchange(log *slog.Logger) (*web.Options, error) {
 	}
 	o := &web.Options{MaxBody: exchange.MaxBody, Log: log}
 	if c.HTTPSWeb != nil {
-		files, err := web.OpenFiles(c.HTTPSWeb.Certificate, c.HTTPSWeb.Key, log)
-		if err != nil {
-			return nil, fmt.Errorf("token_exchange.https_web: %w", err)
+		var err error
+		if o.Certificate, err = s.webCertificate("token_exchange", c.HTTPSWeb, log); err != nil {
+			return nil, err
 		}
-		o.Certificate = files.Certificate
 	}
 	l, err := net.Listen("tcp", c.Listen)
 	if err != nil {
@@ -362,8 +361,8 @@ func (s *settings) newExchange(reg *registry.Registry, issuer *issue.Issuer, lim
 
 // exchangeTokens serves the token endpoint until the context ends.
 func (s *settings) exchangeTokens(ctx context.Context, o web.Options, x *exchange.Exchange, reg *registry.Registry, issuer *issue.Issuer) (err error) {
-	if o.Certificate == nil {
-		o.Certificate = issuer.ServerTLS
+	if o.Certificate.Get == nil {
+		o.Certificate = web.Own(issuer.ServerTLS)
 	}
 	o.Handler = x.Handler()
 	if s.sharesTokenExchange() {

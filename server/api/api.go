@@ -86,6 +86,7 @@ type API struct {
 	exchange    *exchange.Exchange
 	cluster     *Cluster
 	federation  *federation.Client
+	fetches     federation.Outcomes
 	adminIDs    map[spiffeid.ID]bool
 	advertise   string
 	td          spiffeid.TrustDomain

@@ -154,6 +154,7 @@ var methods = map[string]method{
 	hallmarkv1.AdminService_RevokeSVIDs_FullMethodName:       {callers: local, audit: true},
 	hallmarkv1.AdminService_ListSVIDs_FullMethodName:         {callers: local},
 	hallmarkv1.AdminService_ListRevocations_FullMethodName:   {callers: local},
+	hallmarkv1.AdminService_ListBundleFetches_FullMethodName: {callers: local},
 
 	hallmarkv1.ClusterService_ListServers_FullMethodName:  {callers: local},
 	hallmarkv1.ClusterService_Invite_FullMethodName:       {callers: local, audit: true},

@@ -32,6 +32,7 @@ const (
 	AdminService_RevokeSVIDs_FullMethodName       = "/hallmark.v1.AdminService/RevokeSVIDs"
 	AdminService_ListSVIDs_FullMethodName         = "/hallmark.v1.AdminService/ListSVIDs"
 	AdminService_ListRevocations_FullMethodName   = "/hallmark.v1.AdminService/ListRevocations"
+	AdminService_ListBundleFetches_FullMethodName = "/hallmark.v1.AdminService/ListBundleFetches"
 )
 
 // AdminServiceClient is the client API for AdminService service.
@@ -75,6 +76,9 @@ type AdminServiceClient interface {
 	ListSVIDs(ctx context.Context, in *ListSVIDsRequest, opts ...grpc.CallOption) (*ListSVIDsResponse, error)
 	// ListRevocations lists the revocations and CRLs of all servers.
 	ListRevocations(ctx context.Context, in *ListRevocationsRequest, opts ...grpc.CallOption) (*ListRevocationsResponse, error)
+	// ListBundleFetches returns what has come of this server's fetches of foreign
+	// bundles, for each federation relationship.
+	ListBundleFetches(ctx context.Context, in *ListBundleFetchesRequest, opts ...grpc.CallOption) (*ListBundleFetchesResponse, error)
 }
 
 type adminServiceClient struct {
@@ -224,6 +228,16 @@ func (c *adminServiceClient) ListRevocations(ctx context.Context, in *ListRevoca
 	return out, nil
 }
 
+func (c *adminServiceClient) ListBundleFetches(ctx context.Context, in *ListBundleFetchesRequest, opts ...grpc.CallOption) (*ListBundleFetchesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListBundleFetchesResponse)
+	err := c.cc.Invoke(ctx, AdminService_ListBundleFetches_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServiceServer is the server API for AdminService service.
 // All implementations must embed UnimplementedAdminServiceServer
 // for forward compatibility.
@@ -265,6 +279,9 @@ type AdminServiceServer interface {
 	ListSVIDs(context.Context, *ListSVIDsRequest) (*ListSVIDsResponse, error)
 	// ListRevocations lists the revocations and CRLs of all servers.
 	ListRevocations(context.Context, *ListRevocationsRequest) (*ListRevocationsResponse, error)
+	// ListBundleFetches returns what has come of this server's fetches of foreign
+	// bundles, for each federation relationship.
+	ListBundleFetches(context.Context, *ListBundleFetchesRequest) (*ListBundleFetchesResponse, error)
 	mustEmbedUnimplementedAdminServiceServer()
 }
 
@@ -313,6 +330,9 @@ func (UnimplementedAdminServiceServer) ListSVIDs(context.Context, *ListSVIDsRequ
 }
 func (UnimplementedAdminServiceServer) ListRevocations(context.Context, *ListRevocationsRequest) (*ListRevocationsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListRevocations not implemented")
+}
+func (UnimplementedAdminServiceServer) ListBundleFetches(context.Context, *ListBundleFetchesRequest) (*ListBundleFetchesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListBundleFetches not implemented")
 }
 func (UnimplementedAdminServiceServer) mustEmbedUnimplementedAdminServiceServer() {}
 func (UnimplementedAdminServiceServer) testEmbeddedByValue()                      {}
@@ -562,6 +582,24 @@ func _AdminService_ListRevocations_Handler(srv interface{}, ctx context.Context,
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_ListBundleFetches_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListBundleFetchesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ListBundleFetches(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ListBundleFetches_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ListBundleFetches(ctx, req.(*ListBundleFetchesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // AdminService_ServiceDesc is the grpc.ServiceDesc for AdminService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -616,6 +654,10 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListRevocations",
 			Handler:    _AdminService_ListRevocations_Handler,
+		},
+		{
+			MethodName: "ListBundleFetches",
+			Handler:    _AdminService_ListBundleFetches_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
