@@ -78,6 +78,9 @@ type Config struct {
 	// trust domains. Default: it is not published.
 	BundleEndpoint *BundleEndpointConfig `yaml:"bundle_endpoint"`
 
+	// Federation is about fetching the bundles of foreign trust domains.
+	Federation FederationConfig `yaml:"federation"`
+
 	// TokenExchange gives SVIDs for tokens of outside issuers, over OAuth 2.0.
 	// Default: it does not.
 	TokenExchange *TokenExchangeConfig `yaml:"token_exchange"`
@@ -85,6 +88,10 @@ type Config struct {
 	// OIDCIssuer publishes the JWT authorities for relying parties that speak
 	// OpenID Connect. Default: they are in the bundle alone.
 	OIDCIssuer *OIDCIssuerConfig `yaml:"oidc_issuer"`
+
+	// CRLEndpoint serves the certificate revocation lists of the X.509 authorities.
+	// Default: agents and workloads have them alone.
+	CRLEndpoint *CRLEndpointConfig `yaml:"crl_endpoint"`
 
 	// Limits bound what callers can make the server do. SIGHUP reloads them.
 	Limits LimitsConfig `yaml:"limits"`
@@ -118,6 +125,13 @@ type BundleEndpointConfig struct {
 	HTTPSWeb *CertificateConfig `yaml:"https_web"`
 }
 
+// FederationConfig is about fetching the bundles of foreign trust domains.
+type FederationConfig struct {
+	// RefuseRedirects has a fetch fail whose endpoint answers with a redirect.
+	// Default: it is followed, on the same host.
+	RefuseRedirects bool `yaml:"refuse_redirects"`
+}
+
 // TokenExchangeConfig is the token endpoint: POST ISSUER/token gives SVIDs for
 // tokens of outside issuers. Its certificate is the server's own X509-SVID,
 // /spire/server, unless https_web is set.
@@ -139,10 +153,32 @@ type TokenExchangeConfig struct {
 // again when they change.
 type CertificateConfig struct {
 	// Certificate is a PEM file of the certificate and the intermediate ones that
-	// follow it. It is required.
+	// follow it. It is required, unless acme is set.
 	Certificate string `yaml:"certificate" env:"expand"`
-	// Key is a PEM file of its private key. It is required.
+	// Key is a PEM file of its private key. It is required, unless acme is set.
 	Key string `yaml:"key" env:"expand"`
+	// ACME has an authority issue the certificate, such as Let's Encrypt, and
+	// renews it. Default: it is in files.
+	ACME *ACMEConfig `yaml:"acme"`
+}
+
+// ACMEConfig is a certificate that an authority issues by ACME (RFC 8555). The
+// authority connects to port 443 of each domain (tls-alpn-01), which has to lead
+// to where the server listens.
+type ACMEConfig struct {
+	// Domains are the DNS names of the endpoint. At least one is required.
+	Domains []string `yaml:"domains" env:"expand"`
+	// AcceptTerms says that you accept the terms of service of the authority. It
+	// is required.
+	AcceptTerms bool `yaml:"accept_terms"`
+	// Email is where the authority writes to, for example before a certificate
+	// ends. Default: nowhere.
+	Email string `yaml:"email" env:"expand"`
+	// Directory is the URL of the authority. Default: Let's Encrypt's.
+	Directory string `yaml:"directory" env:"expand"`
+	// CAPath is a PEM file of the authorities that verify the directory. Default:
+	// the system's.
+	CAPath string `yaml:"ca_path" env:"expand"`
 }
 
 // StoreConfig says where the registry is kept: one of its fields is set.
@@ -445,6 +481,7 @@ func (s *settings) check(src config.Source) error {
 	s.checkBundleEndpoint(wrong)
 	s.checkTokenExchange(wrong)
 	s.checkOIDC(wrong)
+	s.checkCRLEndpoint(wrong)
 	s.Telemetry.Check(func(key, format string, args ...any) { wrong("telemetry."+key, format, args...) })
 	s.checkLifetimes(wrong)
 	s.checkAttestors(wrong)
@@ -506,8 +543,12 @@ func (s *settings) checkEndpoint(name, listen, port string, web *CertificateConf
 	case listen == s.Listen:
 		wrong(name+".listen", "%s.listen is %s, where agents are served; choose another port, such as %s", name, listen, port)
 	}
-	if web != nil && (web.Certificate == "" || web.Key == "") {
-		wrong(name+".https_web", "https_web needs the files certificate and key")
+	switch {
+	case web == nil:
+	case web.ACME != nil:
+		web.check(name+".https_web", wrong)
+	case web.Certificate == "" || web.Key == "":
+		wrong(name+".https_web", "https_web needs the files certificate and key, or acme")
 	}
 }
 

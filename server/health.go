@@ -8,6 +8,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/feed"
+	"github.com/hallmark-id/hallmark/server/journal"
 	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
@@ -47,13 +48,14 @@ func readable(ctx context.Context, st *opened) error {
 }
 
 // state is how a server is, for its metrics.
-func state(reg *registry.Registry, pushes *feed.Feed, authorities *authority.Authorities) metrics.State {
+func state(reg *registry.Registry, pushes *feed.Feed, authorities *authority.Authorities, issued *journal.Journal) metrics.State {
 	view := reg.View()
 	s := metrics.State{
 		Entries:       view.EntryCount(),
 		Nodes:         view.NodeCount(),
 		Revision:      int64(view.Revision()),
 		AgentsBehind:  pushes.Behind(),
+		LiveSVIDs:     issued.Live(),
 		AuthorityEnds: make(map[string]time.Time),
 	}
 	for _, kind := range authorities.Kinds() {

@@ -223,6 +223,24 @@ func (s *adminService) AwaitAgents(ctx context.Context, req *hallmarkv1.AwaitAge
 	return &hallmarkv1.AwaitAgentsResponse{Revision: int64(revision), Agents: int32(agents)}, nil
 }
 
+// ListBundleFetches lists the relationships, with what has come of this server's
+// fetches of their bundles.
+func (s *adminService) ListBundleFetches(context.Context, *hallmarkv1.ListBundleFetchesRequest) (*hallmarkv1.ListBundleFetchesResponse, error) {
+	resp := &hallmarkv1.ListBundleFetchesResponse{}
+	for f := range s.registry.View().Federations("") {
+		o := s.fetches.Of(f)
+		made := &hallmarkv1.BundleFetch{TrustDomain: f.TrustDomain.Name(), Failures: int32(o.Failures), Error: o.Reason}
+		if !o.Fetched.IsZero() {
+			made.FetchedAt = o.Fetched.Unix()
+		}
+		if !o.Tried.IsZero() {
+			made.TriedAt = o.Tried.Unix()
+		}
+		resp.Fetches = append(resp.Fetches, made)
+	}
+	return resp, nil
+}
+
 // ListConnections lists the agents that hold a push stream.
 func (s *adminService) ListConnections(context.Context, *hallmarkv1.ListConnectionsRequest) (*hallmarkv1.ListConnectionsResponse, error) {
 	resp := &hallmarkv1.ListConnectionsResponse{}

@@ -25,6 +25,8 @@ type Metrics struct {
 	Agents   prometheus.Gauge // connected
 	PushStep prometheus.Histogram
 
+	Revoked prometheus.Gauge // certificates in the CRLs of this server
+
 	BundleRefreshes *prometheus.CounterVec // of foreign bundles, by trust domain and outcome
 	BundleRefreshed *prometheus.GaugeVec   // when one was last fetched, by trust domain
 
@@ -63,6 +65,10 @@ func New(r prometheus.Registerer) *Metrics {
 			Name:    "hallmark_server_push_acknowledgement_seconds",
 			Help:    "How long it took from sending a change to an agent until it acknowledged everything that was sent to it.",
 			Buckets: telemetry.LatencyBuckets,
+		}),
+		Revoked: make.NewGauge(prometheus.GaugeOpts{
+			Name: "hallmark_server_revoked_certificates",
+			Help: "Certificates in the CRLs of this server's authorities.",
 		}),
 		BundleRefreshes: make.NewCounterVec(prometheus.CounterOpts{
 			Name: "hallmark_server_bundle_refreshes_total",
@@ -105,6 +111,7 @@ func New(r prometheus.Registerer) *Metrics {
 type State struct {
 	Entries, Nodes int
 	Revision       int64
+	LiveSVIDs      int                  // issued by this server, and not ended
 	AgentsBehind   int                  // connected, and have not acknowledged all they were sent
 	AuthorityEnds  map[string]time.Time // of the active one, by kind
 }
@@ -112,6 +119,7 @@ type State struct {
 var (
 	entries   = prometheus.NewDesc("hallmark_server_entries", "Registration entries.", nil, nil)
 	nodes     = prometheus.NewDesc("hallmark_server_nodes", "Nodes that have attested, banned ones among them.", nil, nil)
+	live      = prometheus.NewDesc("hallmark_server_svids_live", "X509-SVIDs and other certificates that this server issued and that have not ended, as its journal has them; some may have ended within a minute.", nil, nil)
 	revision  = prometheus.NewDesc("hallmark_server_revision", "Revision of the registry; it grows with each transaction.", nil, nil)
 	behind    = prometheus.NewDesc("hallmark_server_agents_behind", "Connected agents that have not yet acknowledged everything that was sent to them.", nil, nil)
 	authority = prometheus.NewDesc("hallmark_server_authority_expiry_timestamp_seconds", "When the active authority expires, in seconds since 1970, by kind; subtract time() for what is left.", []string{"kind"}, nil)
@@ -125,7 +133,7 @@ type state func() State
 
 // Describe implements [prometheus.Collector].
 func (state) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{entries, nodes, revision, behind, authority} {
+	for _, d := range []*prometheus.Desc{entries, nodes, live, revision, behind, authority} {
 		ch <- d
 	}
 }
@@ -138,6 +146,7 @@ func (now state) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(entries, float64(s.Entries))
 	gauge(nodes, float64(s.Nodes))
+	gauge(live, float64(s.LiveSVIDs))
 	gauge(revision, float64(s.Revision))
 	gauge(behind, float64(s.AgentsBehind))
 	for kind, ends := range s.AuthorityEnds {
