@@ -80,7 +80,7 @@ func (f *fleet) join(ctx context.Context) (*agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &agent{fleet: f, node: n, entries: make(map[string]member), bundles: make(map[spiffeid.TrustDomain]uint64), synced: make(chan struct{})}
+	a := &agent{fleet: f, node: n, entries: make(map[string]member), bundles: make(map[spiffeid.TrustDomain]uint64), crls: make(map[string]uint64), synced: make(chan struct{})}
 	follow := feed.New(feed.Options{TrustDomain: f.server.td, Node: n, Held: a})
 	f.group.Go(func() error { return n.Run(f.ctx) })
 	f.group.Go(func() error { return follow.Run(f.ctx) })
@@ -101,6 +101,7 @@ type agent struct {
 	mu       sync.Mutex
 	entries  map[string]member
 	bundles  map[spiffeid.TrustDomain]uint64 // sequence numbers
+	crls     map[string]uint64               // numbers, by authority
 	sum      digest.Sum
 	revision int64
 }
@@ -114,6 +115,7 @@ func (a *agent) Apply(c held.Change) {
 	if c.Complete {
 		clear(a.entries)
 		clear(a.bundles)
+		clear(a.crls)
 		a.sum = digest.Sum{}
 	}
 	for _, e := range c.Entries {
@@ -132,6 +134,14 @@ func (a *agent) Apply(c held.Change) {
 	}
 	for _, td := range c.GoneBundles {
 		a.dropBundle(td)
+	}
+	for _, c := range c.CRLs {
+		a.dropCRL(c.ID())
+		a.crls[c.ID()] = c.Number()
+		a.sum.AddCRL(c.ID(), c.Number())
+	}
+	for _, id := range c.GoneCRLs {
+		a.dropCRL(id)
 	}
 	first := a.revision == 0
 	a.revision = c.Revision
@@ -155,6 +165,13 @@ func (a *agent) dropBundle(td spiffeid.TrustDomain) {
 	if seq, ok := a.bundles[td]; ok {
 		a.sum.SubBundle(td.Name(), seq)
 		delete(a.bundles, td)
+	}
+}
+
+func (a *agent) dropCRL(authority string) {
+	if number, ok := a.crls[authority]; ok {
+		a.sum.SubCRL(authority, number)
+		delete(a.crls, authority)
 	}
 }
 

@@ -83,6 +83,9 @@ type Config struct {
 	// trust domains. Default: it is not published.
 	BundleEndpoint *BundleEndpointConfig `yaml:"bundle_endpoint"`
 
+	// Federation is about fetching the bundles of foreign trust domains.
+	Federation FederationConfig `yaml:"federation"`
+
 	// TokenExchange gives SVIDs for tokens of outside issuers, over OAuth 2.0.
 	// Default: it does not.
 	TokenExchange *TokenExchangeConfig `yaml:"token_exchange"`
@@ -90,6 +93,10 @@ type Config struct {
 	// OIDCIssuer publishes the JWT authorities for relying parties that speak
 	// OpenID Connect. Default: they are in the bundle alone.
 	OIDCIssuer *OIDCIssuerConfig `yaml:"oidc_issuer"`
+
+	// CRLEndpoint serves the certificate revocation lists of the X.509 authorities.
+	// Default: agents and workloads have them alone.
+	CRLEndpoint *CRLEndpointConfig `yaml:"crl_endpoint"`
 
 	// Limits bound what callers can make the server do. SIGHUP reloads them.
 	Limits LimitsConfig `yaml:"limits"`
@@ -123,6 +130,13 @@ type BundleEndpointConfig struct {
 	HTTPSWeb *CertificateConfig `yaml:"https_web"`
 }
 
+// FederationConfig is about fetching the bundles of foreign trust domains.
+type FederationConfig struct {
+	// RefuseRedirects has a fetch fail whose endpoint answers with a redirect.
+	// Default: it is followed, on the same host.
+	RefuseRedirects bool `yaml:"refuse_redirects"`
+}
+
 // TokenExchangeConfig is the token endpoint: POST ISSUER/token gives SVIDs for
 // tokens of outside issuers. Its certificate is the server's own X509-SVID,
 // /spire/server, unless https_web is set.
@@ -144,10 +158,32 @@ type TokenExchangeConfig struct {
 // again when they change.
 type CertificateConfig struct {
 	// Certificate is a PEM file of the certificate and the intermediate ones that
-	// follow it. It is required.
+	// follow it. It is required, unless acme is set.
 	Certificate string `yaml:"certificate" env:"expand"`
-	// Key is a PEM file of its private key. It is required.
+	// Key is a PEM file of its private key. It is required, unless acme is set.
 	Key string `yaml:"key" env:"expand"`
+	// ACME has an authority issue the certificate, such as Let's Encrypt, and
+	// renews it. Default: it is in files.
+	ACME *ACMEConfig `yaml:"acme"`
+}
+
+// ACMEConfig is a certificate that an authority issues by ACME (RFC 8555). The
+// authority connects to port 443 of each domain (tls-alpn-01), which has to lead
+// to where the server listens.
+type ACMEConfig struct {
+	// Domains are the DNS names of the endpoint. At least one is required.
+	Domains []string `yaml:"domains" env:"expand"`
+	// AcceptTerms says that you accept the terms of service of the authority. It
+	// is required.
+	AcceptTerms bool `yaml:"accept_terms"`
+	// Email is where the authority writes to, for example before a certificate
+	// ends. Default: nowhere.
+	Email string `yaml:"email" env:"expand"`
+	// Directory is the URL of the authority. Default: Let's Encrypt's.
+	Directory string `yaml:"directory" env:"expand"`
+	// CAPath is a PEM file of the authorities that verify the directory. Default:
+	// the system's.
+	CAPath string `yaml:"ca_path" env:"expand"`
 }
 
 // StoreConfig says where the registry is kept: one of its fields is set.
@@ -236,12 +272,20 @@ type EncryptionConfig struct {
 // KMSConfig is a key manager that makes keys, signs with them and does not let
 // them out.
 type KMSConfig struct {
-	// URI names it. pkcs11:module-path=LIBRARY;token=LABEL is a token behind a
-	// PKCS #11 library (RFC 7512; serial or slot-id instead of token, too). It
-	// needs a hallmark that was built with "-tags pkcs11".
+	// URI names it, and has no secret in it. A TPM 2.0 is
+	// tpmkms:device=/dev/tpmrm0;storage-directory=PATH (the directory is keys in
+	// data_dir if it is left out). A token behind a PKCS #11 library is
+	// pkcs11:module-path=LIBRARY;token=LABEL (RFC 7512; serial or slot-id instead of
+	// token, too), and needs a hallmark that was built with "-tags pkcs11". AWS KMS
+	// is awskms:region=REGION. Google Cloud KMS is
+	// cloudkms:project=PROJECT;location=LOCATION;key-ring=RING. Azure Key Vault is
+	// azurekms:vault=NAME. The transit engine of a HashiCorp Vault or OpenBao is
+	// transit:address=https://HOST:8200;mount=transit. docs/authorities.md has all
+	// attributes, and where credentials are taken from.
 	URI string `yaml:"uri" env:"expand"`
-	// PINFile is the path of a file with the PIN of a PKCS #11 token, readable
-	// by the server alone. Default: the token needs none.
+	// PINFile is the path of a file with the PIN of a PKCS #11 token, or the
+	// password of a TPM's owner hierarchy, readable by the server alone. Default:
+	// there is none.
 	PINFile string `yaml:"pin_file" env:"expand"`
 }
 
@@ -447,6 +491,7 @@ func (s *settings) check(src config.Source) error {
 	s.checkBundleEndpoint(wrong)
 	s.checkTokenExchange(wrong)
 	s.checkOIDC(wrong)
+	s.checkCRLEndpoint(wrong)
 	s.Telemetry.Check(func(key, format string, args ...any) { wrong("telemetry."+key, format, args...) })
 	s.checkLifetimes(wrong)
 	s.checkAttestors(wrong)
@@ -508,8 +553,12 @@ func (s *settings) checkEndpoint(name, listen, port string, web *CertificateConf
 	case listen == s.Listen:
 		wrong(name+".listen", "%s.listen is %s, where agents are served; choose another port, such as %s", name, listen, port)
 	}
-	if web != nil && (web.Certificate == "" || web.Key == "") {
-		wrong(name+".https_web", "https_web needs the files certificate and key")
+	switch {
+	case web == nil:
+	case web.ACME != nil:
+		web.check(name+".https_web", wrong)
+	case web.Certificate == "" || web.Key == "":
+		wrong(name+".https_web", "https_web needs the files certificate and key, or acme")
 	}
 }
 

@@ -6,10 +6,9 @@ import (
 	"fmt"
 	"time"
 
-	"go.step.sm/crypto/kms/apiv1"
-
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/feed"
+	"github.com/hallmark-id/hallmark/server/journal"
 	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
@@ -17,7 +16,7 @@ import (
 
 // readiness returns why a server cannot issue anything now, or nil. It is for
 // whoever asked, and of a server that runs until its context ends.
-func readiness(asked, running context.Context, st *opened, authorities *authority.Authorities, keys apiv1.KeyManager) error {
+func readiness(asked, running context.Context, st *opened, authorities *authority.Authorities) error {
 	if running.Err() != nil {
 		return errors.New("the server is stopping")
 	}
@@ -33,10 +32,7 @@ func readiness(asked, running context.Context, st *opened, authorities *authorit
 			return because(fmt.Errorf("the active %v authority has expired", kind), authorities.UpstreamFailure())
 		}
 	}
-	if k, ok := keys.(interface{ Available() error }); ok {
-		return k.Available()
-	}
-	return nil
+	return authorities.KeysAvailable()
 }
 
 // because adds to what is wrong that the authority above has failed, if it has.
@@ -60,13 +56,14 @@ func readable(ctx context.Context, st *opened) error {
 }
 
 // state is how a server is, for its metrics.
-func state(reg *registry.Registry, pushes *feed.Feed, authorities *authority.Authorities) metrics.State {
+func state(reg *registry.Registry, pushes *feed.Feed, authorities *authority.Authorities, issued *journal.Journal) metrics.State {
 	view := reg.View()
 	s := metrics.State{
 		Entries:       view.EntryCount(),
 		Nodes:         view.NodeCount(),
 		Revision:      int64(view.Revision()),
 		AgentsBehind:  pushes.Behind(),
+		LiveSVIDs:     issued.Live(),
 		AuthorityEnds: make(map[string]time.Time),
 	}
 	if kind, _, _ := authorities.UpstreamState(); kind != "" {

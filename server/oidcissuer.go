@@ -105,11 +105,10 @@ func (s *settings) listenOIDCIssuer(log *slog.Logger) (*web.Options, error) {
 	}
 	o := &web.Options{Log: log} // no request has a body
 	if c.HTTPSWeb != nil {
-		files, err := web.OpenFiles(c.HTTPSWeb.Certificate, c.HTTPSWeb.Key, log)
-		if err != nil {
-			return nil, fmt.Errorf("oidc_issuer.https_web: %w", err)
+		var err error
+		if o.Certificate, err = s.webCertificate("oidc_issuer", c.HTTPSWeb, log); err != nil {
+			return nil, err
 		}
-		o.Certificate = files.Certificate
 	}
 	l, err := net.Listen("tcp", c.Listen)
 	if err != nil {
@@ -138,7 +137,7 @@ func (s *settings) serveOIDCIssuer(ctx context.Context, o web.Options, reg *regi
 		return err
 	}
 	o.Handler = served
-	o.Log.Info("keys are published for relying parties", "listen", o.Listener.Addr().String(), "urls", s.OIDCIssuer.URLs, "tls", o.Certificate != nil)
+	o.Log.Info("keys are published for relying parties", "listen", o.Listener.Addr().String(), "urls", s.OIDCIssuer.URLs, "tls", o.Certificate.Get != nil)
 	if err := web.Serve(ctx, o); ctx.Err() == nil {
 		return fmt.Errorf("publish keys for relying parties: %w", err)
 	}

@@ -32,6 +32,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/federation"
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/issue"
+	"github.com/hallmark-id/hallmark/server/journal"
 	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
@@ -107,6 +108,14 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		defer relied.Listener.Close()
 	}
 
+	revoked, err := s.listenCRLEndpoint(log)
+	if err != nil {
+		return err
+	}
+	if revoked != nil {
+		defer revoked.Listener.Close()
+	}
+
 	name, err := s.serverName()
 	if err != nil {
 		return err
@@ -123,7 +132,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	if err != nil {
 		return fmt.Errorf("open the registry: %w", err)
 	}
-	keys, err := s.openKeys(log)
+	keys, err := s.openKeys(name, log)
 	if err != nil {
 		return err
 	}
@@ -135,6 +144,11 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	if above != nil {
 		defer func() { err = errors.Join(err, above.Close()) }()
 	}
+	issued, err := s.openJournal(log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, issued.Close()) }()
 	evidence, err := s.makeAttestors(reg, log)
 	if err != nil {
 		return err
@@ -160,16 +174,19 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	var endpoint *exchange.Exchange
 	authorities, err := s.openAuthorities(serving, name, reg, keys, above, log, counted)
 	if err == nil {
-		issuer = s.newIssuer(authorities, log, counted)
+		issuer = s.newIssuer(authorities, issued, log, counted)
 		endpoint, err = s.newExchange(reg, issuer, func() *api.API { return served }, log, counted)
 	}
 	if err == nil {
 		below.Go(func() error { return authorities.Run(base) })
+		below.Go(func() error { return issued.Run(base) })
+		publisher := s.newPublisher(reg, authorities, issued, log, counted)
+		below.Go(func() error { return publisher.Run(base) })
 		pushes := feed.New(feed.Options{
 			Registry: reg, X509TTL: time.Duration(s.X509.SVIDLifetime), JWTTTL: time.Duration(s.JWT.SVIDLifetime),
 			Log: log, Metrics: counted,
 		})
-		served = s.newAPI(st, name, reg, authorities, issuer, evidence, endpoint, pushes, log, level, counted, traces)
+		served = s.newAPI(st, name, reg, authorities, issuer, issued, evidence, endpoint, pushes, log, level, counted, traces)
 		fetches := federation.NewSchedule(federation.ScheduleOptions{
 			Relationships: federation.FromRegistry(reg), Refresh: served.RefreshFederated, Log: log, Metrics: counted,
 		})
@@ -183,8 +200,11 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		if relied != nil {
 			below.Go(func() error { return s.serveOIDCIssuer(base, *relied, reg) })
 		}
-		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities) })
-		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities, keys) })
+		if revoked != nil {
+			below.Go(func() error { return s.serveCRLs(base, *revoked, reg) })
+		}
+		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities, issued) })
+		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities) })
 		if st.shared != nil {
 			self := s.announced(name, tcp)
 			tell := func(list []etcd.Server) { pushes.SetServers(addresses(list)) }
@@ -257,7 +277,7 @@ func (s *settings) openUpstream() (upstream.Upstream, error) {
 	return upstream.New(*s.Upstream, upstream.Options{TrustDomain: s.td})
 }
 
-func (s *settings) newIssuer(authorities *authority.Authorities, log *slog.Logger, counted *metrics.Metrics) *issue.Issuer {
+func (s *settings) newIssuer(authorities *authority.Authorities, issued *journal.Journal, log *slog.Logger, counted *metrics.Metrics) *issue.Issuer {
 	return issue.New(issue.Options{
 		TrustDomain: s.td,
 		Authorities: authorities,
@@ -269,19 +289,23 @@ func (s *settings) newIssuer(authorities *authority.Authorities, log *slog.Logge
 		AgentTTL:    time.Duration(s.X509.AgentLifetime),
 		JWTIssuer:   s.JWT.Issuer,
 		Profiles:    s.profiles,
+		Journal:     issued,
+		CRLURL:      s.crlURL(),
 	})
 }
 
-func (s *settings) newAPI(st *opened, name string, reg *registry.Registry, authorities *authority.Authorities, issuer *issue.Issuer, evidence map[string]attestors.Server, endpoint *exchange.Exchange, pushes *feed.Feed, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics, traces *telemetry.Traces) *api.API {
+func (s *settings) newAPI(st *opened, name string, reg *registry.Registry, authorities *authority.Authorities, issuer *issue.Issuer, issued *journal.Journal, evidence map[string]attestors.Server, endpoint *exchange.Exchange, pushes *feed.Feed, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics, traces *telemetry.Traces) *api.API {
 	return api.New(api.Options{
 		Store:         st,
 		Registry:      reg,
 		Authorities:   authorities,
 		Issuer:        issuer,
+		Journal:       issued,
 		Feed:          pushes,
 		NodeAttestors: evidence,
 		Profiles:      s.attestorProfiles(),
 		Exchange:      endpoint,
+		Federation:    &federation.Client{RefuseRedirects: s.Federation.RefuseRedirects},
 		Cluster:       st.cluster(name),
 		AdminIDs:      s.adminIDs,
 		Advertise:     s.Advertise,
@@ -302,11 +326,10 @@ func (s *settings) listenBundleEndpoint(log *slog.Logger) (*federation.EndpointO
 	}
 	o := &federation.EndpointOptions{Log: log}
 	if c.HTTPSWeb != nil {
-		files, err := web.OpenFiles(c.HTTPSWeb.Certificate, c.HTTPSWeb.Key, log)
-		if err != nil {
-			return nil, fmt.Errorf("bundle_endpoint.https_web: %w", err)
+		var err error
+		if o.Certificate, err = s.webCertificate("bundle_endpoint", c.HTTPSWeb, log); err != nil {
+			return nil, err
 		}
-		o.Certificate = files.Certificate
 	}
 	l, err := net.Listen("tcp", c.Listen)
 	if err != nil {
@@ -320,8 +343,8 @@ func (s *settings) listenBundleEndpoint(log *slog.Logger) (*federation.EndpointO
 func (s *settings) publish(ctx context.Context, o federation.EndpointOptions, reg *registry.Registry, issuer *issue.Issuer) error {
 	o.Bundle = func() *bundle.Bundle { return reg.View().Bundle(s.td) }
 	profile := "https_web"
-	if o.Certificate == nil {
-		profile, o.Certificate = "https_spiffe", issuer.ServerTLS
+	if o.Certificate.Get == nil {
+		profile, o.Certificate = "https_spiffe", web.Own(issuer.ServerTLS)
 	}
 	o.Log.Info("the bundle is published", "listen", o.Listener.Addr().String(), "profile", profile)
 	return federation.NewEndpoint(o).Run(ctx)
@@ -336,11 +359,10 @@ func (s *settings) listenTokenExchange(log *slog.Logger) (*web.Options, error) {
 	}
 	o := &web.Options{MaxBody: exchange.MaxBody, Log: log}
 	if c.HTTPSWeb != nil {
-		files, err := web.OpenFiles(c.HTTPSWeb.Certificate, c.HTTPSWeb.Key, log)
-		if err != nil {
-			return nil, fmt.Errorf("token_exchange.https_web: %w", err)
+		var err error
+		if o.Certificate, err = s.webCertificate("token_exchange", c.HTTPSWeb, log); err != nil {
+			return nil, err
 		}
-		o.Certificate = files.Certificate
 	}
 	l, err := net.Listen("tcp", c.Listen)
 	if err != nil {
@@ -366,8 +388,8 @@ func (s *settings) newExchange(reg *registry.Registry, issuer *issue.Issuer, lim
 
 // exchangeTokens serves the token endpoint until the context ends.
 func (s *settings) exchangeTokens(ctx context.Context, o web.Options, x *exchange.Exchange, reg *registry.Registry, issuer *issue.Issuer) (err error) {
-	if o.Certificate == nil {
-		o.Certificate = issuer.ServerTLS
+	if o.Certificate.Get == nil {
+		o.Certificate = web.Own(issuer.ServerTLS)
 	}
 	o.Handler = x.Handler()
 	if s.sharesTokenExchange() {

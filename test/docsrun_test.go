@@ -34,7 +34,7 @@ import (
 func TestTheCommandsOfTheDocsRun(t *testing.T) {
 	t.Parallel()
 	harness.NeedRoot(t)
-	for _, program := range []string{"unshare", "ip", "mount", "openssl", "curl", "runuser"} {
+	for _, program := range []string{"unshare", "ip", "mount", "openssl", "curl", "runuser", "nginx"} {
 		harness.NeedCommand(t, program)
 	}
 	pages, err := filepath.Glob("../docs/how-to/*.md")

@@ -35,6 +35,10 @@ func TestMain(m *testing.M) {
 		exit(echo(os.Getenv("TEST_PEER")))
 	case "caller":
 		exit(call(os.Getenv("TEST_PEER"), os.Getenv("TEST_ADDRESS")))
+	case "federated-echo":
+		exit(federatedEcho(os.Getenv("TEST_PEER"), os.Getenv("TEST_ADDRESS")))
+	case "federated-caller":
+		exit(federatedCall(os.Getenv("TEST_PEER"), os.Getenv("TEST_ADDRESS")))
 	case "mesh":
 		exit(mesh(os.Getenv("TEST_ADMIN_SOCKET"), os.Getenv("TEST_BROKER_SOCKET"), os.Getenv("TEST_PID")))
 	}
@@ -51,6 +55,12 @@ func exit(err error) {
 
 // startService starts a service of this test binary as another user.
 func startService(t testing.TB, uid int, socket string, env ...string) *harness.Process {
+	t.Helper()
+	return startServiceIn(t, nil, uid, socket, env...)
+}
+
+// startServiceIn does so in a network; nil: that of the test.
+func startServiceIn(t testing.TB, network *harness.Network, uid int, socket string, env ...string) *harness.Process {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -70,7 +80,7 @@ func startService(t testing.TB, uid int, socket string, env ...string) *harness.
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	return harness.Command{Path: path, UID: uid, Env: append(env, "SPIFFE_ENDPOINT_SOCKET=unix://"+socket)}.Start(t)
+	return harness.Command{Path: path, UID: uid, Network: network, Env: append(env, "SPIFFE_ENDPOINT_SOCKET=unix://"+socket)}.Start(t)
 }
 
 // echo accepts mTLS connections from one SPIFFE ID and sends back what comes.
@@ -121,6 +131,11 @@ func call(peer, address string) error {
 	}
 	defer source.Close()
 	config := tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(spiffeid.RequireFromString(peer)))
+	return keepCalling(ctx, source, func() error { return ping(config, address) })
+}
+
+// keepCalling makes one call after another, and prints what has come of them.
+func keepCalling(ctx context.Context, source *workloadapi.X509Source, once func() error) error {
 	var n tally
 	serials, issuers := map[string]bool{}, map[string]bool{}
 	tick := time.NewTicker(10 * time.Millisecond)
@@ -130,7 +145,7 @@ func call(peer, address string) error {
 		if err == nil {
 			serials[svid.Certificates[0].SerialNumber.String()] = true
 			issuers[string(svid.Certificates[0].AuthorityKeyId)] = true
-			err = ping(config, address)
+			err = once()
 		}
 		n.Requests++
 		if err != nil {

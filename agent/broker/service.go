@@ -77,7 +77,7 @@ func encodeX509SVIDs(u *held.Update) endpoint.Encoded {
 	if !delivery.HasX509(u.Bundle) {
 		return nil
 	}
-	m := &broker.SubscribeToX509SVIDResponse{FederatedBundles: delivery.X509Bundles(u.Federated...)}
+	m := &broker.SubscribeToX509SVIDResponse{FederatedBundles: delivery.X509Bundles(u.Federated...), Crl: u.CRLs}
 	for _, i := range u.Identities {
 		if i.SVID == nil {
 			continue
@@ -103,7 +103,7 @@ func (s *Server) SubscribeToX509Bundles(r *broker.SubscribeToX509BundlesRequest,
 		if !delivery.HasX509(u.Bundle) {
 			return nil
 		}
-		return endpoint.Encode(&broker.SubscribeToX509BundlesResponse{Bundles: delivery.X509Bundles(delivery.Bundles(u)...)})
+		return endpoint.Encode(&broker.SubscribeToX509BundlesResponse{Bundles: delivery.X509Bundles(delivery.Bundles(u)...), Crl: u.CRLs})
 	})
 }
 

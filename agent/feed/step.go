@@ -36,7 +36,7 @@ type step struct {
 // cannot be read (a newer server's entry, say, or a foreign certificate that
 // this agent's Go refuses) does not keep the rest from the node.
 func (s *step) add(r *hallmarkv1.FollowResponse) error {
-	s.records += len(r.Entries) + len(r.GoneEntries) + len(r.Bundles) + len(r.GoneBundles)
+	s.records += len(r.Entries) + len(r.GoneEntries) + len(r.Bundles) + len(r.GoneBundles) + len(r.Crls) + len(r.GoneCrls)
 	s.bytes += proto.Size(r)
 	switch {
 	case s.records > maxRecords:
@@ -76,6 +76,14 @@ func (s *step) add(r *hallmarkv1.FollowResponse) error {
 		}
 		c.GoneBundles = append(c.GoneBundles, td)
 	}
+	for _, record := range r.Crls {
+		crl, err := held.NewCRL(record.AuthorityId, record.Number, record.Der)
+		if err != nil {
+			s.errors = append(s.errors, err)
+		}
+		c.CRLs = append(c.CRLs, crl)
+	}
+	c.GoneCRLs = append(c.GoneCRLs, r.GoneCrls...)
 	if d := r.Defaults; d != nil {
 		c.X509TTL = time.Duration(d.X509SvidTtl) * time.Second
 		c.JWTTTL = time.Duration(d.JwtSvidTtl) * time.Second

@@ -39,6 +39,7 @@ func (h *Held) Apply(c Change) {
 	for _, b := range c.Bundles {
 		h.putBundle(b)
 	}
+	h.takeCRLs(c)
 	for v := range rematch {
 		h.rematch(v, now)
 		v.changed()
@@ -217,13 +218,18 @@ func (h *Held) bundleChanged(td spiffeid.TrustDomain, b *bundle.Bundle) {
 	}
 	h.trust = trustIn(b)
 	h.jwts.recheck(h.trust)
+	h.recheck()
+}
+
+// recheck renews what is not to be relied on any more.
+func (h *Held) recheck() {
 	now := h.now()
 	for _, s := range h.slots {
 		for c := range s.held() {
 			if c.svid == nil {
 				continue
 			}
-			if distrusted := c.svid.distrusted(h.trust); distrusted != c.distrusted {
+			if distrusted := h.distrusts(c.svid); distrusted != c.distrusted {
 				c.distrusted = distrusted
 				c.settle()
 				h.reschedule(c, now)

@@ -101,6 +101,8 @@ type Change struct {
 	GoneEntries []string       // IDs
 	Bundles     []*bundle.Bundle
 	GoneBundles []spiffeid.TrustDomain
+	CRLs        []*CRL        // new and changed
+	GoneCRLs    []string      // IDs of authorities
 	X509TTL     time.Duration // the trust domain's default lifetimes, for the log; 0 if not told
 	JWTTTL      time.Duration
 }
@@ -133,6 +135,7 @@ type Held struct {
 	bundles  map[spiffeid.TrustDomain]*bundle.Bundle
 	watches  map[*BundleWatch]struct{}
 	trust    *trust // of the own bundle
+	crls     crls
 	views    views
 	jwts     jwtCache
 
@@ -156,6 +159,7 @@ func New(o Options) *Held {
 		index:       make(map[selector.Selector]map[*slot]struct{}),
 		bundles:     make(map[spiffeid.TrustDomain]*bundle.Bundle),
 		watches:     make(map[*BundleWatch]struct{}),
+		crls:        crls{all: make(map[string]*CRL)},
 	}
 	if h.limit <= 0 {
 		h.limit = DefaultLimit
@@ -177,7 +181,7 @@ func New(o Options) *Held {
 	return h
 }
 
-// Digest returns the digest of the entries and bundles held, as package digest
+// Digest returns the digest of the entries, bundles and CRLs held, as package digest
 // defines it: 16 bytes.
 func (h *Held) Digest() []byte {
 	h.mu.Lock()

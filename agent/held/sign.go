@@ -278,7 +278,7 @@ func (h *Held) deliver(j job, svid svid, now time.Time) {
 	kind := c.schedule.kind
 	h.metrics.Signed.WithLabelValues(kind.String()).Inc()
 	life := svid.ends().Sub(now)
-	c.svid, c.signedFor, c.distrusted = svid, j.entry, svid.distrusted(h.trust)
+	c.svid, c.signedFor, c.distrusted = svid, j.entry, h.distrusts(svid)
 	c.renewAt = now.Add(life/2 + time.Duration((2*mathrand.Float64()-1)*renewalJitter*float64(life)))
 	if c.distrusted {
 		// It is good for the moment; a better one comes once the server signs

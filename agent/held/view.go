@@ -32,6 +32,9 @@ type Update struct {
 	// Ready says that each identity has an X509-SVID, or that signing it has
 	// failed: nothing better is to be had at once.
 	Ready bool
+	// CRLs are those of the own trust domain's authorities that have revoked
+	// anything, DER, in the order of the authorities' IDs.
+	CRLs [][]byte
 	// WITs are the WIT-SVIDs of the entries; nil unless somebody subscribes to
 	// them.
 	WITs map[*entry.Entry]WITIdentity
@@ -44,7 +47,7 @@ type Update struct {
 // Only returns the update as it is for somebody who may have these entries
 // alone.
 func (u *Update) Only(may func(*entry.Entry) bool) *Update {
-	only := &Update{Bundle: u.Bundle, until: u.until}
+	only := &Update{Bundle: u.Bundle, CRLs: u.CRLs, until: u.until}
 	for _, i := range u.all {
 		if may(i.Entry) {
 			only.all = append(only.all, i)
@@ -389,7 +392,7 @@ func (h *Held) update(v *view) *Update {
 	if slices.ContainsFunc(v.matched, func(s *slot) bool { return s.entry.Expired(now) }) {
 		h.rematch(v, now)
 	}
-	u := &Update{Bundle: h.bundles[h.trustDomain]}
+	u := &Update{Bundle: h.bundles[h.trustDomain], CRLs: h.crls.der}
 	federated := make(map[spiffeid.TrustDomain]bool)
 	for _, s := range v.matched {
 		c := s.credentials[x509Kind]

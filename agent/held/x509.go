@@ -17,6 +17,7 @@ type X509SVID struct {
 	ExpiresAt time.Time
 
 	issuers []string // authority key IDs of the chain's certificates
+	serials []string // their serial numbers, big endian, without leading zeros
 }
 
 // Certificates returns the DER of each certificate of the chain, leaf first.
@@ -89,6 +90,7 @@ func newX509SVID(j job, chain [][]byte) answer {
 		x.ExpiresAt = earlier(x.ExpiresAt, cert.NotAfter)
 		if len(cert.AuthorityKeyId) > 0 {
 			x.issuers = append(x.issuers, string(cert.AuthorityKeyId))
+			x.serials = append(x.serials, string(cert.SerialNumber.Bytes()))
 		}
 	}
 	key, err := x509.MarshalPKCS8PrivateKey(j.key)

@@ -45,7 +45,7 @@ func encodeX509SVIDs(u *held.Update) endpoint.Encoded {
 	if !delivery.HasX509(u.Bundle) {
 		return nil
 	}
-	m := &workload.X509SVIDResponse{FederatedBundles: delivery.X509Bundles(u.Federated...)}
+	m := &workload.X509SVIDResponse{FederatedBundles: delivery.X509Bundles(u.Federated...), Crl: u.CRLs}
 	for _, i := range u.Identities {
 		if i.SVID == nil {
 			continue
@@ -71,7 +71,7 @@ func (s *Server) FetchX509Bundles(_ *workload.X509BundlesRequest, stream grpc.Se
 		if !delivery.HasX509(u.Bundle) {
 			return nil
 		}
-		return endpoint.Encode(&workload.X509BundlesResponse{Bundles: delivery.X509Bundles(delivery.Bundles(u)...)})
+		return endpoint.Encode(&workload.X509BundlesResponse{Bundles: delivery.X509Bundles(delivery.Bundles(u)...), Crl: u.CRLs})
 	})
 }
 

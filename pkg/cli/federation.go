@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -17,8 +18,10 @@ import (
 	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
+	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 )
 
 const (
@@ -47,10 +50,14 @@ type federationItem struct {
 	EndpointSPIFFEID string `json:"endpoint_spiffe_id,omitempty"`
 	SequenceNumber   uint64 `json:"bundle_sequence_number,omitempty"`
 	HasBundle        bool   `json:"has_bundle"`
+	// Since the server that is asked started.
+	FetchedAt *time.Time `json:"bundle_fetched_at,omitempty"`
+	Failures  int        `json:"failed_fetches,omitempty"` // since then
+	LastError string     `json:"last_error,omitempty"`
 }
 
-func federationOf(f *types.FederationRelationship) federationItem {
-	out := federationItem{TrustDomain: f.TrustDomain, EndpointURL: f.BundleEndpointUrl, Profile: "https_web",
+func federationOf(f *types.FederationRelationship) *federationItem {
+	out := &federationItem{TrustDomain: f.TrustDomain, EndpointURL: f.BundleEndpointUrl, Profile: "https_web",
 		HasBundle: f.TrustDomainBundle != nil, SequenceNumber: f.TrustDomainBundle.GetSequenceNumber()}
 	if p := f.GetHttpsSpiffe(); p != nil {
 		out.Profile, out.EndpointSPIFFEID = "https_spiffe", p.EndpointSpiffeId
@@ -58,8 +65,39 @@ func federationOf(f *types.FederationRelationship) federationItem {
 	return out
 }
 
-func (a *app) printFederation(f *types.FederationRelationship) error {
-	item := federationOf(f)
+// fetches adds what has come of the server's fetches to relationships. Another
+// server than Hallmark's does not say.
+func (c *admin) fetches(ctx context.Context, items ...*federationItem) error {
+	resp, err := c.server().ListBundleFetches(ctx, &hallmarkv1.ListBundleFetchesRequest{})
+	if err != nil && status.Code(err) != codes.Unimplemented {
+		return rpcError("list the fetches of bundles", err)
+	}
+	for _, f := range resp.GetFetches() {
+		for _, item := range items {
+			if item.TrustDomain == f.TrustDomain {
+				item.FetchedAt, item.Failures, item.LastError = timestamp(f.FetchedAt), int(f.Failures), f.Error
+			}
+		}
+	}
+	return nil
+}
+
+// age says how old the bundle is that the server has.
+func (a *app) age(f *federationItem) cell {
+	switch {
+	case f.Failures > 0 && f.FetchedAt != nil:
+		return painted(a.style.red, fmt.Sprintf("%s; %s failed since", a.relative(*f.FetchedAt), count(f.Failures, "fetch", "fetches")))
+	case f.Failures > 0:
+		return painted(a.style.red, fmt.Sprintf("%s failed", count(f.Failures, "fetch", "fetches")))
+	case f.FetchedAt != nil:
+		return text(a.relative(*f.FetchedAt))
+	case f.HasBundle:
+		return text("not fetched yet")
+	}
+	return text("none yet")
+}
+
+func (a *app) printFederation(item *federationItem) error {
 	return a.print(item, func(w io.Writer) {
 		d := details{style: a.style}
 		d.addPainted("Trust domain", a.style.bold, item.TrustDomain)
@@ -71,6 +109,12 @@ func (a *app) printFederation(f *types.FederationRelationship) error {
 			bundle = fmt.Sprintf("sequence %d", item.SequenceNumber)
 		}
 		d.add("Bundle", bundle)
+		if item.FetchedAt != nil {
+			d.add("Fetched", a.moment(*item.FetchedAt))
+		}
+		if item.Failures > 0 {
+			d.addPainted("Failing", a.style.red, fmt.Sprintf("%s: %s", count(item.Failures, "fetch", "fetches"), item.LastError))
+		}
 		io.WriteString(w, d.String())
 	})
 }
@@ -150,7 +194,7 @@ func (a *app) federationPut(verb string) *cobra.Command {
 		if st.GetCode() != int32(codes.OK) {
 			return itemError(what, st.GetCode(), st.GetMessage())
 		}
-		return a.printFederation(f)
+		return a.printFederation(federationOf(f))
 	}
 	return cmd
 }
@@ -192,7 +236,7 @@ func (a *app) federationDelete() *cobra.Command {
 func (a *app) federationList() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "list", Short: "list federation relationships",
-		Long:    "List prints the relationships, by trust domain.",
+		Long:    "List prints the relationships, by trust domain, and how old the bundle is that the\nserver has of each.",
 		Example: "  hallmark federation list\n  hallmark federation list -o json",
 		Args:    noArguments,
 	}
@@ -208,18 +252,23 @@ func (a *app) federationList() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		items := make([]federationItem, len(all))
+		items := make([]*federationItem, len(all))
 		for i, f := range all {
 			items[i] = federationOf(f)
+		}
+		ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
+		defer cancel()
+		if err := c.fetches(ctx, items...); err != nil {
+			return err
 		}
 		if len(items) == 0 && a.output == outputTable {
 			a.remark("No federation relationships.")
 			return nil
 		}
 		return a.print(items, func(w io.Writer) {
-			t := table{style: a.style, header: []string{"TRUST DOMAIN", "ENDPOINT", "PROFILE", "ENDPOINT ID"}}
+			t := table{style: a.style, header: []string{"TRUST DOMAIN", "ENDPOINT", "PROFILE", "ENDPOINT ID", "BUNDLE"}}
 			for _, f := range items {
-				t.add(painted(a.style.bold, f.TrustDomain), text(f.EndpointURL), text(f.Profile), text(f.EndpointSPIFFEID))
+				t.add(painted(a.style.bold, f.TrustDomain), text(f.EndpointURL), text(f.Profile), text(f.EndpointSPIFFEID), a.age(f))
 			}
 			io.WriteString(w, t.String())
 		})
@@ -260,7 +309,7 @@ func listBundles(ctx context.Context, c *admin) (out []*types.Bundle, err error)
 func (a *app) federationShow() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "show DOMAIN", Short: "show a federation relationship",
-		Long:    "Show prints the relationship with a trust domain.",
+		Long:    "Show prints the relationship with a trust domain, when its bundle was fetched, and\nwhy it was not since.",
 		Example: "  hallmark federation show other.org",
 		Args:    arguments(1, 1, "a trust domain"),
 	}
@@ -278,7 +327,11 @@ func (a *app) federationShow() *cobra.Command {
 		if err != nil {
 			return rpcError("show the federation with "+args[0], err)
 		}
-		return a.printFederation(f)
+		item := federationOf(f)
+		if err := c.fetches(ctx, item); err != nil {
+			return err
+		}
+		return a.printFederation(item)
 	}
 	return cmd
 }

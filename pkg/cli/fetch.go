@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os/exec"
 	"slices"
 	"time"
 
@@ -32,16 +33,49 @@ func (a *app) fetchCommand() *cobra.Command {
 
 // fetching is what the fetch commands have in common.
 type fetching struct {
-	socket *string
-	dir    string
-	watch  bool
+	socket   *string
+	dir      string
+	watch    bool
+	onChange string
 }
 
 func (f *fetching) register(cmd *cobra.Command, watch string) {
 	f.socket = socketFlag(cmd, workloadSocket)
 	cmd.Flags().StringVar(&f.dir, "write", "", "`DIR` to write files to, each atomically")
 	cmd.Flags().BoolVar(&f.watch, "watch", false, watch)
+	cmd.Flags().StringVar(&f.onChange, "on-change", "", "with --write and --watch, `COMMAND` for the shell to run each time the files were written")
 	_ = cmd.MarkFlagDirname("write") // fails only for a flag that does not exist
+}
+
+// check says whether the flags go together.
+func (f *fetching) check() error {
+	if f.onChange != "" && (f.dir == "" || !f.watch) {
+		return usageError(errors.New("--on-change goes with --write and --watch"))
+	}
+	return nil
+}
+
+// onChangeTime is how long a command of --on-change may run. Meanwhile nothing
+// newer is written.
+const onChangeTime = time.Minute
+
+// changed runs what is to be run once files were written. That it fails is told,
+// and changes nothing: the files are good, and there will be newer ones.
+func (a *app) changed(ctx context.Context, f *fetching) {
+	if f.onChange == "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, onChangeTime)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", f.onChange)
+	cmd.Stdout, cmd.Stderr = a.err, a.err // standard output is for what was fetched
+	cmd.WaitDelay = time.Second           // its children may hold the output open
+	switch err := cmd.Run(); {
+	case ctx.Err() == context.DeadlineExceeded:
+		a.remark("--on-change: the command had not ended after %s and was killed; have it start what lasts longer in the background", onChangeTime)
+	case ctx.Err() == nil && err != nil && !errors.Is(err, exec.ErrWaitDelay):
+		a.remark("--on-change: the command failed: %v", err)
+	}
 }
 
 // withdraw removes what an earlier answer was written as, if an error says that
@@ -108,8 +142,10 @@ func (a *app) fetchX509() *cobra.Command {
 		Short: "fetch X509-SVIDs",
 		Long: "Fetch prints the X509-SVIDs of this process. With --write it also writes each as\n" +
 			"svid.N.pem (chain), svid.N.key (private key, for this user only) and bundle.N.pem\n" +
-			"(authorities); with --watch it keeps them current until it is interrupted.",
+			"(authorities); with --watch it keeps them current until it is interrupted, and with\n" +
+			"--on-change it then has whoever reads the files read them again.",
 		Example: "  hallmark fetch x509\n  hallmark fetch x509 -o json | jq -r .[0].spiffe_id\n  hallmark fetch x509 --write /run/identity --watch\n" +
+			"  hallmark fetch x509 --write /run/identity --watch --on-change ./reload.sh\n" +
 			"  hallmark fetch x509 --from-token job.token --token-endpoint https://tokens.example.org --write identity",
 		Args: noArguments,
 	}
@@ -119,7 +155,7 @@ func (a *app) fetchX509() *cobra.Command {
 	a.outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		ctx := cmd.Context()
-		if err := from.check(f.watch); err != nil {
+		if err := cmp.Or(f.check(), from.check(f.watch)); err != nil {
 			return err
 		}
 		if from.token != "" {
@@ -147,7 +183,7 @@ func (a *app) fetchX509() *cobra.Command {
 			}
 			return a.deliverX509(x, f.dir, true, false)
 		}
-		w := &x509Watcher{app: a, dir: f.dir, ctx: ctx, first: true}
+		w := &x509Watcher{app: a, fetching: &f, ctx: ctx, first: true}
 		return w.end(client.WatchX509Context(ctx, w))
 	}
 	return cmd
@@ -194,27 +230,25 @@ func (a *app) deliverX509(x *workloadapi.X509Context, dir string, first, several
 
 // x509Watcher delivers each update of a watch. One goroutine calls it.
 type x509Watcher struct {
-	app   *app
-	ctx   context.Context
-	dir   string
-	first bool
-	err   error  // of delivering; later updates are not
-	said  string // the last error that was told
+	app      *app
+	ctx      context.Context
+	fetching *fetching
+	first    bool
+	said     string // the last error that was told
 }
 
 func (w *x509Watcher) OnX509ContextUpdate(x *workloadapi.X509Context) {
-	if w.err == nil {
-		w.err = w.app.deliverX509(x, w.dir, w.first, true)
-		w.first, w.said = false, ""
+	err := w.app.deliverX509(x, w.fetching.dir, w.first, true)
+	w.first, w.said = false, ""
+	if err != nil {
+		w.app.remark("%v", err) // the next update may be delivered
+		return
 	}
-	if w.err != nil {
-		w.app.remark("%v", w.err)
-		w.err = nil // the next update may be delivered
-	}
+	w.app.changed(w.ctx, w.fetching)
 }
 
 func (w *x509Watcher) OnX509ContextWatchError(err error) {
-	w.app.withdraw(w.dir, err, removeX509)
+	w.app.withdraw(w.fetching.dir, err, removeX509)
 	w.said = w.app.watchTrouble(w.ctx, "fetch X509-SVIDs", err, w.said)
 }
 
@@ -276,7 +310,7 @@ func (a *app) fetchJWT() *cobra.Command {
 			params.Subject = subject
 		}
 		ctx := cmd.Context()
-		if err := from.check(f.watch); err != nil {
+		if err := cmp.Or(f.check(), from.check(f.watch)); err != nil {
 			return err
 		}
 		if from.token != "" {
@@ -292,7 +326,13 @@ func (a *app) fetchJWT() *cobra.Command {
 		}
 		defer client.Close()
 		return a.followJWT(ctx, client, params, f.watch,
-			func(svids []*jwtsvid.SVID, first bool) error { return a.deliverJWT(svids, f.dir, first, f.watch) },
+			func(svids []*jwtsvid.SVID, first bool) error {
+				if err := a.deliverJWT(svids, f.dir, first, f.watch); err != nil {
+					return err
+				}
+				a.changed(ctx, &f)
+				return nil
+			},
 			func(err error) { a.withdraw(f.dir, err, removeJWT) })
 	}
 	return cmd
@@ -380,13 +420,16 @@ func (a *app) fetchBundle() *cobra.Command {
 	f.register(cmd, "go on, and print (and write) again at each change")
 	a.outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := f.check(); err != nil {
+			return err
+		}
 		client, err := workload(cmd.Context(), *f.socket, workloadapi.WithBackoffStrategy(watchRetry))
 		if err != nil {
 			return err
 		}
 		defer client.Close()
 		if f.watch {
-			return a.watchBundles(cmd.Context(), client, f.dir)
+			return a.watchBundles(cmd.Context(), client, &f)
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
 		defer cancel()
@@ -453,7 +496,7 @@ func pass[T any](ctx context.Context, to chan T, v T) {
 	}
 }
 
-func (a *app) watchBundles(ctx context.Context, client *workloadapi.Client, dir string) error {
+func (a *app) watchBundles(ctx context.Context, client *workloadapi.Client, f *fetching) error {
 	watching, stop := context.WithCancel(ctx)
 	u := &bundleUpdates{make(chan *x509bundle.Set), make(chan *jwtbundle.Set), make(chan *witbundle.Set), make(chan error), watching}
 	ended := make(chan error, 3)
@@ -476,7 +519,7 @@ func (a *app) watchBundles(ctx context.Context, client *workloadapi.Client, dir 
 		case got.jwt = <-u.jwt:
 		case got.wit = <-u.wit:
 		case err := <-u.failed:
-			a.withdraw(dir, err, removeBundles)
+			a.withdraw(f.dir, err, removeBundles)
 			said = a.watchTrouble(ctx, "fetch bundles", err, said)
 			continue
 		case err := <-ended:
@@ -491,9 +534,10 @@ func (a *app) watchBundles(ctx context.Context, client *workloadapi.Client, dir 
 		if got.x509 == nil || got.jwt == nil || got.wit == nil && offered {
 			continue
 		}
-		if err := a.deliverBundles(got, dir, first, true); err != nil {
+		if err := a.deliverBundles(got, f.dir, first, true); err != nil {
 			return err
 		}
+		a.changed(ctx, f)
 		first, said = false, ""
 	}
 }

@@ -169,7 +169,11 @@ func (a *app) federationAccept() *cobra.Command {
 		if err != nil {
 			return rpcError("look at the federation with "+item.TrustDomain, err)
 		}
-		return a.printFederation(f)
+		accepted := federationOf(f)
+		if err := c.fetches(ctx, accepted); err != nil {
+			return err
+		}
+		return a.printFederation(accepted)
 	}
 	return cmd
 }

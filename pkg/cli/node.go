@@ -236,7 +236,8 @@ func (a *app) nodeEvict() *cobra.Command {
 		short: "forget agents; they may attest again",
 		long: "Evict removes agents from the registry: at once they get nothing more, and their\n" +
 			"streams end. An agent may attest again if its attestor allows that, or with a new\n" +
-			"join token. Evicting a banned agent lifts the ban.",
+			"join token. Evicting a banned agent lifts the ban. What its workloads have stays good until\n" +
+			"it ends, unless --revoke is given.",
 		warn: "Evicted agents lose all identities until they attest again, which one that joined with a token can only do with a new one.",
 		call: func(ctx context.Context, c *admin, id *types.SPIFFEID) error {
 			_, err := c.agents().DeleteAgent(ctx, &agentv1.DeleteAgentRequest{Id: id})
@@ -250,7 +251,8 @@ func (a *app) nodeBan() *cobra.Command {
 		use: "ban", done: "banned", irreversible: true,
 		short: "refuse agents from now on",
 		long: "Ban keeps agents in the registry as refused: at once they get nothing more, their\n" +
-			"streams end, and they may not attest again. To lift a ban, evict the agent.",
+			"streams end, and they may not attest again. What its workloads have stays good until it\n" +
+			"ends, unless --revoke is given. To lift a ban, evict the agent.",
 		warn: "Banned agents lose all identities at once and stop. They may not attest again.",
 		call: func(ctx context.Context, c *admin, id *types.SPIFFEID) error {
 			_, err := c.agents().BanAgent(ctx, &agentv1.BanAgentRequest{Id: id})
@@ -275,6 +277,7 @@ func (a *app) nodeRemoval(r removal) *cobra.Command {
 		Args:              arguments(1, -1, "an agent"),
 		ValidArgsFunction: a.completeNodes(-1),
 	}
+	revoke := cmd.Flags().Bool("revoke", false, "also revoke the agents' SVIDs, and all that was issued through them until now")
 	socket := socketFlag(cmd, serverSocket)
 	yes := yesFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -305,6 +308,14 @@ func (a *app) nodeRemoval(r removal) *cobra.Command {
 				continue
 			}
 			fmt.Fprintf(a.out, "%s %s\n", r.done, names[i])
+			if *revoke {
+				ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout+revokeMargin)
+				err := a.revoke(ctx, c, &hallmarkv1.RevokeSVIDsRequest{Revocations: []*hallmarkv1.Revocation{{NodeId: names[i], Reason: reasons["privilegeWithdrawn"]}}})
+				cancel()
+				if err != nil {
+					errs = append(errs, err)
+				}
+			}
 		}
 		return joined(errs)
 	}

@@ -22,10 +22,11 @@ import (
 )
 
 func (a *app) svidCommand() *cobra.Command {
-	return noun("svid", "mint identities by hand",
+	return noun("svid", "see, revoke and mint SVIDs",
 		"Processes get their SVIDs from an agent. For what no agent can reach, an administrator\n"+
-			"may mint one.",
-		"  hallmark svid mint jwt --spiffe-id /ci --audience registry.internal",
+			"may mint one. X509-SVIDs can be taken back before their end.",
+		"  hallmark svid list\n  hallmark svid revoke --spiffe-id /web\n  hallmark svid mint jwt --spiffe-id /ci --audience registry.internal",
+		a.svidList(), a.svidShow(), a.svidRevoke(), a.svidRevocations(),
 		noun("mint", "mint an SVID",
 			"Mint issues an SVID without an agent; it ends up where you put it, so prefer an agent.",
 			"  hallmark svid mint x509 --spiffe-id /legacy --write DIR\n  hallmark svid mint jwt --spiffe-id /ci --audience registry.internal",

@@ -118,6 +118,9 @@ func (a *app) fetchWIT() *cobra.Command {
 	f.register(cmd, "go on, and print (and write) again at each change")
 	a.outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := f.check(); err != nil {
+			return err
+		}
 		if id != "" {
 			if _, err := spiffeid.FromString(id); err != nil {
 				return usageError(fmt.Errorf("--spiffe-id %q: %w", id, err))
@@ -129,7 +132,7 @@ func (a *app) fetchWIT() *cobra.Command {
 			return err
 		}
 		defer client.Close()
-		w := &witWatcher{app: a, client: client, ctx: ctx, dir: f.dir, first: true, several: f.watch}
+		w := &witWatcher{app: a, client: client, ctx: ctx, fetching: &f, first: true}
 		if f.watch {
 			return watchEnd(ctx, fetchingWIT, client.WatchWITSVIDs(ctx, w, id))
 		}
@@ -147,13 +150,12 @@ func (a *app) fetchWIT() *cobra.Command {
 
 // witWatcher delivers each update of a watch. One goroutine calls it.
 type witWatcher struct {
-	app     *app
-	client  *workloadapi.Client
-	ctx     context.Context
-	dir     string
-	first   bool
-	several bool
-	said    string // the last error that was told
+	app      *app
+	client   *workloadapi.Client
+	ctx      context.Context
+	fetching *fetching
+	first    bool
+	said     string // the last error that was told
 }
 
 func (w *witWatcher) OnWITSVIDsUpdate(svids []*witsvid.SVID) {
@@ -162,10 +164,11 @@ func (w *witWatcher) OnWITSVIDsUpdate(svids []*witsvid.SVID) {
 		return
 	}
 	w.first, w.said = false, ""
+	w.app.changed(w.ctx, w.fetching)
 }
 
 func (w *witWatcher) OnWITSVIDsWatchError(err error) {
-	w.app.withdraw(w.dir, err, removeWIT)
+	w.app.withdraw(w.fetching.dir, err, removeWIT)
 	if status.Code(err) != codes.Unimplemented { // else the watch ends, and says so
 		w.said = w.app.watchTrouble(w.ctx, fetchingWIT, err, w.said)
 	}
@@ -185,8 +188,8 @@ func (w *witWatcher) deliver(svids []*witsvid.SVID) error {
 			return err
 		}
 	}
-	if w.dir != "" {
-		if err := writeWIT(w.dir, items); err != nil {
+	if dir := w.fetching.dir; dir != "" {
+		if err := writeWIT(dir, items); err != nil {
 			return err
 		}
 	}
@@ -199,13 +202,13 @@ func (w *witWatcher) deliver(svids []*witsvid.SVID) error {
 			a.showWIT(out, item)
 		}
 	}
-	if w.several {
+	if w.fetching.watch {
 		err = a.document(w.first, items, show)
 	} else {
 		err = a.print(items, show)
 	}
-	if err == nil && w.dir != "" && a.output == outputTable {
-		a.remark("%s written to %s.", count(len(items), "SVID", "SVIDs"), w.dir)
+	if err == nil && w.fetching.dir != "" && a.output == outputTable {
+		a.remark("%s written to %s.", count(len(items), "SVID", "SVIDs"), w.fetching.dir)
 	}
 	return err
 }

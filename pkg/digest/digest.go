@@ -21,7 +21,7 @@ import (
 // Size is the length of a [Sum] in bytes.
 const Size = 16
 
-// Sum is the digest of a set of entries and bundles: a number of 128 bits,
+// Sum is the digest of a set of entries, bundles and CRLs: a number of 128 bits,
 // little endian. The zero value is that of the empty set.
 type Sum [Size]byte
 
@@ -39,6 +39,12 @@ func (s *Sum) AddBundle(name string, seq uint64) { s.add(bundle(name, seq)) }
 
 // SubBundle takes out a bundle that was put in with the same values.
 func (s *Sum) SubBundle(name string, seq uint64) { s.sub(bundle(name, seq)) }
+
+// AddCRL puts a CRL into the set: the ID of its authority, and its number.
+func (s *Sum) AddCRL(authority string, number uint64) { s.add(crl(authority, number)) }
+
+// SubCRL takes out a CRL that was put in with the same values.
+func (s *Sum) SubCRL(authority string, number uint64) { s.sub(crl(authority, number)) }
 
 // AddRecord puts a record of a store into the set: its key and the revision that
 // wrote it.
@@ -67,9 +73,13 @@ func entry(id string, revision, created int64) number {
 	return hash(b)
 }
 
-func bundle(name string, seq uint64) number {
+func bundle(name string, seq uint64) number { return named("bundle\x00", name, seq) }
+
+func crl(authority string, n uint64) number { return named("crl\x00", authority, n) }
+
+func named(kind, name string, seq uint64) number {
 	b := make([]byte, 0, 128)
-	b = append(b, "bundle\x00"...)
+	b = append(b, kind...)
 	b = append(b, name...)
 	b = append(b, 0)
 	b = strconv.AppendUint(b, seq, 10)

@@ -28,7 +28,12 @@ type adminService struct {
 func (s *adminService) GetServer(context.Context, *hallmarkv1.GetServerRequest) (*hallmarkv1.GetServerResponse, error) {
 	view := s.registry.View()
 	digest := view.Digest()
+	problem := ""
+	if err := s.authorities.KeysAvailable(); err != nil {
+		problem = err.Error()
+	}
 	return &hallmarkv1.GetServerResponse{
+		KeysProblem: problem,
 		TrustDomain: s.td.Name(),
 		Version:     version.String(),
 		Revision:    int64(view.Revision()),
@@ -259,6 +264,24 @@ func (s *adminService) AwaitAgents(ctx context.Context, req *hallmarkv1.AwaitAge
 		return nil, callErrorf(codes.DeadlineExceeded, "after %v, %v", wait, err)
 	}
 	return &hallmarkv1.AwaitAgentsResponse{Revision: int64(revision), Agents: int32(agents)}, nil
+}
+
+// ListBundleFetches lists the relationships, with what has come of this server's
+// fetches of their bundles.
+func (s *adminService) ListBundleFetches(context.Context, *hallmarkv1.ListBundleFetchesRequest) (*hallmarkv1.ListBundleFetchesResponse, error) {
+	resp := &hallmarkv1.ListBundleFetchesResponse{}
+	for f := range s.registry.View().Federations("") {
+		o := s.fetches.Of(f)
+		made := &hallmarkv1.BundleFetch{TrustDomain: f.TrustDomain.Name(), Failures: int32(o.Failures), Error: o.Reason}
+		if !o.Fetched.IsZero() {
+			made.FetchedAt = o.Fetched.Unix()
+		}
+		if !o.Tried.IsZero() {
+			made.TriedAt = o.Tried.Unix()
+		}
+		resp.Fetches = append(resp.Fetches, made)
+	}
+	return resp, nil
 }
 
 // ListConnections lists the agents that hold a push stream.

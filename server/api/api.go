@@ -42,6 +42,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/federation"
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/issue"
+	"github.com/hallmark-id/hallmark/server/journal"
 	"github.com/hallmark-id/hallmark/server/metrics"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
@@ -54,6 +55,7 @@ type Options struct {
 	Authorities   *authority.Authorities
 	Issuer        *issue.Issuer
 	Feed          *feed.Feed
+	Journal       *journal.Journal            // of what Issuer issues
 	NodeAttestors map[string]attestors.Server // by name; how nodes may attest
 	Profiles      []attestors.Profile         // of those, and of others that are not configured
 	Exchange      *exchange.Exchange          // nil: no tokens of outside issuers are taken
@@ -78,11 +80,13 @@ type API struct {
 	wit         bool // there are WIT authorities
 	issuer      *issue.Issuer
 	feed        *feed.Feed
+	journal     *journal.Journal
 	attestors   map[string]attestors.Server
 	profiles    []attestors.Profile
 	exchange    *exchange.Exchange
 	cluster     *Cluster
 	federation  *federation.Client
+	fetches     federation.Outcomes
 	adminIDs    map[spiffeid.ID]bool
 	advertise   string
 	td          spiffeid.TrustDomain
@@ -123,6 +127,7 @@ func New(o Options) *API {
 		wit:         slices.Contains(o.Authorities.Kinds(), registry.WIT),
 		issuer:      o.Issuer,
 		feed:        o.Feed,
+		journal:     o.Journal,
 		attestors:   o.NodeAttestors,
 		profiles:    o.Profiles,
 		exchange:    o.Exchange,

@@ -152,6 +152,8 @@ func subject(req, resp any) []slog.Attr {
 		return []slog.Attr{slog.String("new_level", r.NewLevel.String())}
 	case *hallmarkv1.RotateAuthorityRequest:
 		return []slog.Attr{slog.String("kind", r.Kind.String())}
+	case *hallmarkv1.RevokeSVIDsRequest:
+		return items("revocation", r.Revocations, revocationText, nil)
 	case *hallmarkv1.InviteRequest:
 		return []slog.Attr{slog.Duration("ttl", time.Duration(r.Ttl)*time.Second)}
 	case *hallmarkv1.JoinRequest: // the secret is one

@@ -151,6 +151,10 @@ var methods = map[string]method{
 	hallmarkv1.AdminService_AwaitAgents_FullMethodName:       {callers: local},
 	hallmarkv1.AdminService_ExplainToken_FullMethodName:      {callers: local},
 	hallmarkv1.AdminService_LintIssuers_FullMethodName:       {callers: local},
+	hallmarkv1.AdminService_RevokeSVIDs_FullMethodName:       {callers: local, audit: true},
+	hallmarkv1.AdminService_ListSVIDs_FullMethodName:         {callers: local},
+	hallmarkv1.AdminService_ListRevocations_FullMethodName:   {callers: local},
+	hallmarkv1.AdminService_ListBundleFetches_FullMethodName: {callers: local},
 
 	hallmarkv1.ClusterService_ListServers_FullMethodName:  {callers: local},
 	hallmarkv1.ClusterService_Invite_FullMethodName:       {callers: local, audit: true},
@@ -240,7 +244,7 @@ func (a *API) authorizeSVID(ctx context.Context, p *tlsPeer, name string, m meth
 		return nil, permissionDenied(types.PermissionDeniedDetails_AGENT_EXPIRED, fmt.Sprintf("agent SVID expired %v ago", ago))
 	}
 	view := a.registry.View()
-	if err := p.verify(view.Bundle(a.td), now); err != nil {
+	if err := p.verify(view, now); err != nil {
 		if !isAgent(p.id) {
 			return nil, callErrorf(codes.PermissionDenied, "the X509-SVID does not verify: %v", err)
 		}
@@ -329,7 +333,7 @@ func (a *API) stillAdmitted(ctx context.Context, v *registry.View, id spiffeid.I
 	}
 	if p, ok := peer.FromContext(ctx); ok {
 		if client, ok := p.AuthInfo.(*tlsPeer); ok {
-			if err := client.verify(v.Bundle(a.td), a.now()); err != nil {
+			if err := client.verify(v, a.now()); err != nil {
 				return unverified(err)
 			}
 		}

@@ -24,7 +24,7 @@ func (s *feedService) Follow(stream hallmarkv1.FeedService_FollowServer) error {
 	if from, ok := peer.FromContext(ctx); ok {
 		p.Address = from.Addr.String()
 		if client, ok := from.AuthInfo.(*tlsPeer); ok {
-			p.Verify = func(v *registry.View) error { return client.verify(v.Bundle(s.td), s.now()) }
+			p.Verify = func(v *registry.View) error { return client.verify(v, s.now()) }
 		}
 	}
 	err := s.feed.Follow(ctx, stream, p)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net"
@@ -22,6 +23,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/pkg/peercred"
+	"github.com/hallmark-id/hallmark/server/registry"
 )
 
 // Bounds of a connection.
@@ -137,7 +139,7 @@ func (t *tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 	}
 	p := newTLSPeer(info.(credentials.TLSInfo), raw.RemoteAddr().String())
 	now := t.api.now()
-	if p.leaf == nil || now.After(p.leaf.NotAfter) || p.verify(t.api.registry.View().Bundle(t.api.td), now) != nil {
+	if p.leaf == nil || now.After(p.leaf.NotAfter) || p.verify(t.api.registry.View(), now) != nil {
 		if !client.restrict(&t.anonymous, t.api.limits.Load().maxAnonymous()) {
 			return nil, nil, errors.New("there are too many connections without an X509-SVID")
 		}
@@ -156,6 +158,7 @@ type tlsPeer struct {
 	chain     []*x509.Certificate // leaf first
 	id        spiffeid.ID         // of the leaf; proven by verify only
 	serial    string              // of the leaf, decimal
+	issuer    string              // ID of the authority that the leaf names
 	malformed error               // why the leaf is not an X509-SVID
 
 	verified atomic.Pointer[verification]
@@ -174,19 +177,34 @@ func newTLSPeer(info credentials.TLSInfo, address string) *tlsPeer {
 	if len(p.chain) > 0 {
 		p.leaf = p.chain[0]
 		p.serial = p.leaf.SerialNumber.String()
+		p.issuer = hex.EncodeToString(p.leaf.AuthorityKeyId)
 		p.id, p.malformed = x509svid.IDFromCert(p.leaf)
 	}
 	return p
 }
 
-var errNoOwnBundle = errors.New("the trust domain has no bundle yet")
+var (
+	errNoOwnBundle = errors.New("the trust domain has no bundle yet")
+	errRevoked     = errors.New("it was revoked")
+)
 
 // verify verifies the client's certificate by the rules of X509-SVID §5
-// against the bundle of its trust domain.
-func (p *tlsPeer) verify(by *bundle.Bundle, now time.Time) error {
+// against the bundle of its trust domain, and its authority's CRL.
+func (p *tlsPeer) verify(view *registry.View, now time.Time) error {
+	by := view.Bundle(view.TrustDomain())
 	if by == nil {
 		return errNoOwnBundle
 	}
+	if err := p.verifyChain(by, now); err != nil {
+		return err
+	}
+	if view.CRL(p.issuer).Has(p.leaf.SerialNumber.Bytes()) {
+		return errRevoked
+	}
+	return nil
+}
+
+func (p *tlsPeer) verifyChain(by *bundle.Bundle, now time.Time) error {
 	if v := p.verified.Load(); v != nil && v.by == by {
 		return v.err
 	}

@@ -74,6 +74,7 @@ func (s *svidService) MintWITSVID(ctx context.Context, req *svidv1.MintWITSVIDRe
 // authorized for.
 func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNewX509SVIDRequest) (*svidv1.BatchNewX509SVIDResponse, error) {
 	results := make([]*svidv1.BatchNewX509SVIDResponse_Result, len(req.Params))
+	ctx = through(ctx)
 	err := s.signBatch(ctx, len(results), func(i int, of authorized) {
 		svid, err := s.newX509SVID(ctx, of, req.Params[i])
 		results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemStatus(s.log, err), Svid: svid}
@@ -125,6 +126,11 @@ func (s *svidService) newWITSVID(ctx context.Context, of authorized, p *svidv1.N
 	return witSVIDToWire(svid), nil
 }
 
+// through is the context of what is issued through the calling agent.
+func through(ctx context.Context) context.Context {
+	return issue.Through(ctx, callerFrom(ctx).Node.ID)
+}
+
 // signBatch calls sign for each of n signatures that the calling agent asks
 // for, on all cores.
 func (s *svidService) signBatch(ctx context.Context, n int, sign func(i int, of authorized)) error {
@@ -154,9 +160,17 @@ func (s *svidService) signBatch(ctx context.Context, n int, sign func(i int, of 
 		}
 		wait.Wait()
 	}
-	// An agent that was banned meanwhile gets none of them.
-	if v := s.registry.View(); v != of.view {
-		return admitted(v, of.node.ID)
+	// An agent that was banned meanwhile gets none of them, nor one whose SVID was
+	// revoked: what is signed for it from here on need not be known to its CRL.
+	v := s.registry.View()
+	if v == of.view {
+		return nil
+	}
+	if err := s.stillAdmitted(ctx, v, of.node.ID); err != nil {
+		return err
+	}
+	if n := v.Node(of.node.ID); n != nil && (n.SerialNumber == "" || !n.AttestedAt.Equal(of.node.AttestedAt)) {
+		return errNotActive
 	}
 	return nil
 }
@@ -191,7 +205,7 @@ func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 	if err != nil {
 		return nil, err
 	}
-	svid, err := s.issuer.WorkloadJWT(ctx, e, req.Audience)
+	svid, err := s.issuer.WorkloadJWT(through(ctx), e, req.Audience)
 	if err != nil {
 		return nil, status(err)
 	}

@@ -14,6 +14,7 @@ import (
 	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
 
@@ -149,6 +150,14 @@ func (a *API) RefreshFederated(ctx context.Context, td spiffeid.TrustDomain) err
 	if f == nil {
 		return errNoFederation
 	}
+	err := a.refresh(ctx, td, view, f)
+	if err == nil || ctx.Err() == nil {
+		a.fetches.Note(f, a.now(), grpcstatus.Convert(err).Message())
+	}
+	return err
+}
+
+func (a *API) refresh(ctx context.Context, td spiffeid.TrustDomain, view *registry.View, f *registry.Federation) error {
 	fetched, err := a.federation.Fetch(ctx, f, x509Bundles{view})
 	switch {
 	case errors.Is(err, federation.ErrNoRoots):

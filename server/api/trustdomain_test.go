@@ -10,6 +10,7 @@ import (
 	"crypto/x509/pkix"
 	"fmt"
 	"math/big"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -25,6 +26,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 
+	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/api"
 	"github.com/hallmark-id/hallmark/server/federation"
 )
@@ -58,6 +60,10 @@ func newDomain(t *testing.T, name string, spiffe bool) *domain {
 			http.Redirect(w, r, "/loop", http.StatusFound)
 		case "/huge":
 			fmt.Fprint(w, strings.Repeat(" ", 1<<20+1))
+		case "/elsewhere":
+			http.Redirect(w, r, "https://localhost:1/", http.StatusFound)
+		case "/slow":
+			<-r.Context().Done()
 		case "/gone":
 			http.NotFound(w, r)
 		default:
@@ -258,7 +264,7 @@ func TestRefreshBundle_F06_F07_F10_F25_F26_F27_F28_F32_F34_F44_F47_F49_FetchesWi
 	if n := stored(byWeb); n != 7 {
 		t.Errorf("stored sequence %d", n)
 	}
-	for path, text := range map[string]string{"/downgraded": "must be https", "/loop": "redirected more than", "/huge": "longer than", "/gone": "404"} {
+	for path, text := range map[string]string{"/downgraded": "must be https", "/loop": "redirected more than", "/elsewhere": "to another host, localhost", "/huge": "longer than", "/gone": "404"} {
 		set(byWeb.relationship(path))
 		expectCode(t, refresh("web.org"), codes.Unavailable, text)
 	}
@@ -315,6 +321,108 @@ func TestRefreshBundle_F06_F07_F10_F25_F26_F27_F28_F32_F34_F44_F47_F49_FetchesWi
 	}
 	if len(w.log.lines("bundle refreshed", bySPIFFE.endpoint.URL, "spiffe://spiffe.org/endpoint", "sequence_number=7")) == 0 { // F-47
 		t.Error("no record of what was fetched from where")
+	}
+}
+
+// What cannot be right is refused, for a reason that is named, and what is stored
+// stays. Older and oversized bundles are among the tests of the profiles.
+func TestRefreshBundle_F05_F25_F49_WhatCannotBeRightIsNamedAndChangesNothing(t *testing.T) {
+	good, other, expired := newDomain(t, "web.org", false), newDomain(t, "other.org", false), newDomain(t, "web.org", false)
+	key := newKey(t)
+	was := sign(t, &x509.Certificate{
+		SerialNumber: big.NewInt(3), NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(-time.Hour),
+		IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+	}, nil, key, key)
+	expired.endpoint.TLS.Certificates = []tls.Certificate{{Certificate: [][]byte{was.Raw}, PrivateKey: key}}
+	pool := x509.NewCertPool()
+	for _, c := range []*x509.Certificate{good.endpoint.Certificate(), was} {
+		pool.AddCert(c)
+	}
+	client := &federation.Client{Roots: pool}
+	w := newWorld(t, func(o *api.Options) { o.Federation = client })
+	c := trustdomainv1.NewTrustDomainClient(w.admin())
+	expectStatus(t, createFederation(t, c, good.relationship("/"))[0].Status, codes.OK, "")
+	_, err := c.RefreshBundle(t.Context(), &trustdomainv1.RefreshBundleRequest{TrustDomain: "web.org"})
+	must(t, err)
+	for _, tc := range []struct {
+		name, url, says string
+		timeout         time.Duration
+	}{
+		{"another trust domain's", other.endpoint.URL, `is that of "other.org"`, 0},
+		{"of an endpoint whose certificate has expired", expired.endpoint.URL, "certificate has expired", 0},
+		{"slow", good.endpoint.URL + "/slow", "took longer than 50ms", 50 * time.Millisecond},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			client.Timeout = tc.timeout
+			_, err := c.BatchUpdateFederationRelationship(t.Context(), &trustdomainv1.BatchUpdateFederationRelationshipRequest{
+				FederationRelationships: []*types.FederationRelationship{web("web.org", tc.url)}, InputMask: &types.FederationRelationshipMask{BundleEndpointUrl: true}})
+			must(t, err)
+			_, err = c.RefreshBundle(t.Context(), &trustdomainv1.RefreshBundleRequest{TrustDomain: "web.org"})
+			expectCode(t, err, codes.Unavailable, tc.says)
+			if b := w.registry.View().Bundle(good.td); b == nil || !b.X509Authorities[0].Certificate.Equal(good.root) {
+				t.Errorf("stored %v", b)
+			}
+		})
+	}
+}
+
+func TestRefreshBundle_F46_RedirectsCanBeSwitchedOff(t *testing.T) {
+	d := newDomain(t, "web.org", false)
+	pool := x509.NewCertPool()
+	pool.AddCert(d.endpoint.Certificate())
+	w := newWorld(t, func(o *api.Options) { o.Federation = &federation.Client{Roots: pool, RefuseRedirects: true} })
+	c := trustdomainv1.NewTrustDomainClient(w.admin())
+	expectStatus(t, createFederation(t, c, d.relationship("/moved"))[0].Status, codes.OK, "")
+	_, err := c.RefreshBundle(t.Context(), &trustdomainv1.RefreshBundleRequest{TrustDomain: "web.org"})
+	expectCode(t, err, codes.Unavailable, "refuse_redirects")
+	if b := w.registry.View().Bundle(d.td); b != nil {
+		t.Errorf("stored %v", b)
+	}
+}
+
+// F-41: the age of a bundle, and why it is no younger, is there to be asked for.
+func TestListBundleFetches_F41_SaysWhenABundleWasFetchedAndWhyNotSince(t *testing.T) {
+	d := newDomain(t, "web.org", false)
+	pool := x509.NewCertPool()
+	pool.AddCert(d.endpoint.Certificate())
+	w := newWorld(t, func(o *api.Options) { o.Federation = &federation.Client{Roots: pool} })
+	c := trustdomainv1.NewTrustDomainClient(w.admin())
+	refresh := func() error {
+		_, err := c.RefreshBundle(t.Context(), &trustdomainv1.RefreshBundleRequest{TrustDomain: "web.org"})
+		return err
+	}
+	fetch := func() *hallmarkv1.BundleFetch {
+		t.Helper()
+		resp, err := hallmarkv1.NewAdminServiceClient(w.admin()).ListBundleFetches(t.Context(), &hallmarkv1.ListBundleFetchesRequest{})
+		must(t, err)
+		if len(resp.Fetches) != 1 || resp.Fetches[0].TrustDomain != "web.org" {
+			t.Fatalf("got %v", resp)
+		}
+		return resp.Fetches[0]
+	}
+	expectStatus(t, createFederation(t, c, d.relationship("/"))[0].Status, codes.OK, "")
+	if f := fetch(); f.TriedAt != 0 || f.FetchedAt != 0 || f.Failures != 0 {
+		t.Errorf("before the first fetch: %v", f)
+	}
+	must(t, refresh())
+	good := fetch()
+	if good.FetchedAt == 0 || good.TriedAt != good.FetchedAt || good.Failures != 0 || good.Error != "" {
+		t.Errorf("after one: %v", good)
+	}
+	d.endpoint.Close()
+	for range 2 {
+		if err := refresh(); err == nil {
+			t.Fatal("fetched from nowhere")
+		}
+	}
+	if f := fetch(); f.FetchedAt != good.FetchedAt || f.TriedAt < good.TriedAt || f.Failures != 2 || !strings.Contains(f.Error, "connection refused") {
+		t.Errorf("after two that failed: %v", f)
+	}
+	_, err := c.BatchUpdateFederationRelationship(t.Context(), &trustdomainv1.BatchUpdateFederationRelationshipRequest{
+		FederationRelationships: []*types.FederationRelationship{d.relationship("/other")}, InputMask: &types.FederationRelationshipMask{BundleEndpointUrl: true}})
+	must(t, err)
+	if f := fetch(); f.TriedAt != 0 || f.Failures != 0 {
+		t.Errorf("of another URL: %v", f)
 	}
 }
 

@@ -43,7 +43,9 @@ import (
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/issue"
+	"github.com/hallmark-id/hallmark/server/journal"
 	"github.com/hallmark-id/hallmark/server/registry"
+	"github.com/hallmark-id/hallmark/server/revocation"
 	"github.com/hallmark-id/hallmark/server/store/badger"
 )
 
@@ -98,11 +100,16 @@ func startWorld(t testing.TB, wit bool, change ...func(*api.Options)) *world {
 	must(t, err)
 	w.own = authorities
 	w.feed = feed.New(feed.Options{Registry: w.registry, X509TTL: time.Hour, JWTTTL: 5 * time.Minute, Now: now})
+	issued, err := journal.Open("", now, nil)
+	must(t, err)
+	publisher := revocation.New(revocation.Options{Registry: w.registry, Authorities: authorities, Journal: issued, Now: now})
+	running.Go(func() { _ = publisher.Run(ctx) })
 	o := api.Options{
 		Store:       db,
 		Registry:    w.registry,
 		Authorities: authorities,
-		Issuer:      issue.New(issue.Options{TrustDomain: td, Authorities: authorities, Now: now}),
+		Issuer:      issue.New(issue.Options{TrustDomain: td, Authorities: authorities, Now: now, Journal: issued}),
+		Journal:     issued,
 		Feed:        w.feed,
 		NodeAttestors: map[string]attestors.Server{
 			jointoken.Name: jointoken.New(func(ctx context.Context, token string) error {

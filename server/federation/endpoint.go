@@ -3,7 +3,6 @@ package federation
 import (
 	"context"
 	"crypto/sha256"
-	"crypto/tls"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -21,8 +20,8 @@ import (
 type EndpointOptions struct {
 	Listener    net.Listener
 	Bundle      func() *bundle.Bundle
-	Certificate func() (*tls.Certificate, error) // the newest
-	Log         *slog.Logger                     // nil is silent
+	Certificate web.Certificate
+	Log         *slog.Logger // nil is silent
 }
 
 // Endpoint publishes a bundle over HTTPS: GET / answers with the SPIFFE bundle

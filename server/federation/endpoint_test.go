@@ -101,7 +101,7 @@ func newEndpoint(t testing.TB, a *authority, certificate *tls.Certificate) *endp
 		SequenceNumber: 7, RefreshHint: 5 * time.Minute,
 	})
 	published := hallmark.NewEndpoint(hallmark.EndpointOptions{
-		Listener: l, Bundle: e.now.Load, Certificate: func() (*tls.Certificate, error) { return certificate, nil },
+		Listener: l, Bundle: e.now.Load, Certificate: web.Own(func() (*tls.Certificate, error) { return certificate, nil }),
 	})
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error)
@@ -282,7 +282,7 @@ func TestFederation_F17_ACertificateInFilesIsReadAgainWhenItChanges(t *testing.T
 		must(t, err)
 		is := func(want *tls.Certificate, when string) {
 			t.Helper()
-			if got, err := files.Certificate(); err != nil || !got.Leaf.Equal(want.Leaf) {
+			if got, err := files.Certificate(nil); err != nil || !got.Leaf.Equal(want.Leaf) {
 				t.Errorf("%s it is another: %v", when, err)
 			}
 		}

@@ -10,6 +10,7 @@ package federation
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -18,11 +19,13 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/server/registry"
@@ -48,6 +51,11 @@ const (
 type Client struct {
 	// Roots verify endpoints of the profile https_web; nil: the system's.
 	Roots *x509.CertPool
+	// RefuseRedirects has a fetch fail whose endpoint leads elsewhere. SPIFFE
+	// Federation §7.5.1.
+	RefuseRedirects bool
+	// Timeout bounds a fetch; 0: 20 seconds.
+	Timeout time.Duration
 }
 
 // ErrNoRoots means that an endpoint cannot be verified, as the server has no
@@ -57,7 +65,8 @@ var ErrNoRoots = errors.New("no bundle to verify the endpoint by")
 // Fetch fetches the bundle of a relationship's trust domain. Bundles verifies
 // an endpoint of the profile https_spiffe.
 func (c *Client) Fetch(ctx context.Context, f *registry.Federation, bundles x509bundle.Source) (*spiffebundle.Bundle, error) {
-	ctx, cancel := context.WithTimeout(ctx, maxTime)
+	slow := fmt.Errorf("the endpoint took longer than %v", cmp.Or(c.Timeout, maxTime))
+	ctx, cancel := context.WithTimeoutCause(ctx, cmp.Or(c.Timeout, maxTime), slow)
 	defer cancel()
 	config := &tls.Config{RootCAs: c.Roots}
 	if !f.EndpointID.IsZero() {
@@ -78,14 +87,14 @@ func (c *Client) Fetch(ctx context.Context, f *registry.Federation, bundles x509
 		MaxResponseHeaderBytes: maxHeaders,
 	}
 	defer transport.CloseIdleConnections()
-	client := &http.Client{Transport: transport, CheckRedirect: checkRedirect}
+	client := &http.Client{Transport: transport, CheckRedirect: c.checkRedirect}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, f.EndpointURL, http.NoBody)
 	if err != nil {
 		return nil, fmt.Errorf("fetch the bundle of %q: %w", f.TrustDomain.Name(), err)
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("fetch the bundle of %q: %w", f.TrustDomain.Name(), err)
+		return nil, failed(ctx, f, slow, err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
@@ -94,7 +103,7 @@ func (c *Client) Fetch(ctx context.Context, f *registry.Federation, bundles x509
 	document, err := io.ReadAll(io.LimitReader(resp.Body, maxDocument+1))
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("fetch the bundle of %q: %w", f.TrustDomain.Name(), err)
+		return nil, failed(ctx, f, slow, err)
 	case len(document) > maxDocument:
 		return nil, fmt.Errorf("fetch the bundle of %q: the document is longer than %d bytes", f.TrustDomain.Name(), maxDocument)
 	}
@@ -102,10 +111,23 @@ func (c *Client) Fetch(ctx context.Context, f *registry.Federation, bundles x509
 	if err != nil {
 		return nil, fmt.Errorf("the bundle of %q at %s: %w", f.TrustDomain.Name(), f.EndpointURL, err)
 	}
+	for _, cert := range b.X509Authorities() {
+		if id, err := x509svid.IDFromCert(cert); err == nil && id.TrustDomain() != f.TrustDomain {
+			return nil, fmt.Errorf("the bundle of %q at %s is that of %q, or mixed up with it: an authority in it has that trust domain's SPIFFE ID", f.TrustDomain.Name(), f.EndpointURL, id.TrustDomain().Name())
+		}
+	}
 	if err := clampRefreshHint(b, document); err != nil {
 		return nil, fmt.Errorf("the bundle of %q at %s: %w", f.TrustDomain.Name(), f.EndpointURL, err)
 	}
 	return b, nil
+}
+
+// failed says why a fetch has failed: that it was slow, if it was.
+func failed(ctx context.Context, f *registry.Federation, slow, err error) error {
+	if context.Cause(ctx) == slow {
+		err = slow
+	}
+	return fmt.Errorf("fetch the bundle of %q from %s: %w", f.TrustDomain.Name(), f.EndpointURL, err)
 }
 
 // clampRefreshHint reads the hint from the document once more: as a duration a
@@ -125,10 +147,16 @@ func clampRefreshHint(b *spiffebundle.Bundle, document []byte) error {
 }
 
 // checkRedirect lets a request be redirected to what could be configured as an
-// endpoint too. SPIFFE Federation §5.2.1.3.
-func checkRedirect(req *http.Request, via []*http.Request) error {
-	if len(via) > maxRedirects {
+// endpoint too (SPIFFE Federation §5.2.1.3), on the same host: whom this server
+// asks is for its operator to say.
+func (c *Client) checkRedirect(req *http.Request, via []*http.Request) error {
+	switch host := via[0].URL.Hostname(); {
+	case c.RefuseRedirects:
+		return errors.New("redirected, and federation.refuse_redirects is set")
+	case len(via) > maxRedirects:
 		return fmt.Errorf("redirected more than %d times", maxRedirects)
+	case !strings.EqualFold(req.URL.Hostname(), host):
+		return fmt.Errorf("redirected from %s to another host, %s; if that is where the bundle is now, set its URL with \"hallmark federation update\"", host, req.URL.Hostname())
 	}
 	if err := registry.ValidateEndpointURL(req.URL.String()); err != nil {
 		return fmt.Errorf("redirected to what is no endpoint: %w", err)

@@ -21,6 +21,8 @@ type held struct {
 	entries map[string]*entry.Entry // by ID
 	bundles map[spiffeid.TrustDomain]*bundle.Bundle
 	wanted  map[spiffeid.TrustDomain]int // how many entries federate with it
+	takes   bool                         // the agent takes CRLs
+	crls    map[string]*registry.CRL     // by authority ID; nil: none
 	sum     digest.Sum
 }
 
@@ -39,10 +41,12 @@ type difference struct {
 	goneEntries []string
 	bundles     []*bundle.Bundle // new and changed
 	goneBundles []spiffeid.TrustDomain
+	crls        []*registry.CRL // new and changed
+	goneCRLs    []string        // authority IDs
 }
 
 func (d *difference) empty() bool {
-	return len(d.entries)+len(d.goneEntries)+len(d.bundles)+len(d.goneBundles) == 0
+	return len(d.entries)+len(d.goneEntries)+len(d.bundles)+len(d.goneBundles)+len(d.crls)+len(d.goneCRLs) == 0
 }
 
 // difference makes h what a node is to hold, and returns what that changes.
@@ -77,6 +81,7 @@ func (h *held) difference(view *registry.View, node spiffeid.ID, now time.Time) 
 		touched[td] = true
 	}
 	h.reconcile(view, touched, &d)
+	h.takeCRLs(view, &d)
 	return d
 }
 
@@ -99,7 +104,45 @@ func (h *held) change(view *registry.View, node spiffeid.ID, now time.Time, delt
 		touched[td] = true
 	}
 	h.reconcile(view, touched, &d)
+	if delta.CRLs {
+		h.takeCRLs(view, &d)
+	}
 	return d
+}
+
+// takeCRLs looks at the CRLs: those that revoke anything are held.
+func (h *held) takeCRLs(view *registry.View, d *difference) {
+	if !h.takes {
+		return
+	}
+	is := make(map[string]bool)
+	for c := range view.CRLs() {
+		if len(c.Revoked) == 0 {
+			continue
+		}
+		is[c.AuthorityID] = true
+		old := h.crls[c.AuthorityID]
+		if old != nil && old.Number == c.Number {
+			continue
+		}
+		if old != nil {
+			h.sum.SubCRL(old.AuthorityID, old.Number)
+		}
+		if h.crls == nil {
+			h.crls = make(map[string]*registry.CRL)
+		}
+		h.crls[c.AuthorityID] = c
+		h.sum.AddCRL(c.AuthorityID, c.Number)
+		d.crls = append(d.crls, c)
+	}
+	for id, old := range h.crls {
+		if !is[id] {
+			h.sum.SubCRL(id, old.Number)
+			delete(h.crls, id)
+			d.goneCRLs = append(d.goneCRLs, id)
+		}
+	}
+	slices.Sort(d.goneCRLs)
 }
 
 func (h *held) put(e *entry.Entry, d *difference, touched map[spiffeid.TrustDomain]bool) {

@@ -165,7 +165,7 @@ func (s *stream) push(ctx context.Context, g Stream) error {
 		if delta.NodeGone {
 			return ErrNodeGone
 		}
-		if err := s.trusted(view); err != nil {
+		if err := s.trusted(view, delta.CRLs || delta.Resync); err != nil {
 			if failed := s.farewell(view, w); failed != nil {
 				return failed
 			}
@@ -205,11 +205,12 @@ func (s *stream) admitted() error {
 	return nil
 }
 
-// trusted fails once the agent's SVID verifies no more: an authority was
-// revoked, so whoever is at the other end may be anybody.
-func (s *stream) trusted(view *registry.View) error {
+// trusted fails once the agent's SVID verifies no more: it or its authority was
+// revoked, so whoever is at the other end may be anybody. crls is whether CRLs
+// may have changed.
+func (s *stream) trusted(view *registry.View, crls bool) error {
 	own := view.Bundle(view.TrustDomain())
-	if s.verify == nil || own == s.by {
+	if s.verify == nil || own == s.by && !crls {
 		return nil
 	}
 	if err := s.verify(view); err != nil {
@@ -219,12 +220,13 @@ func (s *stream) trusted(view *registry.View) error {
 	return nil
 }
 
-// farewell sends the own bundle, which anyone may have, as the last thing on
-// the stream of an agent that is not trusted any more: its workloads learn at
-// once whom not to trust, even if it cannot come back.
+// farewell sends the own bundle and the CRLs, which anyone may have, as the last
+// thing on the stream of an agent that is not trusted any more: its workloads
+// learn at once whom not to trust, even if it cannot come back.
 func (s *stream) farewell(view *registry.View, w *writer) error {
 	var d difference
 	s.held.reconcile(view, map[spiffeid.TrustDomain]bool{view.TrustDomain(): true}, &d)
+	s.held.takeCRLs(view, &d)
 	if d.empty() {
 		return nil
 	}
@@ -240,7 +242,7 @@ func (s *stream) start(view *registry.View, hello *hallmarkv1.FollowRequest, w *
 	if err := s.admitted(); err != nil {
 		return err
 	}
-	if err := s.trusted(view); err != nil {
+	if err := s.trusted(view, true); err != nil {
 		return err
 	}
 	has := store.Revision(hello.Revision)
@@ -252,6 +254,7 @@ func (s *stream) start(view *registry.View, hello *hallmarkv1.FollowRequest, w *
 	}
 	rev := view.Revision()
 	s.held = newHeld(view.TrustDomain())
+	s.held.takes = hello.TakesCrls
 	w.complete, w.defaults = true, s.feed.defaults
 	// The digest says whether the agent holds this very set. A revision that is
 	// still ahead of the store's means that the store was set back: numbers and times
@@ -335,6 +338,16 @@ func (s *stream) write(d difference, w *writer) error {
 	}
 	for _, td := range d.goneBundles {
 		if err := w.goneBundle(td.Name()); err != nil {
+			return err
+		}
+	}
+	for _, c := range d.crls {
+		if err := w.crl(&hallmarkv1.CRL{AuthorityId: c.AuthorityID, Number: c.Number, Der: c.DER}); err != nil {
+			return err
+		}
+	}
+	for _, id := range d.goneCRLs {
+		if err := w.goneCRL(id); err != nil {
 			return err
 		}
 	}

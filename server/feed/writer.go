@@ -60,6 +60,22 @@ func (w *writer) goneBundle(name string) error {
 	return nil
 }
 
+func (w *writer) crl(c *hallmarkv1.CRL) error {
+	if err := w.room(proto.Size(c)); err != nil {
+		return err
+	}
+	w.message.Crls = append(w.message.Crls, c)
+	return nil
+}
+
+func (w *writer) goneCRL(authority string) error {
+	if err := w.room(len(authority)); err != nil {
+		return err
+	}
+	w.message.GoneCrls = append(w.message.GoneCrls, authority)
+	return nil
+}
+
 // room sends the message off, with more to follow, if a part of a size would
 // make it too large.
 func (w *writer) room(size int) error {

@@ -27,6 +27,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/pkg/entry"
 	"github.com/hallmark-id/hallmark/server/authority"
+	"github.com/hallmark-id/hallmark/server/journal"
 	"github.com/hallmark-id/hallmark/server/metrics"
 )
 
@@ -61,6 +62,12 @@ type Options struct {
 	AgentTTL  time.Duration // of nodes' X509-SVIDs; 0: DefaultAgentTTL
 	JWTIssuer string        // claim iss of JWT-SVIDs; empty: none
 	Profiles  []*Profile    // of JWT-SVIDs for some audiences; the first that fits
+
+	// Journal keeps what was issued, so that it can be revoked. Nil: nothing does.
+	Journal *journal.Journal
+	// CRLURL, if set, is the start of the URL at which CRLs are served; the ID of
+	// the authority and ".crl" follow it in each certificate.
+	CRLURL string
 }
 
 // Issuer issues credentials. It is safe for concurrent use.
@@ -76,6 +83,8 @@ type Issuer struct {
 	agentTTL    time.Duration
 	jwtIssuer   string
 	profiles    []*Profile
+	journal     *journal.Journal
+	crlURL      string
 
 	// What stays the same as long as an authority does.
 	x509     atomic.Pointer[x509Signer]
@@ -102,6 +111,8 @@ func New(o Options) *Issuer {
 		agentTTL:    cmp.Or(o.AgentTTL, DefaultAgentTTL),
 		jwtIssuer:   o.JWTIssuer,
 		profiles:    o.Profiles,
+		journal:     o.Journal,
+		crlURL:      o.CRLURL,
 		jwt:         jwtKind{kind: "jwt", span: "sign JWT", typ: "JWT", authority: o.Authorities.JWT},
 		jwtRS256:    jwtKind{kind: "jwt", span: "sign JWT", typ: "JWT", authority: o.Authorities.JWTRS256},
 		wit:         jwtKind{kind: "wit", span: "sign WIT", typ: "wit+jwt", authority: o.Authorities.WIT},
@@ -152,6 +163,27 @@ type JWTSVID struct {
 	Hint      string // of the entry
 }
 
+type throughKey struct{}
+
+// Through returns a context of what is issued through an agent: the journal
+// keeps which, so that all of it can be revoked with the agent.
+func Through(ctx context.Context, node spiffeid.ID) context.Context {
+	return context.WithValue(ctx, throughKey{}, node)
+}
+
+// keep keeps a certificate that is about to go out.
+func (i *Issuer) keep(ctx context.Context, id spiffeid.ID, authorityID string, serial []byte, issued, expires time.Time) {
+	if i.journal == nil {
+		return
+	}
+	v := journal.SVID{ID: id.String(), Authority: authorityID, IssuedAt: issued.Unix(), ExpiresAt: expires.Unix()}
+	if node, ok := ctx.Value(throughKey{}).(spiffeid.ID); ok {
+		v.Node = node.String()
+	}
+	copy(v.Serial[len(v.Serial)-len(serial):], serial)
+	i.journal.Add(v)
+}
+
 // WorkloadX509 issues the X509-SVID of an entry for the public key of a
 // certificate signing request.
 func (i *Issuer) WorkloadX509(ctx context.Context, e *entry.Entry, csr []byte) (*X509SVID, error) {
@@ -184,7 +216,7 @@ func (i *Issuer) NodeX509(ctx context.Context, id spiffeid.ID, csr []byte) (*X50
 	if err != nil {
 		return nil, err
 	}
-	return i.signX509(ctx, certificate{reason: "node", id: id, key: key, ttl: i.agentTTL})
+	return i.signX509(Through(ctx, id), certificate{reason: "node", id: id, key: key, ttl: i.agentTTL})
 }
 
 // DownstreamCA issues the CA certificate of a downstream server, which has the

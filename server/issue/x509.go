@@ -51,6 +51,7 @@ type x509Signer struct {
 	*authority.X509
 	issuer    []byte // its name, DER
 	keyID     []byte // the extension that names its key, DER
+	crl       []byte // the extension that says where its CRL is, DER; nil: none
 	algorithm signatureAlgorithm
 	notBefore time.Time
 	notAfter  time.Time
@@ -74,7 +75,7 @@ func (i *Issuer) x509Signer() (*x509Signer, error) {
 	if s := i.x509.Load(); s != nil && s.X509 == a {
 		return s, nil
 	}
-	s, err := newX509Signer(a)
+	s, err := newX509Signer(a, i.crlURL)
 	if err != nil {
 		return nil, fmt.Errorf("X.509 authority %s: %w", a.ID, err)
 	}
@@ -83,7 +84,7 @@ func (i *Issuer) x509Signer() (*x509Signer, error) {
 	return s, nil
 }
 
-func newX509Signer(a *authority.X509) (*x509Signer, error) {
+func newX509Signer(a *authority.X509, crlURL string) (*x509Signer, error) {
 	s := &x509Signer{X509: a, issuer: a.Certificate.RawSubject}
 	s.notBefore, s.notAfter = a.Validity()
 	if len(a.Certificate.SubjectKeyId) == 0 {
@@ -97,6 +98,9 @@ func newX509Signer(a *authority.X509) (*x509Signer, error) {
 		})
 	})
 	s.keyID = b.BytesOrPanic()
+	if crlURL != "" {
+		s.crl = constantExtensions(func(b *cryptobyte.Builder) { addCRLDistributionPoint(b, crlURL+a.ID+".crl") })
+	}
 	s.below = -1
 	for i, c := range append([]*x509.Certificate{a.Certificate}, a.Chain...) {
 		depth := max(i-1, 0) // of certificates between it and those to follow; the chain begins with its own again
@@ -177,6 +181,7 @@ func (i *Issuer) signX509(ctx context.Context, c certificate) (*X509SVID, error)
 	if err != nil {
 		return nil, fmt.Errorf("sign the certificate of %s: %w", c.id, err)
 	}
+	i.keep(ctx, c.id, s.ID, serial, now, notAfter)
 	svid := &X509SVID{
 		ID:           c.id,
 		Chain:        append(make([][]byte, 0, 1+len(s.chain)), der),
@@ -229,13 +234,14 @@ var (
 )
 
 var (
-	oidSubjectKeyID     = encasn1.ObjectIdentifier{2, 5, 29, 14}
-	oidKeyUsage         = encasn1.ObjectIdentifier{2, 5, 29, 15}
-	oidSubjectAltName   = encasn1.ObjectIdentifier{2, 5, 29, 17}
-	oidBasicConstraints = encasn1.ObjectIdentifier{2, 5, 29, 19}
-	oidAuthorityKeyID   = encasn1.ObjectIdentifier{2, 5, 29, 35}
-	oidExtKeyUsage      = encasn1.ObjectIdentifier{2, 5, 29, 37}
-	oidCommonName       = encasn1.ObjectIdentifier{2, 5, 4, 3}
+	oidSubjectKeyID          = encasn1.ObjectIdentifier{2, 5, 29, 14}
+	oidKeyUsage              = encasn1.ObjectIdentifier{2, 5, 29, 15}
+	oidSubjectAltName        = encasn1.ObjectIdentifier{2, 5, 29, 17}
+	oidBasicConstraints      = encasn1.ObjectIdentifier{2, 5, 29, 19}
+	oidAuthorityKeyID        = encasn1.ObjectIdentifier{2, 5, 29, 35}
+	oidExtKeyUsage           = encasn1.ObjectIdentifier{2, 5, 29, 37}
+	oidCRLDistributionPoints = encasn1.ObjectIdentifier{2, 5, 29, 31}
+	oidCommonName            = encasn1.ObjectIdentifier{2, 5, 4, 3}
 )
 
 func constantExtensions(add func(*cryptobyte.Builder)) []byte {
@@ -251,6 +257,21 @@ func addExtension(b *cryptobyte.Builder, oid encasn1.ObjectIdentifier, critical 
 			b.AddASN1Boolean(true)
 		}
 		b.AddASN1(asn1.OCTET_STRING, value)
+	})
+}
+
+// addCRLDistributionPoint adds where a CRL is. RFC 5280 §4.2.1.13: not critical.
+func addCRLDistributionPoint(b *cryptobyte.Builder, url string) {
+	addExtension(b, oidCRLDistributionPoints, false, func(b *cryptobyte.Builder) {
+		b.AddASN1(asn1.SEQUENCE, func(b *cryptobyte.Builder) { // CRLDistributionPoints
+			b.AddASN1(asn1.SEQUENCE, func(b *cryptobyte.Builder) { // DistributionPoint
+				b.AddASN1(asn1.Tag(0).Constructed().ContextSpecific(), func(b *cryptobyte.Builder) { // distributionPoint
+					b.AddASN1(asn1.Tag(0).Constructed().ContextSpecific(), func(b *cryptobyte.Builder) { // fullName
+						b.AddASN1(sanURI, func(b *cryptobyte.Builder) { b.AddBytes([]byte(url)) })
+					})
+				})
+			})
+		})
 	})
 }
 
@@ -346,6 +367,7 @@ func (s *x509Signer) addExtensions(b *cryptobyte.Builder, c *certificate, subjec
 			b.AddASN1(sanURI, func(b *cryptobyte.Builder) { b.AddBytes([]byte(c.id.String())) }) // X509-SVID §2: one
 		})
 	})
+	b.AddBytes(s.crl)
 }
 
 // The kinds of name in a subject alternative name. RFC 5280 §4.2.1.6.

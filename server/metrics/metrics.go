@@ -27,6 +27,8 @@ type Metrics struct {
 	Agents   prometheus.Gauge // connected
 	PushStep prometheus.Histogram
 
+	Revoked prometheus.Gauge // certificates in the CRLs of this server
+
 	BundleRefreshes *prometheus.CounterVec // of foreign bundles, by trust domain and outcome
 	BundleRefreshed *prometheus.GaugeVec   // when one was last fetched, by trust domain
 
@@ -70,6 +72,10 @@ func New(r prometheus.Registerer) *Metrics {
 			Help:    "How long it took from sending a change to an agent until it acknowledged everything that was sent to it.",
 			Buckets: telemetry.LatencyBuckets,
 		}),
+		Revoked: make.NewGauge(prometheus.GaugeOpts{
+			Name: "hallmark_server_revoked_certificates",
+			Help: "Certificates in the CRLs of this server's authorities.",
+		}),
 		BundleRefreshes: make.NewCounterVec(prometheus.CounterOpts{
 			Name: "hallmark_server_bundle_refreshes_total",
 			Help: "Fetches of foreign bundles by schedule, by trust domain and outcome (ok, failed).",
@@ -111,6 +117,7 @@ func New(r prometheus.Registerer) *Metrics {
 type State struct {
 	Entries, Nodes int
 	Revision       int64
+	LiveSVIDs      int                  // issued by this server, and not ended
 	AgentsBehind   int                  // connected, and have not acknowledged all they were sent
 	AuthorityEnds  map[string]time.Time // of the active one, by kind
 	// UpstreamFailing is set if there is an authority above: whether what it was
@@ -121,6 +128,7 @@ type State struct {
 var (
 	entries   = prometheus.NewDesc("hallmark_server_entries", "Registration entries.", nil, nil)
 	nodes     = prometheus.NewDesc("hallmark_server_nodes", "Nodes that have attested, banned ones among them.", nil, nil)
+	live      = prometheus.NewDesc("hallmark_server_svids_live", "X509-SVIDs and other certificates that this server issued and that have not ended, as its journal has them; some may have ended within a minute.", nil, nil)
 	revision  = prometheus.NewDesc("hallmark_server_revision", "Revision of the registry; it grows with each transaction.", nil, nil)
 	behind    = prometheus.NewDesc("hallmark_server_agents_behind", "Connected agents that have not yet acknowledged everything that was sent to them.", nil, nil)
 	failing   = prometheus.NewDesc("hallmark_server_upstream_failing", "1 while what the authority above the server's was asked for last failed, else 0. Not there without one.", nil, nil)
@@ -135,7 +143,7 @@ type state func() State
 
 // Describe implements [prometheus.Collector].
 func (state) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{entries, nodes, revision, behind, failing, authority} {
+	for _, d := range []*prometheus.Desc{entries, nodes, live, revision, behind, failing, authority} {
 		ch <- d
 	}
 }
@@ -148,6 +156,7 @@ func (now state) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(entries, float64(s.Entries))
 	gauge(nodes, float64(s.Nodes))
+	gauge(live, float64(s.LiveSVIDs))
 	gauge(revision, float64(s.Revision))
 	gauge(behind, float64(s.AgentsBehind))
 	if f := s.UpstreamFailing; f != nil {

@@ -322,8 +322,8 @@ func (r *Registry) pruneAll(ctx context.Context) error {
 	}
 }
 
-// pruneOnce deletes, in groups of a bounded size, entries and join tokens that
-// have ended by now.
+// pruneOnce deletes, in groups of a bounded size, entries, join tokens and
+// revocations that have ended by now.
 func (r *Registry) pruneOnce(ctx context.Context) error {
 	const group = pruneGroup
 	now, v := r.now(), r.View()
@@ -336,6 +336,8 @@ func (r *Registry) pruneOnce(ctx context.Context) error {
 		return true
 	})
 	entries := len(txns)
+	txns = append(txns, v.endedRevocations(now, group)...)
+	revocations := len(txns) - entries
 	v.tokens.Scan(func(t *storedToken) bool {
 		if now.After(t.ExpiresAt.Add(tokenGrace)) {
 			txns = append(txns, store.Txn{
@@ -343,12 +345,12 @@ func (r *Registry) pruneOnce(ctx context.Context) error {
 				Do: []store.Write{{Key: t.key}},
 			})
 		}
-		return len(txns) < 2*group
+		return len(txns) < 3*group
 	})
 	if err := r.forget(ctx, txns); err != nil || len(txns) == 0 {
 		return err
 	}
-	r.log.Debug("pruned expired records", "entries", entries, "join_tokens", len(txns)-entries)
+	r.log.Debug("pruned expired records", "entries", entries, "revocations", revocations, "join_tokens", len(txns)-entries-revocations)
 	return nil
 }
 

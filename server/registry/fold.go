@@ -27,6 +27,8 @@ type fold struct {
 	bundles                                                    index[*storedBundle]
 	authorities                                                index[*Authority]
 	federations                                                index[*Federation]
+	revocations                                                index[*Revocation]
+	crls                                                       index[*CRL]
 
 	digest digest.Sum // of all records in them
 }
@@ -80,6 +82,8 @@ func newFold() fold {
 		bundles:     newIndex(func(a, b *storedBundle) bool { return a.TrustDomain.Compare(b.TrustDomain) < 0 }),
 		authorities: newIndex(func(a, b *Authority) bool { return authorityKey(a) < authorityKey(b) }),
 		federations: newIndex(lessFederation),
+		revocations: newIndex(lessRevocation),
+		crls:        newIndex(lessCRL),
 	}
 }
 
@@ -101,6 +105,8 @@ func (f *fold) publish(rev store.Revision, td spiffeid.TrustDomain) *View {
 		bundles:     f.bundles.publish(),
 		authorities: f.authorities.publish(),
 		federations: f.federations.publish(),
+		revocations: f.revocations.publish(),
+		crls:        f.crls.publish(),
 	}
 }
 
@@ -152,6 +158,14 @@ func (f *fold) revisionOf(key string) store.Revision {
 	case authorityPrefix:
 		if a := f.authority(key); a != nil {
 			return a.revision
+		}
+	case revocationPrefix:
+		if r, ok := f.revocations.work.Get(&Revocation{key: key}); ok {
+			return r.revision
+		}
+	case crlPrefix:
+		if c, ok := f.crls.work.Get(&CRL{AuthorityID: rest}); ok {
+			return c.revision
 		}
 	}
 	return 0
@@ -214,6 +228,10 @@ func (f *fold) put(rec store.Record) error {
 		f.bundles.set(&storedBundle{Bundle: b, revision: rec.Revision})
 	case federationPrefix:
 		return f.applyFederation(rest, rec)
+	case revocationPrefix:
+		return f.applyRevocation(rec)
+	case crlPrefix:
+		return f.applyCRL(rest, rec)
 	case authorityPrefix:
 		if rec.Value == nil {
 			if a := f.authority(rec.Key); a != nil {

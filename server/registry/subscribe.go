@@ -22,6 +22,8 @@ type Delta struct {
 	Entries []string
 	// Bundles names trust domains whose bundles were made, changed or deleted.
 	Bundles []spiffeid.TrustDomain
+	// CRLs: some CRL was made, changed or deleted.
+	CRLs bool
 	// NodeGone: the node was banned or deleted. It gets nothing any more.
 	NodeGone bool
 }
@@ -39,6 +41,7 @@ type Subscription struct {
 	mu       sync.Mutex
 	resync   bool
 	nodeGone bool
+	crls     bool
 	entries  map[string]bool
 	bundles  map[spiffeid.TrustDomain]bool
 }
@@ -76,7 +79,7 @@ func (s *Subscription) Take() (*View, Delta) {
 	defer r.mu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	d := Delta{Resync: s.resync, NodeGone: s.nodeGone}
+	d := Delta{Resync: s.resync, NodeGone: s.nodeGone, CRLs: s.crls}
 	if !s.resync {
 		for id := range s.entries {
 			d.Entries = append(d.Entries, id)
@@ -85,7 +88,7 @@ func (s *Subscription) Take() (*View, Delta) {
 			d.Bundles = append(d.Bundles, td)
 		}
 	}
-	s.resync, s.nodeGone, s.entries, s.bundles = false, false, nil, nil
+	s.resync, s.nodeGone, s.crls, s.entries, s.bundles = false, false, false, nil, nil
 	return r.told, d
 }
 
@@ -109,6 +112,7 @@ func (s *Subscription) mark(c *concern, node spiffeid.ID) {
 }
 
 func (s *Subscription) note(c *concern, n *nodeConcern) {
+	s.crls = s.crls || c.crls
 	for _, td := range c.bundles {
 		if s.bundles == nil {
 			s.bundles = make(map[spiffeid.TrustDomain]bool)
@@ -138,6 +142,7 @@ func (s *Subscription) note(c *concern, n *nodeConcern) {
 type concern struct {
 	nodes   map[spiffeid.ID]*nodeConcern
 	bundles []spiffeid.TrustDomain // concern all
+	crls    bool                   // they concern all
 }
 
 type nodeConcern struct {
@@ -199,6 +204,8 @@ func (r *Registry) concerned(old, now *View, keys []string) *concern {
 			if td, err := spiffeid.TrustDomainFromString(rest); err == nil {
 				c.bundles = append(c.bundles, td)
 			}
+		case crlPrefix:
+			c.crls = true
 		}
 	}
 	return c

@@ -38,6 +38,8 @@ type View struct {
 	bundles     tree[*storedBundle]
 	authorities tree[*Authority]  // by key
 	federations tree[*Federation] // by trust domain
+	revocations tree[*Revocation] // by key
+	crls        tree[*CRL]        // by authority ID
 }
 
 type tree[T any] = *btree.BTreeG[T]

@@ -36,7 +36,7 @@ func OpenFiles(certificate, key string, log *slog.Logger) (*Files, error) {
 }
 
 // Certificate returns the newest that could be read.
-func (f *Files) Certificate() (*tls.Certificate, error) {
+func (f *Files) Certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if now := time.Now(); now.Sub(f.looked) >= lookEvery {

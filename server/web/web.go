@@ -1,6 +1,6 @@
 // Package web serves what a server offers over HTTPS to whoever comes: with
-// [Serve], within bounds, and with the certificate that [Files] reads or the
-// server's own X509-SVID. Behind a proxy that ends TLS it serves HTTP.
+// [Serve], within bounds, and with the certificate that [Files] reads, that [ACME]
+// obtains, or the server's own X509-SVID. Behind a proxy that ends TLS it serves HTTP.
 package web
 
 import (
@@ -12,6 +12,8 @@ import (
 	"net/http"
 	"sync"
 	"time"
+
+	"golang.org/x/crypto/acme"
 )
 
 // Bounds of an endpoint. An answer is a few kilobytes, and is asked for every few
@@ -30,9 +32,21 @@ const (
 type Options struct {
 	Listener    net.Listener
 	Handler     http.Handler
-	MaxBody     int64                            // bytes of a request
-	Certificate func() (*tls.Certificate, error) // the newest; nil: plain HTTP
+	MaxBody     int64 // bytes of a request
+	Certificate Certificate
 	Log         *slog.Logger
+}
+
+// Certificate is where the certificates of an endpoint come from. The zero value
+// is none: plain HTTP.
+type Certificate struct {
+	Get    func(*tls.ClientHelloInfo) (*tls.Certificate, error) // the newest
+	Obtain func(context.Context)                                // goes on beside the serving; nil: nothing is to be done
+}
+
+// Own is the certificate of a server that makes its own.
+func Own(newest func() (*tls.Certificate, error)) Certificate {
+	return Certificate{Get: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return newest() }}
 }
 
 // Serve serves until the context ends, and returns its error. It closes the
@@ -57,11 +71,19 @@ func Serve(ctx context.Context, o Options) error {
 	defer stopped()
 	bounded := &boundedListener{Listener: o.Listener, ofAddress: maxOfAddress, of: make(map[string]int)}
 	var err error
-	if o.Certificate == nil {
+	if o.Certificate.Get == nil {
 		bounded.ofAddress = maxConnections // the proxy is the one address
 		err = server.Serve(bounded)
 	} else {
-		server.TLSConfig = tlsConfig(o.Certificate)
+		server.TLSConfig = tlsConfig(o.Certificate.Get)
+		if o.Certificate.Obtain != nil {
+			server.TLSConfig.NextProtos = []string{"h2", "http/1.1", acme.ALPNProto}
+			obtaining, end := context.WithCancel(ctx)
+			var obtained sync.WaitGroup
+			defer obtained.Wait()
+			defer end()
+			obtained.Go(func() { o.Certificate.Obtain(obtaining) })
+		}
 		err = server.ServeTLS(bounded, "", "")
 	}
 	if ctx.Err() != nil && errors.Is(err, http.ErrServerClosed) {
@@ -72,7 +94,7 @@ func Serve(ctx context.Context, o Options) error {
 
 // tlsConfig is Mozilla's "intermediate", without the suites that have no ECDHE.
 // SPIFFE Federation §5. No certificate is asked of clients (§5.2.1.3).
-func tlsConfig(certificate func() (*tls.Certificate, error)) *tls.Config {
+func tlsConfig(certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS12,
 		CipherSuites: []uint16{ // of TLS 1.2
@@ -80,7 +102,7 @@ func tlsConfig(certificate func() (*tls.Certificate, error)) *tls.Config {
 			tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
 			tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
 		},
-		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return certificate() },
+		GetCertificate:         certificate,
 		SessionTicketsDisabled: true, // a client proves nothing, and comes again after minutes
 	}
 }

@@ -32,6 +32,7 @@ type fleet struct {
 	admin     hallmarkv1.AdminServiceClient
 	authority localauthorityv1.LocalAuthorityClient
 	watches   []*watch
+	dirs      []string // of the agents
 }
 
 // watch is a workload on an open stream.
@@ -73,6 +74,7 @@ func startFleet(b *testing.B, agents, workloads int) *fleet {
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			b.Fatal(err)
 		}
+		f.dirs = append(f.dirs, dir)
 		ready := make(chan struct{})
 		running.Go(func() {
 			if err := agent.Run(ctx, src, func() { close(ready) }); err != nil {

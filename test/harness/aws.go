@@ -269,7 +269,11 @@ func (a *AWS) signedBy(r *http.Request, body []byte) string {
 	if err != nil {
 		return ""
 	}
-	again.Header.Set("Content-Type", r.Header.Get("Content-Type"))
+	for _, name := range []string{"Content-Type", "X-Amz-Target"} {
+		if value := r.Header.Get(name); value != "" {
+			again.Header.Set(name, value)
+		}
+	}
 	again.Header.Set("User-Agent", r.Header.Get("User-Agent"))
 	if target := r.Header.Get("X-Amz-Target"); target != "" { // of APIs of the JSON protocol
 		again.Header.Set("X-Amz-Target", target)

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // LAN is hosts of a test that reach each other over a bridge, in network
@@ -79,13 +81,32 @@ func (h *Host) On(t testing.TB, c Command) Command {
 	return c
 }
 
+// Network is the host's, for commands of other users.
+func (h *Host) Network(t testing.TB) *Network {
+	t.Helper()
+	return inNamespace(t, func() error {
+		f, err := os.Open("/var/run/netns/" + h.namespace)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		return unix.Setns(int(f.Fd()), unix.CLONE_NEWNET)
+	})
+}
+
+// DropPort has the host lose without a word whatever comes to a TCP port.
+func (h *Host) DropPort(t testing.TB, port string) {
+	t.Helper()
+	h.iptables(t, "-A", "INPUT", "-p", "tcp", "--dport", port, "-j", "DROP")
+}
+
 // Drop has the host lose without a word whatever comes from another one.
 func (h *Host) Drop(t testing.TB, from *Host) {
 	t.Helper()
 	h.iptables(t, "-A", "INPUT", "-s", from.Address, "-j", "DROP")
 }
 
-// Heal undoes every [Host.Drop].
+// Heal undoes every [Host.Drop] and [Host.DropPort].
 func (h *Host) Heal(t testing.TB) {
 	t.Helper()
 	h.iptables(t, "-F", "INPUT")

@@ -23,6 +23,23 @@ func NewNetwork(t testing.TB) *Network {
 	t.Helper()
 	NeedRoot(t)
 	NeedCommand(t, "ip")
+	return inNamespace(t, func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return err
+		}
+		for _, args := range [][]string{{"link", "set", "lo", "up"}, {"address", "add", MetadataAddress + "/32", "dev", "lo"}} {
+			if err := exec.Command("ip", args...).Run(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// inNamespace returns the network namespace into which a function takes its
+// thread.
+func inNamespace(t testing.TB, enter func() error) *Network {
+	t.Helper()
 	n := &Network{do: make(chan func())}
 	made, ended := make(chan error), make(chan struct{})
 	go func() {
@@ -34,10 +51,6 @@ func NewNetwork(t testing.TB) *Network {
 			return
 		}
 		defer outside.Close()
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			made <- err
-			return
-		}
 		// The thread goes back to where the others are. Were it to end, it would take
 		// along every process that was ever started from it (see Command.Start).
 		defer func() {
@@ -45,11 +58,9 @@ func NewNetwork(t testing.TB) *Network {
 				runtime.UnlockOSThread()
 			}
 		}()
-		for _, args := range [][]string{{"link", "set", "lo", "up"}, {"address", "add", MetadataAddress + "/32", "dev", "lo"}} {
-			if err := exec.Command("ip", args...).Run(); err != nil {
-				made <- err
-				return
-			}
+		if err := enter(); err != nil {
+			made <- err
+			return
 		}
 		made <- nil
 		for f := range n.do {

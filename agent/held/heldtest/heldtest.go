@@ -10,6 +10,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -97,12 +98,27 @@ func (s *Server) Rotate() {
 		NotAfter:              now.Add(1000 * time.Hour),
 		IsCA:                  true,
 		BasicConstraintsValid: true,
-		KeyUsage:              x509.KeyUsageCertSign,
+		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 	}
 	a.cert = s.certify(template, template, a.key.Public(), a.key)
 	s.x509 = append(s.x509, a)
 	s.jwt = append(s.jwt, &authority{key: s.key(), id: fmt.Sprintf("key-%d", n)})
 	s.wit = append(s.wit, &authority{key: s.key(), id: fmt.Sprintf("wit-%d", n)})
+}
+
+// CRL signs a CRL of the authority that signs X509-SVIDs, and returns it with the
+// authority's ID.
+func (s *Server) CRL(number int64, serials ...*big.Int) (authority string, der []byte) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	a := s.x509[len(s.x509)-1]
+	list := &x509.RevocationList{Number: big.NewInt(number), ThisUpdate: s.now(), NextUpdate: s.now().Add(time.Hour)}
+	for _, serial := range serials {
+		list.RevokedCertificateEntries = append(list.RevokedCertificateEntries, x509.RevocationListEntry{SerialNumber: serial, RevocationTime: s.now()})
+	}
+	der, err := x509.CreateRevocationList(rand.Reader, list, a.cert, a.key)
+	s.must(err)
+	return hex.EncodeToString(a.cert.SubjectKeyId), der
 }
 
 // Taint marks the first authority of each kind.
@@ -334,7 +350,7 @@ func (s *Server) signX509(r held.X509Request) held.X509Result {
 	now := s.now()
 	ca := s.x509[len(s.x509)-1]
 	cert := s.certify(&x509.Certificate{
-		SerialNumber: big.NewInt(now.UnixNano()),
+		SerialNumber: new(big.Int).SetBytes([]byte(rand.Text()[:16])),
 		URIs:         []*url.URL{e.SPIFFEID.URL()},
 		DNSNames:     e.DNSNames,
 		NotBefore:    now.Add(-10 * time.Second),

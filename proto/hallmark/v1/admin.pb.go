@@ -67,6 +67,7 @@ type GetServerResponse struct {
 	// What the server knows at its revision, summed up in 16 bytes: servers that
 	// share a store have the same at the same revision.
 	Digest        []byte `protobuf:"bytes,6,opt,name=digest,proto3" json:"digest,omitempty"`
+	KeysProblem   string `protobuf:"bytes,7,opt,name=keys_problem,json=keysProblem,proto3" json:"keys_problem,omitempty"` // why the key manager cannot be used now; empty: it can
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -141,6 +142,13 @@ func (x *GetServerResponse) GetDigest() []byte {
 		return x.Digest
 	}
 	return nil
+}
+
+func (x *GetServerResponse) GetKeysProblem() string {
+	if x != nil {
+		return x.KeysProblem
+	}
+	return ""
 }
 
 type BackupRequest struct {
@@ -932,6 +940,162 @@ func (x *AwaitAgentsResponse) GetAgents() int32 {
 	return 0
 }
 
+type ListBundleFetchesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListBundleFetchesRequest) Reset() {
+	*x = ListBundleFetchesRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListBundleFetchesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListBundleFetchesRequest) ProtoMessage() {}
+
+func (x *ListBundleFetchesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListBundleFetchesRequest.ProtoReflect.Descriptor instead.
+func (*ListBundleFetchesRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{16}
+}
+
+type ListBundleFetchesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Fetches       []*BundleFetch         `protobuf:"bytes,1,rep,name=fetches,proto3" json:"fetches,omitempty"` // ordered by trust domain
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListBundleFetchesResponse) Reset() {
+	*x = ListBundleFetchesResponse{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListBundleFetchesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListBundleFetchesResponse) ProtoMessage() {}
+
+func (x *ListBundleFetchesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListBundleFetchesResponse.ProtoReflect.Descriptor instead.
+func (*ListBundleFetchesResponse) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ListBundleFetchesResponse) GetFetches() []*BundleFetch {
+	if x != nil {
+		return x.Fetches
+	}
+	return nil
+}
+
+type BundleFetch struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	FetchedAt     int64                  `protobuf:"varint,2,opt,name=fetched_at,json=fetchedAt,proto3" json:"fetched_at,omitempty"` // Unix seconds; 0 if not since this server started
+	TriedAt       int64                  `protobuf:"varint,3,opt,name=tried_at,json=triedAt,proto3" json:"tried_at,omitempty"`       // likewise
+	Failures      int32                  `protobuf:"varint,4,opt,name=failures,proto3" json:"failures,omitempty"`                    // since it was fetched
+	Error         string                 `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`                           // why the last failed; empty if it did not
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BundleFetch) Reset() {
+	*x = BundleFetch{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BundleFetch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BundleFetch) ProtoMessage() {}
+
+func (x *BundleFetch) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BundleFetch.ProtoReflect.Descriptor instead.
+func (*BundleFetch) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *BundleFetch) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *BundleFetch) GetFetchedAt() int64 {
+	if x != nil {
+		return x.FetchedAt
+	}
+	return 0
+}
+
+func (x *BundleFetch) GetTriedAt() int64 {
+	if x != nil {
+		return x.TriedAt
+	}
+	return 0
+}
+
+func (x *BundleFetch) GetFailures() int32 {
+	if x != nil {
+		return x.Failures
+	}
+	return 0
+}
+
+func (x *BundleFetch) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 type GetJoinInfoRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -940,7 +1104,7 @@ type GetJoinInfoRequest struct {
 
 func (x *GetJoinInfoRequest) Reset() {
 	*x = GetJoinInfoRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -952,7 +1116,7 @@ func (x *GetJoinInfoRequest) String() string {
 func (*GetJoinInfoRequest) ProtoMessage() {}
 
 func (x *GetJoinInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -965,7 +1129,7 @@ func (x *GetJoinInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJoinInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetJoinInfoRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 type GetJoinInfoResponse struct {
@@ -979,7 +1143,7 @@ type GetJoinInfoResponse struct {
 
 func (x *GetJoinInfoResponse) Reset() {
 	*x = GetJoinInfoResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -991,7 +1155,7 @@ func (x *GetJoinInfoResponse) String() string {
 func (*GetJoinInfoResponse) ProtoMessage() {}
 
 func (x *GetJoinInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1004,7 +1168,7 @@ func (x *GetJoinInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJoinInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetJoinInfoResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GetJoinInfoResponse) GetTrustDomain() string {
@@ -1036,7 +1200,7 @@ type ListNodeAttestorsRequest struct {
 
 func (x *ListNodeAttestorsRequest) Reset() {
 	*x = ListNodeAttestorsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1048,7 +1212,7 @@ func (x *ListNodeAttestorsRequest) String() string {
 func (*ListNodeAttestorsRequest) ProtoMessage() {}
 
 func (x *ListNodeAttestorsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1061,7 +1225,7 @@ func (x *ListNodeAttestorsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodeAttestorsRequest.ProtoReflect.Descriptor instead.
 func (*ListNodeAttestorsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 type ListNodeAttestorsResponse struct {
@@ -1073,7 +1237,7 @@ type ListNodeAttestorsResponse struct {
 
 func (x *ListNodeAttestorsResponse) Reset() {
 	*x = ListNodeAttestorsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1085,7 +1249,7 @@ func (x *ListNodeAttestorsResponse) String() string {
 func (*ListNodeAttestorsResponse) ProtoMessage() {}
 
 func (x *ListNodeAttestorsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1098,7 +1262,7 @@ func (x *ListNodeAttestorsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodeAttestorsResponse.ProtoReflect.Descriptor instead.
 func (*ListNodeAttestorsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListNodeAttestorsResponse) GetNodeAttestors() []*NodeAttestor {
@@ -1125,7 +1289,7 @@ type NodeAttestor struct {
 
 func (x *NodeAttestor) Reset() {
 	*x = NodeAttestor{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1137,7 +1301,7 @@ func (x *NodeAttestor) String() string {
 func (*NodeAttestor) ProtoMessage() {}
 
 func (x *NodeAttestor) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1150,7 +1314,7 @@ func (x *NodeAttestor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeAttestor.ProtoReflect.Descriptor instead.
 func (*NodeAttestor) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *NodeAttestor) GetName() string {
@@ -1206,7 +1370,7 @@ type SelectorForm struct {
 
 func (x *SelectorForm) Reset() {
 	*x = SelectorForm{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1218,7 +1382,7 @@ func (x *SelectorForm) String() string {
 func (*SelectorForm) ProtoMessage() {}
 
 func (x *SelectorForm) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1231,7 +1395,7 @@ func (x *SelectorForm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SelectorForm.ProtoReflect.Descriptor instead.
 func (*SelectorForm) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SelectorForm) GetForm() string {
@@ -1257,7 +1421,7 @@ type ExplainTokenRequest struct {
 
 func (x *ExplainTokenRequest) Reset() {
 	*x = ExplainTokenRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1269,7 +1433,7 @@ func (x *ExplainTokenRequest) String() string {
 func (*ExplainTokenRequest) ProtoMessage() {}
 
 func (x *ExplainTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1282,7 +1446,7 @@ func (x *ExplainTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainTokenRequest.ProtoReflect.Descriptor instead.
 func (*ExplainTokenRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ExplainTokenRequest) GetToken() string {
@@ -1309,7 +1473,7 @@ type ExplainTokenResponse struct {
 
 func (x *ExplainTokenResponse) Reset() {
 	*x = ExplainTokenResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1321,7 +1485,7 @@ func (x *ExplainTokenResponse) String() string {
 func (*ExplainTokenResponse) ProtoMessage() {}
 
 func (x *ExplainTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1334,7 +1498,7 @@ func (x *ExplainTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainTokenResponse.ProtoReflect.Descriptor instead.
 func (*ExplainTokenResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ExplainTokenResponse) GetIssuer() string {
@@ -1397,7 +1561,7 @@ type TokenCheck struct {
 
 func (x *TokenCheck) Reset() {
 	*x = TokenCheck{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1409,7 +1573,7 @@ func (x *TokenCheck) String() string {
 func (*TokenCheck) ProtoMessage() {}
 
 func (x *TokenCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1422,7 +1586,7 @@ func (x *TokenCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenCheck.ProtoReflect.Descriptor instead.
 func (*TokenCheck) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *TokenCheck) GetName() string {
@@ -1452,7 +1616,7 @@ type TokenMatch struct {
 
 func (x *TokenMatch) Reset() {
 	*x = TokenMatch{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1464,7 +1628,7 @@ func (x *TokenMatch) String() string {
 func (*TokenMatch) ProtoMessage() {}
 
 func (x *TokenMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1477,7 +1641,7 @@ func (x *TokenMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenMatch.ProtoReflect.Descriptor instead.
 func (*TokenMatch) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *TokenMatch) GetEntry() *Entry {
@@ -1516,7 +1680,7 @@ type LintIssuersRequest struct {
 
 func (x *LintIssuersRequest) Reset() {
 	*x = LintIssuersRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1528,7 +1692,7 @@ func (x *LintIssuersRequest) String() string {
 func (*LintIssuersRequest) ProtoMessage() {}
 
 func (x *LintIssuersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1541,7 +1705,7 @@ func (x *LintIssuersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LintIssuersRequest.ProtoReflect.Descriptor instead.
 func (*LintIssuersRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{29}
 }
 
 type LintIssuersResponse struct {
@@ -1554,7 +1718,7 @@ type LintIssuersResponse struct {
 
 func (x *LintIssuersResponse) Reset() {
 	*x = LintIssuersResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1566,7 +1730,7 @@ func (x *LintIssuersResponse) String() string {
 func (*LintIssuersResponse) ProtoMessage() {}
 
 func (x *LintIssuersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1579,7 +1743,7 @@ func (x *LintIssuersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LintIssuersResponse.ProtoReflect.Descriptor instead.
 func (*LintIssuersResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{27}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *LintIssuersResponse) GetFindings() []*IssuerFinding {
@@ -1610,7 +1774,7 @@ type IssuerFinding struct {
 
 func (x *IssuerFinding) Reset() {
 	*x = IssuerFinding{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1622,7 +1786,7 @@ func (x *IssuerFinding) String() string {
 func (*IssuerFinding) ProtoMessage() {}
 
 func (x *IssuerFinding) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1635,7 +1799,7 @@ func (x *IssuerFinding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuerFinding.ProtoReflect.Descriptor instead.
 func (*IssuerFinding) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{28}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *IssuerFinding) GetIssuer() string {
@@ -1673,12 +1837,522 @@ func (x *IssuerFinding) GetRemedy() string {
 	return ""
 }
 
+type RevokeSVIDsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What to revoke. Of a serial number without an authority, this server looks
+	// for what it has issued. Times, and those of certificates whose end is not
+	// known, are the server's to set.
+	Revocations   []*Revocation `protobuf:"bytes,1,rep,name=revocations,proto3" json:"revocations,omitempty"`
+	Wait          int32         `protobuf:"varint,2,opt,name=wait,proto3" json:"wait,omitempty"` // how long at most, in seconds; 0 means 10
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeSVIDsRequest) Reset() {
+	*x = RevokeSVIDsRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeSVIDsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeSVIDsRequest) ProtoMessage() {}
+
+func (x *RevokeSVIDsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeSVIDsRequest.ProtoReflect.Descriptor instead.
+func (*RevokeSVIDsRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *RevokeSVIDsRequest) GetRevocations() []*Revocation {
+	if x != nil {
+		return x.Revocations
+	}
+	return nil
+}
+
+func (x *RevokeSVIDsRequest) GetWait() int32 {
+	if x != nil {
+		return x.Wait
+	}
+	return 0
+}
+
+type RevokeSVIDsResponse struct {
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	Revision            int64                  `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Authorities         []*RevocationCoverage  `protobuf:"bytes,2,rep,name=authorities,proto3" json:"authorities,omitempty"`                                             // that may have signed what is revoked
+	Agents              int32                  `protobuf:"varint,3,opt,name=agents,proto3" json:"agents,omitempty"`                                                      // of this server that have the CRLs
+	AgentsMissing       bool                   `protobuf:"varint,4,opt,name=agents_missing,json=agentsMissing,proto3" json:"agents_missing,omitempty"`                   // others did not acknowledge in time
+	ElapsedMicroseconds int64                  `protobuf:"varint,5,opt,name=elapsed_microseconds,json=elapsedMicroseconds,proto3" json:"elapsed_microseconds,omitempty"` // from the call to the last acknowledgement
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *RevokeSVIDsResponse) Reset() {
+	*x = RevokeSVIDsResponse{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeSVIDsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeSVIDsResponse) ProtoMessage() {}
+
+func (x *RevokeSVIDsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeSVIDsResponse.ProtoReflect.Descriptor instead.
+func (*RevokeSVIDsResponse) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *RevokeSVIDsResponse) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *RevokeSVIDsResponse) GetAuthorities() []*RevocationCoverage {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+func (x *RevokeSVIDsResponse) GetAgents() int32 {
+	if x != nil {
+		return x.Agents
+	}
+	return 0
+}
+
+func (x *RevokeSVIDsResponse) GetAgentsMissing() bool {
+	if x != nil {
+		return x.AgentsMissing
+	}
+	return false
+}
+
+func (x *RevokeSVIDsResponse) GetElapsedMicroseconds() int64 {
+	if x != nil {
+		return x.ElapsedMicroseconds
+	}
+	return 0
+}
+
+// RevocationCoverage says whether an authority's CRL has what was revoked.
+type RevocationCoverage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AuthorityId   string                 `protobuf:"bytes,1,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	Server        string                 `protobuf:"bytes,2,opt,name=server,proto3" json:"server,omitempty"`
+	Covered       bool                   `protobuf:"varint,3,opt,name=covered,proto3" json:"covered,omitempty"`                      // its CRL has all that concerns it
+	CrlNumber     uint64                 `protobuf:"varint,4,opt,name=crl_number,json=crlNumber,proto3" json:"crl_number,omitempty"` // 0: it has none, as nothing of it is revoked
+	Revoked       int32                  `protobuf:"varint,5,opt,name=revoked,proto3" json:"revoked,omitempty"`                      // certificates in its CRL
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevocationCoverage) Reset() {
+	*x = RevocationCoverage{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevocationCoverage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevocationCoverage) ProtoMessage() {}
+
+func (x *RevocationCoverage) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevocationCoverage.ProtoReflect.Descriptor instead.
+func (*RevocationCoverage) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *RevocationCoverage) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *RevocationCoverage) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+func (x *RevocationCoverage) GetCovered() bool {
+	if x != nil {
+		return x.Covered
+	}
+	return false
+}
+
+func (x *RevocationCoverage) GetCrlNumber() uint64 {
+	if x != nil {
+		return x.CrlNumber
+	}
+	return 0
+}
+
+func (x *RevocationCoverage) GetRevoked() int32 {
+	if x != nil {
+		return x.Revoked
+	}
+	return 0
+}
+
+type ListSVIDsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId      string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`             // only of this ID
+	NodeId        string                 `protobuf:"bytes,2,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`                   // only of this agent and through it
+	SerialNumber  string                 `protobuf:"bytes,3,opt,name=serial_number,json=serialNumber,proto3" json:"serial_number,omitempty"` // decimal; only this one
+	Limit         int32                  `protobuf:"varint,4,opt,name=limit,proto3" json:"limit,omitempty"`                                  // 0 means 1000; the most is 10000
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSVIDsRequest) Reset() {
+	*x = ListSVIDsRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSVIDsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSVIDsRequest) ProtoMessage() {}
+
+func (x *ListSVIDsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSVIDsRequest.ProtoReflect.Descriptor instead.
+func (*ListSVIDsRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ListSVIDsRequest) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *ListSVIDsRequest) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *ListSVIDsRequest) GetSerialNumber() string {
+	if x != nil {
+		return x.SerialNumber
+	}
+	return ""
+}
+
+func (x *ListSVIDsRequest) GetLimit() int32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type ListSVIDsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Svids         []*IssuedSVID          `protobuf:"bytes,1,rep,name=svids,proto3" json:"svids,omitempty"`  // the newest first
+	Total         int64                  `protobuf:"varint,2,opt,name=total,proto3" json:"total,omitempty"` // that match
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSVIDsResponse) Reset() {
+	*x = ListSVIDsResponse{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSVIDsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSVIDsResponse) ProtoMessage() {}
+
+func (x *ListSVIDsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSVIDsResponse.ProtoReflect.Descriptor instead.
+func (*ListSVIDsResponse) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ListSVIDsResponse) GetSvids() []*IssuedSVID {
+	if x != nil {
+		return x.Svids
+	}
+	return nil
+}
+
+func (x *ListSVIDsResponse) GetTotal() int64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+// IssuedSVID is what is kept of an X509-SVID, or of another certificate, that
+// was issued.
+type IssuedSVID struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId      string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	NodeId        string                 `protobuf:"bytes,2,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"` // the agent that asked for it; empty: none
+	AuthorityId   string                 `protobuf:"bytes,3,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	SerialNumber  string                 `protobuf:"bytes,4,opt,name=serial_number,json=serialNumber,proto3" json:"serial_number,omitempty"` // decimal
+	IssuedAt      int64                  `protobuf:"varint,5,opt,name=issued_at,json=issuedAt,proto3" json:"issued_at,omitempty"`            // Unix seconds
+	ExpiresAt     int64                  `protobuf:"varint,6,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`         // Unix seconds
+	Revoked       bool                   `protobuf:"varint,7,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssuedSVID) Reset() {
+	*x = IssuedSVID{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssuedSVID) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssuedSVID) ProtoMessage() {}
+
+func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssuedSVID.ProtoReflect.Descriptor instead.
+func (*IssuedSVID) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *IssuedSVID) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *IssuedSVID) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *IssuedSVID) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *IssuedSVID) GetSerialNumber() string {
+	if x != nil {
+		return x.SerialNumber
+	}
+	return ""
+}
+
+func (x *IssuedSVID) GetIssuedAt() int64 {
+	if x != nil {
+		return x.IssuedAt
+	}
+	return 0
+}
+
+func (x *IssuedSVID) GetExpiresAt() int64 {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return 0
+}
+
+func (x *IssuedSVID) GetRevoked() bool {
+	if x != nil {
+		return x.Revoked
+	}
+	return false
+}
+
+type ListRevocationsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRevocationsRequest) Reset() {
+	*x = ListRevocationsRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRevocationsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRevocationsRequest) ProtoMessage() {}
+
+func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRevocationsRequest.ProtoReflect.Descriptor instead.
+func (*ListRevocationsRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{38}
+}
+
+type ListRevocationsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revocations   []*Revocation          `protobuf:"bytes,1,rep,name=revocations,proto3" json:"revocations,omitempty"` // the newest first
+	Authorities   []*RevocationCoverage  `protobuf:"bytes,2,rep,name=authorities,proto3" json:"authorities,omitempty"` // all that may have live SVIDs; covered: all revocations
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRevocationsResponse) Reset() {
+	*x = ListRevocationsResponse{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRevocationsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRevocationsResponse) ProtoMessage() {}
+
+func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRevocationsResponse.ProtoReflect.Descriptor instead.
+func (*ListRevocationsResponse) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *ListRevocationsResponse) GetRevocations() []*Revocation {
+	if x != nil {
+		return x.Revocations
+	}
+	return nil
+}
+
+func (x *ListRevocationsResponse) GetAuthorities() []*RevocationCoverage {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
 var File_hallmark_v1_admin_proto protoreflect.FileDescriptor
 
 const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"\x17hallmark/v1/admin.proto\x12\vhallmark.v1\x1a\x18hallmark/v1/record.proto\"\x12\n" +
-	"\x10GetServerRequest\"\xbd\x01\n" +
+	"\x10GetServerRequest\"\xe0\x01\n" +
 	"\x11GetServerResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x1a\n" +
@@ -1686,7 +2360,8 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"started_at\x18\x04 \x01(\x03R\tstartedAt\x12\x18\n" +
 	"\aaddress\x18\x05 \x01(\tR\aaddress\x12\x16\n" +
-	"\x06digest\x18\x06 \x01(\fR\x06digest\"\x0f\n" +
+	"\x06digest\x18\x06 \x01(\fR\x06digest\x12!\n" +
+	"\fkeys_problem\x18\a \x01(\tR\vkeysProblem\"\x0f\n" +
 	"\rBackupRequest\"T\n" +
 	"\x0eBackupResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\x12\x1a\n" +
@@ -1736,7 +2411,17 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\x04wait\x18\x01 \x01(\x05R\x04wait\"I\n" +
 	"\x13AwaitAgentsResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x16\n" +
-	"\x06agents\x18\x02 \x01(\x05R\x06agents\"\x14\n" +
+	"\x06agents\x18\x02 \x01(\x05R\x06agents\"\x1a\n" +
+	"\x18ListBundleFetchesRequest\"O\n" +
+	"\x19ListBundleFetchesResponse\x122\n" +
+	"\afetches\x18\x01 \x03(\v2\x18.hallmark.v1.BundleFetchR\afetches\"\x9c\x01\n" +
+	"\vBundleFetch\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1d\n" +
+	"\n" +
+	"fetched_at\x18\x02 \x01(\x03R\tfetchedAt\x12\x19\n" +
+	"\btried_at\x18\x03 \x01(\x03R\atriedAt\x12\x1a\n" +
+	"\bfailures\x18\x04 \x01(\x05R\bfailures\x12\x14\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\"\x14\n" +
 	"\x12GetJoinInfoRequest\"s\n" +
 	"\x13GetJoinInfoResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
@@ -1787,7 +2472,45 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\bentry_id\x18\x02 \x01(\tR\aentryId\x12\x1b\n" +
 	"\tspiffe_id\x18\x03 \x01(\tR\bspiffeId\x12\x12\n" +
 	"\x04says\x18\x04 \x01(\tR\x04says\x12\x16\n" +
-	"\x06remedy\x18\x05 \x01(\tR\x06remedy2\xe8\x06\n" +
+	"\x06remedy\x18\x05 \x01(\tR\x06remedy\"c\n" +
+	"\x12RevokeSVIDsRequest\x129\n" +
+	"\vrevocations\x18\x01 \x03(\v2\x17.hallmark.v1.RevocationR\vrevocations\x12\x12\n" +
+	"\x04wait\x18\x02 \x01(\x05R\x04wait\"\xe6\x01\n" +
+	"\x13RevokeSVIDsResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x03R\brevision\x12A\n" +
+	"\vauthorities\x18\x02 \x03(\v2\x1f.hallmark.v1.RevocationCoverageR\vauthorities\x12\x16\n" +
+	"\x06agents\x18\x03 \x01(\x05R\x06agents\x12%\n" +
+	"\x0eagents_missing\x18\x04 \x01(\bR\ragentsMissing\x121\n" +
+	"\x14elapsed_microseconds\x18\x05 \x01(\x03R\x13elapsedMicroseconds\"\xa2\x01\n" +
+	"\x12RevocationCoverage\x12!\n" +
+	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x16\n" +
+	"\x06server\x18\x02 \x01(\tR\x06server\x12\x18\n" +
+	"\acovered\x18\x03 \x01(\bR\acovered\x12\x1d\n" +
+	"\n" +
+	"crl_number\x18\x04 \x01(\x04R\tcrlNumber\x12\x18\n" +
+	"\arevoked\x18\x05 \x01(\x05R\arevoked\"\x83\x01\n" +
+	"\x10ListSVIDsRequest\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x17\n" +
+	"\anode_id\x18\x02 \x01(\tR\x06nodeId\x12#\n" +
+	"\rserial_number\x18\x03 \x01(\tR\fserialNumber\x12\x14\n" +
+	"\x05limit\x18\x04 \x01(\x05R\x05limit\"X\n" +
+	"\x11ListSVIDsResponse\x12-\n" +
+	"\x05svids\x18\x01 \x03(\v2\x17.hallmark.v1.IssuedSVIDR\x05svids\x12\x14\n" +
+	"\x05total\x18\x02 \x01(\x03R\x05total\"\xe0\x01\n" +
+	"\n" +
+	"IssuedSVID\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x17\n" +
+	"\anode_id\x18\x02 \x01(\tR\x06nodeId\x12!\n" +
+	"\fauthority_id\x18\x03 \x01(\tR\vauthorityId\x12#\n" +
+	"\rserial_number\x18\x04 \x01(\tR\fserialNumber\x12\x1b\n" +
+	"\tissued_at\x18\x05 \x01(\x03R\bissuedAt\x12\x1d\n" +
+	"\n" +
+	"expires_at\x18\x06 \x01(\x03R\texpiresAt\x12\x18\n" +
+	"\arevoked\x18\a \x01(\bR\arevoked\"\x18\n" +
+	"\x16ListRevocationsRequest\"\x97\x01\n" +
+	"\x17ListRevocationsResponse\x129\n" +
+	"\vrevocations\x18\x01 \x03(\v2\x17.hallmark.v1.RevocationR\vrevocations\x12A\n" +
+	"\vauthorities\x18\x02 \x03(\v2\x1f.hallmark.v1.RevocationCoverageR\vauthorities2\xc8\t\n" +
 	"\fAdminService\x12J\n" +
 	"\tGetServer\x12\x1d.hallmark.v1.GetServerRequest\x1a\x1e.hallmark.v1.GetServerResponse\x12C\n" +
 	"\x06Backup\x12\x1a.hallmark.v1.BackupRequest\x1a\x1b.hallmark.v1.BackupResponse0\x01\x12\\\n" +
@@ -1798,7 +2521,11 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\vGetJoinInfo\x12\x1f.hallmark.v1.GetJoinInfoRequest\x1a .hallmark.v1.GetJoinInfoResponse\x12b\n" +
 	"\x11ListNodeAttestors\x12%.hallmark.v1.ListNodeAttestorsRequest\x1a&.hallmark.v1.ListNodeAttestorsResponse\x12S\n" +
 	"\fExplainToken\x12 .hallmark.v1.ExplainTokenRequest\x1a!.hallmark.v1.ExplainTokenResponse\x12P\n" +
-	"\vLintIssuers\x12\x1f.hallmark.v1.LintIssuersRequest\x1a .hallmark.v1.LintIssuersResponseB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
+	"\vLintIssuers\x12\x1f.hallmark.v1.LintIssuersRequest\x1a .hallmark.v1.LintIssuersResponse\x12P\n" +
+	"\vRevokeSVIDs\x12\x1f.hallmark.v1.RevokeSVIDsRequest\x1a .hallmark.v1.RevokeSVIDsResponse\x12J\n" +
+	"\tListSVIDs\x12\x1d.hallmark.v1.ListSVIDsRequest\x1a\x1e.hallmark.v1.ListSVIDsResponse\x12\\\n" +
+	"\x0fListRevocations\x12#.hallmark.v1.ListRevocationsRequest\x1a$.hallmark.v1.ListRevocationsResponse\x12b\n" +
+	"\x11ListBundleFetches\x12%.hallmark.v1.ListBundleFetchesRequest\x1a&.hallmark.v1.ListBundleFetchesResponseB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
 
 var (
 	file_hallmark_v1_admin_proto_rawDescOnce sync.Once
@@ -1812,7 +2539,7 @@ func file_hallmark_v1_admin_proto_rawDescGZIP() []byte {
 	return file_hallmark_v1_admin_proto_rawDescData
 }
 
-var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*GetServerRequest)(nil),          // 0: hallmark.v1.GetServerRequest
 	(*GetServerResponse)(nil),         // 1: hallmark.v1.GetServerResponse
@@ -1830,67 +2557,93 @@ var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*Connection)(nil),                // 13: hallmark.v1.Connection
 	(*AwaitAgentsRequest)(nil),        // 14: hallmark.v1.AwaitAgentsRequest
 	(*AwaitAgentsResponse)(nil),       // 15: hallmark.v1.AwaitAgentsResponse
-	(*GetJoinInfoRequest)(nil),        // 16: hallmark.v1.GetJoinInfoRequest
-	(*GetJoinInfoResponse)(nil),       // 17: hallmark.v1.GetJoinInfoResponse
-	(*ListNodeAttestorsRequest)(nil),  // 18: hallmark.v1.ListNodeAttestorsRequest
-	(*ListNodeAttestorsResponse)(nil), // 19: hallmark.v1.ListNodeAttestorsResponse
-	(*NodeAttestor)(nil),              // 20: hallmark.v1.NodeAttestor
-	(*SelectorForm)(nil),              // 21: hallmark.v1.SelectorForm
-	(*ExplainTokenRequest)(nil),       // 22: hallmark.v1.ExplainTokenRequest
-	(*ExplainTokenResponse)(nil),      // 23: hallmark.v1.ExplainTokenResponse
-	(*TokenCheck)(nil),                // 24: hallmark.v1.TokenCheck
-	(*TokenMatch)(nil),                // 25: hallmark.v1.TokenMatch
-	(*LintIssuersRequest)(nil),        // 26: hallmark.v1.LintIssuersRequest
-	(*LintIssuersResponse)(nil),       // 27: hallmark.v1.LintIssuersResponse
-	(*IssuerFinding)(nil),             // 28: hallmark.v1.IssuerFinding
-	(*Authority)(nil),                 // 29: hallmark.v1.Authority
-	(*X509Authority)(nil),             // 30: hallmark.v1.X509Authority
-	(Authority_Kind)(0),               // 31: hallmark.v1.Authority.Kind
-	(*Selector)(nil),                  // 32: hallmark.v1.Selector
-	(*Entry)(nil),                     // 33: hallmark.v1.Entry
+	(*ListBundleFetchesRequest)(nil),  // 16: hallmark.v1.ListBundleFetchesRequest
+	(*ListBundleFetchesResponse)(nil), // 17: hallmark.v1.ListBundleFetchesResponse
+	(*BundleFetch)(nil),               // 18: hallmark.v1.BundleFetch
+	(*GetJoinInfoRequest)(nil),        // 19: hallmark.v1.GetJoinInfoRequest
+	(*GetJoinInfoResponse)(nil),       // 20: hallmark.v1.GetJoinInfoResponse
+	(*ListNodeAttestorsRequest)(nil),  // 21: hallmark.v1.ListNodeAttestorsRequest
+	(*ListNodeAttestorsResponse)(nil), // 22: hallmark.v1.ListNodeAttestorsResponse
+	(*NodeAttestor)(nil),              // 23: hallmark.v1.NodeAttestor
+	(*SelectorForm)(nil),              // 24: hallmark.v1.SelectorForm
+	(*ExplainTokenRequest)(nil),       // 25: hallmark.v1.ExplainTokenRequest
+	(*ExplainTokenResponse)(nil),      // 26: hallmark.v1.ExplainTokenResponse
+	(*TokenCheck)(nil),                // 27: hallmark.v1.TokenCheck
+	(*TokenMatch)(nil),                // 28: hallmark.v1.TokenMatch
+	(*LintIssuersRequest)(nil),        // 29: hallmark.v1.LintIssuersRequest
+	(*LintIssuersResponse)(nil),       // 30: hallmark.v1.LintIssuersResponse
+	(*IssuerFinding)(nil),             // 31: hallmark.v1.IssuerFinding
+	(*RevokeSVIDsRequest)(nil),        // 32: hallmark.v1.RevokeSVIDsRequest
+	(*RevokeSVIDsResponse)(nil),       // 33: hallmark.v1.RevokeSVIDsResponse
+	(*RevocationCoverage)(nil),        // 34: hallmark.v1.RevocationCoverage
+	(*ListSVIDsRequest)(nil),          // 35: hallmark.v1.ListSVIDsRequest
+	(*ListSVIDsResponse)(nil),         // 36: hallmark.v1.ListSVIDsResponse
+	(*IssuedSVID)(nil),                // 37: hallmark.v1.IssuedSVID
+	(*ListRevocationsRequest)(nil),    // 38: hallmark.v1.ListRevocationsRequest
+	(*ListRevocationsResponse)(nil),   // 39: hallmark.v1.ListRevocationsResponse
+	(*Authority)(nil),                 // 40: hallmark.v1.Authority
+	(*X509Authority)(nil),             // 41: hallmark.v1.X509Authority
+	(Authority_Kind)(0),               // 42: hallmark.v1.Authority.Kind
+	(*Selector)(nil),                  // 43: hallmark.v1.Selector
+	(*Entry)(nil),                     // 44: hallmark.v1.Entry
+	(*Revocation)(nil),                // 45: hallmark.v1.Revocation
 }
 var file_hallmark_v1_admin_proto_depIdxs = []int32{
-	29, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
+	40, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
 	8,  // 1: hallmark.v1.ListAuthoritiesResponse.uses:type_name -> hallmark.v1.AuthorityUse
-	30, // 2: hallmark.v1.ListAuthoritiesResponse.roots:type_name -> hallmark.v1.X509Authority
+	41, // 2: hallmark.v1.ListAuthoritiesResponse.roots:type_name -> hallmark.v1.X509Authority
 	6,  // 3: hallmark.v1.ListAuthoritiesResponse.upstream:type_name -> hallmark.v1.Upstream
 	7,  // 4: hallmark.v1.Upstream.requests:type_name -> hallmark.v1.UpstreamRequest
-	31, // 5: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
-	29, // 6: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
+	42, // 5: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
+	40, // 6: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
 	13, // 7: hallmark.v1.ListConnectionsResponse.connections:type_name -> hallmark.v1.Connection
-	20, // 8: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
-	21, // 9: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
-	24, // 10: hallmark.v1.ExplainTokenResponse.checks:type_name -> hallmark.v1.TokenCheck
-	32, // 11: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
-	25, // 12: hallmark.v1.ExplainTokenResponse.matches:type_name -> hallmark.v1.TokenMatch
-	33, // 13: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
-	32, // 14: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
-	28, // 15: hallmark.v1.LintIssuersResponse.findings:type_name -> hallmark.v1.IssuerFinding
-	0,  // 16: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
-	2,  // 17: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
-	4,  // 18: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
-	9,  // 19: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
-	11, // 20: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
-	14, // 21: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
-	16, // 22: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
-	18, // 23: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
-	22, // 24: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
-	26, // 25: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
-	1,  // 26: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
-	3,  // 27: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
-	5,  // 28: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
-	10, // 29: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
-	12, // 30: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
-	15, // 31: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
-	17, // 32: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
-	19, // 33: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
-	23, // 34: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
-	27, // 35: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
-	26, // [26:36] is the sub-list for method output_type
-	16, // [16:26] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	18, // 8: hallmark.v1.ListBundleFetchesResponse.fetches:type_name -> hallmark.v1.BundleFetch
+	23, // 9: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
+	24, // 10: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
+	27, // 11: hallmark.v1.ExplainTokenResponse.checks:type_name -> hallmark.v1.TokenCheck
+	43, // 12: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
+	28, // 13: hallmark.v1.ExplainTokenResponse.matches:type_name -> hallmark.v1.TokenMatch
+	44, // 14: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
+	43, // 15: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
+	31, // 16: hallmark.v1.LintIssuersResponse.findings:type_name -> hallmark.v1.IssuerFinding
+	45, // 17: hallmark.v1.RevokeSVIDsRequest.revocations:type_name -> hallmark.v1.Revocation
+	34, // 18: hallmark.v1.RevokeSVIDsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
+	37, // 19: hallmark.v1.ListSVIDsResponse.svids:type_name -> hallmark.v1.IssuedSVID
+	45, // 20: hallmark.v1.ListRevocationsResponse.revocations:type_name -> hallmark.v1.Revocation
+	34, // 21: hallmark.v1.ListRevocationsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
+	0,  // 22: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
+	2,  // 23: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
+	4,  // 24: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
+	9,  // 25: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
+	11, // 26: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
+	14, // 27: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
+	19, // 28: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
+	21, // 29: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
+	25, // 30: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
+	29, // 31: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
+	32, // 32: hallmark.v1.AdminService.RevokeSVIDs:input_type -> hallmark.v1.RevokeSVIDsRequest
+	35, // 33: hallmark.v1.AdminService.ListSVIDs:input_type -> hallmark.v1.ListSVIDsRequest
+	38, // 34: hallmark.v1.AdminService.ListRevocations:input_type -> hallmark.v1.ListRevocationsRequest
+	16, // 35: hallmark.v1.AdminService.ListBundleFetches:input_type -> hallmark.v1.ListBundleFetchesRequest
+	1,  // 36: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
+	3,  // 37: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
+	5,  // 38: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
+	10, // 39: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
+	12, // 40: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
+	15, // 41: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
+	20, // 42: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
+	22, // 43: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
+	26, // 44: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
+	30, // 45: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
+	33, // 46: hallmark.v1.AdminService.RevokeSVIDs:output_type -> hallmark.v1.RevokeSVIDsResponse
+	36, // 47: hallmark.v1.AdminService.ListSVIDs:output_type -> hallmark.v1.ListSVIDsResponse
+	39, // 48: hallmark.v1.AdminService.ListRevocations:output_type -> hallmark.v1.ListRevocationsResponse
+	17, // 49: hallmark.v1.AdminService.ListBundleFetches:output_type -> hallmark.v1.ListBundleFetchesResponse
+	36, // [36:50] is the sub-list for method output_type
+	22, // [22:36] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_hallmark_v1_admin_proto_init() }
@@ -1905,7 +2658,7 @@ func file_hallmark_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_admin_proto_rawDesc), len(file_hallmark_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

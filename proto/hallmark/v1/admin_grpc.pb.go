@@ -29,6 +29,10 @@ const (
 	AdminService_ListNodeAttestors_FullMethodName = "/hallmark.v1.AdminService/ListNodeAttestors"
 	AdminService_ExplainToken_FullMethodName      = "/hallmark.v1.AdminService/ExplainToken"
 	AdminService_LintIssuers_FullMethodName       = "/hallmark.v1.AdminService/LintIssuers"
+	AdminService_RevokeSVIDs_FullMethodName       = "/hallmark.v1.AdminService/RevokeSVIDs"
+	AdminService_ListSVIDs_FullMethodName         = "/hallmark.v1.AdminService/ListSVIDs"
+	AdminService_ListRevocations_FullMethodName   = "/hallmark.v1.AdminService/ListRevocations"
+	AdminService_ListBundleFetches_FullMethodName = "/hallmark.v1.AdminService/ListBundleFetches"
 )
 
 // AdminServiceClient is the client API for AdminService service.
@@ -65,6 +69,16 @@ type AdminServiceClient interface {
 	// LintIssuers looks for what lets in more than is meant, in the issuers of the
 	// token endpoint and the entries for their tokens.
 	LintIssuers(ctx context.Context, in *LintIssuersRequest, opts ...grpc.CallOption) (*LintIssuersResponse, error)
+	// RevokeSVIDs takes back SVIDs before their end, and waits until the servers
+	// have said so in their CRLs and the agents of this one have them.
+	RevokeSVIDs(ctx context.Context, in *RevokeSVIDsRequest, opts ...grpc.CallOption) (*RevokeSVIDsResponse, error)
+	// ListSVIDs lists what this server has issued that has not ended.
+	ListSVIDs(ctx context.Context, in *ListSVIDsRequest, opts ...grpc.CallOption) (*ListSVIDsResponse, error)
+	// ListRevocations lists the revocations and CRLs of all servers.
+	ListRevocations(ctx context.Context, in *ListRevocationsRequest, opts ...grpc.CallOption) (*ListRevocationsResponse, error)
+	// ListBundleFetches returns what has come of this server's fetches of foreign
+	// bundles, for each federation relationship.
+	ListBundleFetches(ctx context.Context, in *ListBundleFetchesRequest, opts ...grpc.CallOption) (*ListBundleFetchesResponse, error)
 }
 
 type adminServiceClient struct {
@@ -184,6 +198,46 @@ func (c *adminServiceClient) LintIssuers(ctx context.Context, in *LintIssuersReq
 	return out, nil
 }
 
+func (c *adminServiceClient) RevokeSVIDs(ctx context.Context, in *RevokeSVIDsRequest, opts ...grpc.CallOption) (*RevokeSVIDsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RevokeSVIDsResponse)
+	err := c.cc.Invoke(ctx, AdminService_RevokeSVIDs_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminServiceClient) ListSVIDs(ctx context.Context, in *ListSVIDsRequest, opts ...grpc.CallOption) (*ListSVIDsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListSVIDsResponse)
+	err := c.cc.Invoke(ctx, AdminService_ListSVIDs_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminServiceClient) ListRevocations(ctx context.Context, in *ListRevocationsRequest, opts ...grpc.CallOption) (*ListRevocationsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListRevocationsResponse)
+	err := c.cc.Invoke(ctx, AdminService_ListRevocations_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminServiceClient) ListBundleFetches(ctx context.Context, in *ListBundleFetchesRequest, opts ...grpc.CallOption) (*ListBundleFetchesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListBundleFetchesResponse)
+	err := c.cc.Invoke(ctx, AdminService_ListBundleFetches_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServiceServer is the server API for AdminService service.
 // All implementations must embed UnimplementedAdminServiceServer
 // for forward compatibility.
@@ -218,6 +272,16 @@ type AdminServiceServer interface {
 	// LintIssuers looks for what lets in more than is meant, in the issuers of the
 	// token endpoint and the entries for their tokens.
 	LintIssuers(context.Context, *LintIssuersRequest) (*LintIssuersResponse, error)
+	// RevokeSVIDs takes back SVIDs before their end, and waits until the servers
+	// have said so in their CRLs and the agents of this one have them.
+	RevokeSVIDs(context.Context, *RevokeSVIDsRequest) (*RevokeSVIDsResponse, error)
+	// ListSVIDs lists what this server has issued that has not ended.
+	ListSVIDs(context.Context, *ListSVIDsRequest) (*ListSVIDsResponse, error)
+	// ListRevocations lists the revocations and CRLs of all servers.
+	ListRevocations(context.Context, *ListRevocationsRequest) (*ListRevocationsResponse, error)
+	// ListBundleFetches returns what has come of this server's fetches of foreign
+	// bundles, for each federation relationship.
+	ListBundleFetches(context.Context, *ListBundleFetchesRequest) (*ListBundleFetchesResponse, error)
 	mustEmbedUnimplementedAdminServiceServer()
 }
 
@@ -257,6 +321,18 @@ func (UnimplementedAdminServiceServer) ExplainToken(context.Context, *ExplainTok
 }
 func (UnimplementedAdminServiceServer) LintIssuers(context.Context, *LintIssuersRequest) (*LintIssuersResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method LintIssuers not implemented")
+}
+func (UnimplementedAdminServiceServer) RevokeSVIDs(context.Context, *RevokeSVIDsRequest) (*RevokeSVIDsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RevokeSVIDs not implemented")
+}
+func (UnimplementedAdminServiceServer) ListSVIDs(context.Context, *ListSVIDsRequest) (*ListSVIDsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListSVIDs not implemented")
+}
+func (UnimplementedAdminServiceServer) ListRevocations(context.Context, *ListRevocationsRequest) (*ListRevocationsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListRevocations not implemented")
+}
+func (UnimplementedAdminServiceServer) ListBundleFetches(context.Context, *ListBundleFetchesRequest) (*ListBundleFetchesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListBundleFetches not implemented")
 }
 func (UnimplementedAdminServiceServer) mustEmbedUnimplementedAdminServiceServer() {}
 func (UnimplementedAdminServiceServer) testEmbeddedByValue()                      {}
@@ -452,6 +528,78 @@ func _AdminService_LintIssuers_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_RevokeSVIDs_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevokeSVIDsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).RevokeSVIDs(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_RevokeSVIDs_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).RevokeSVIDs(ctx, req.(*RevokeSVIDsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdminService_ListSVIDs_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListSVIDsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ListSVIDs(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ListSVIDs_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ListSVIDs(ctx, req.(*ListSVIDsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdminService_ListRevocations_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListRevocationsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ListRevocations(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ListRevocations_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ListRevocations(ctx, req.(*ListRevocationsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdminService_ListBundleFetches_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListBundleFetchesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ListBundleFetches(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ListBundleFetches_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ListBundleFetches(ctx, req.(*ListBundleFetchesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // AdminService_ServiceDesc is the grpc.ServiceDesc for AdminService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -494,6 +642,22 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "LintIssuers",
 			Handler:    _AdminService_LintIssuers_Handler,
+		},
+		{
+			MethodName: "RevokeSVIDs",
+			Handler:    _AdminService_RevokeSVIDs_Handler,
+		},
+		{
+			MethodName: "ListSVIDs",
+			Handler:    _AdminService_ListSVIDs_Handler,
+		},
+		{
+			MethodName: "ListRevocations",
+			Handler:    _AdminService_ListRevocations_Handler,
+		},
+		{
+			MethodName: "ListBundleFetches",
+			Handler:    _AdminService_ListBundleFetches_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -29,7 +29,10 @@ type FollowRequest struct {
 	// The digest of what the agent holds at that revision; first message only.
 	Digest []byte `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
 	// The agent's version; first message only; at most 255 characters.
-	AgentVersion  string `protobuf:"bytes,3,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
+	AgentVersion string `protobuf:"bytes,3,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
+	// The agent takes CRLs: they are sent, and count in the digest. First message
+	// only.
+	TakesCrls     bool `protobuf:"varint,4,opt,name=takes_crls,json=takesCrls,proto3" json:"takes_crls,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -85,6 +88,13 @@ func (x *FollowRequest) GetAgentVersion() string {
 	return ""
 }
 
+func (x *FollowRequest) GetTakesCrls() bool {
+	if x != nil {
+		return x.TakesCrls
+	}
+	return false
+}
+
 type FollowResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The revision that the agent's state has after this message, once more is
@@ -110,6 +120,8 @@ type FollowResponse struct {
 	// message with more false, and when it has changed. The agent may open its
 	// stream on any of them.
 	Servers       *Servers `protobuf:"bytes,10,opt,name=servers,proto3" json:"servers,omitempty"`
+	Crls          []*CRL   `protobuf:"bytes,11,rep,name=crls,proto3" json:"crls,omitempty"`                         // new and changed; of the own trust domain
+	GoneCrls      []string `protobuf:"bytes,12,rep,name=gone_crls,json=goneCrls,proto3" json:"gone_crls,omitempty"` // IDs of X.509 authorities
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -214,6 +226,82 @@ func (x *FollowResponse) GetServers() *Servers {
 	return nil
 }
 
+func (x *FollowResponse) GetCrls() []*CRL {
+	if x != nil {
+		return x.Crls
+	}
+	return nil
+}
+
+func (x *FollowResponse) GetGoneCrls() []string {
+	if x != nil {
+		return x.GoneCrls
+	}
+	return nil
+}
+
+// CRL is what an X.509 authority has revoked. One of which it has revoked
+// nothing is not sent.
+type CRL struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AuthorityId   string                 `protobuf:"bytes,1,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"` // its subject key ID in hex
+	Number        uint64                 `protobuf:"varint,2,opt,name=number,proto3" json:"number,omitempty"`                             // rises with each that the authority signs
+	Der           []byte                 `protobuf:"bytes,3,opt,name=der,proto3" json:"der,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CRL) Reset() {
+	*x = CRL{}
+	mi := &file_hallmark_v1_feed_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CRL) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CRL) ProtoMessage() {}
+
+func (x *CRL) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_feed_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CRL.ProtoReflect.Descriptor instead.
+func (*CRL) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_feed_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *CRL) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *CRL) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *CRL) GetDer() []byte {
+	if x != nil {
+		return x.Der
+	}
+	return nil
+}
+
 type Servers struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Addresses []string               `protobuf:"bytes,1,rep,name=addresses,proto3" json:"addresses,omitempty"` // host:port
@@ -228,7 +316,7 @@ type Servers struct {
 
 func (x *Servers) Reset() {
 	*x = Servers{}
-	mi := &file_hallmark_v1_feed_proto_msgTypes[2]
+	mi := &file_hallmark_v1_feed_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -240,7 +328,7 @@ func (x *Servers) String() string {
 func (*Servers) ProtoMessage() {}
 
 func (x *Servers) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_feed_proto_msgTypes[2]
+	mi := &file_hallmark_v1_feed_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -253,7 +341,7 @@ func (x *Servers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Servers.ProtoReflect.Descriptor instead.
 func (*Servers) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_feed_proto_rawDescGZIP(), []int{2}
+	return file_hallmark_v1_feed_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Servers) GetAddresses() []string {
@@ -287,7 +375,7 @@ type Defaults struct {
 
 func (x *Defaults) Reset() {
 	*x = Defaults{}
-	mi := &file_hallmark_v1_feed_proto_msgTypes[3]
+	mi := &file_hallmark_v1_feed_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -299,7 +387,7 @@ func (x *Defaults) String() string {
 func (*Defaults) ProtoMessage() {}
 
 func (x *Defaults) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_feed_proto_msgTypes[3]
+	mi := &file_hallmark_v1_feed_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -312,7 +400,7 @@ func (x *Defaults) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Defaults.ProtoReflect.Descriptor instead.
 func (*Defaults) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_feed_proto_rawDescGZIP(), []int{3}
+	return file_hallmark_v1_feed_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Defaults) GetX509SvidTtl() int32 {
@@ -333,11 +421,13 @@ var File_hallmark_v1_feed_proto protoreflect.FileDescriptor
 
 const file_hallmark_v1_feed_proto_rawDesc = "" +
 	"\n" +
-	"\x16hallmark/v1/feed.proto\x12\vhallmark.v1\x1a\x18hallmark/v1/record.proto\"h\n" +
+	"\x16hallmark/v1/feed.proto\x12\vhallmark.v1\x1a\x18hallmark/v1/record.proto\"\x87\x01\n" +
 	"\rFollowRequest\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\fR\x06digest\x12#\n" +
-	"\ragent_version\x18\x03 \x01(\tR\fagentVersion\"\xfa\x02\n" +
+	"\ragent_version\x18\x03 \x01(\tR\fagentVersion\x12\x1d\n" +
+	"\n" +
+	"takes_crls\x18\x04 \x01(\bR\ttakesCrls\"\xbd\x03\n" +
 	"\x0eFollowResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x1a\n" +
 	"\bcomplete\x18\x02 \x01(\bR\bcomplete\x12\x12\n" +
@@ -349,7 +439,13 @@ const file_hallmark_v1_feed_proto_rawDesc = "" +
 	"\x06digest\x18\b \x01(\fR\x06digest\x121\n" +
 	"\bdefaults\x18\t \x01(\v2\x15.hallmark.v1.DefaultsR\bdefaults\x12.\n" +
 	"\aservers\x18\n" +
-	" \x01(\v2\x14.hallmark.v1.ServersR\aservers\"U\n" +
+	" \x01(\v2\x14.hallmark.v1.ServersR\aservers\x12$\n" +
+	"\x04crls\x18\v \x03(\v2\x10.hallmark.v1.CRLR\x04crls\x12\x1b\n" +
+	"\tgone_crls\x18\f \x03(\tR\bgoneCrls\"R\n" +
+	"\x03CRL\x12!\n" +
+	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x16\n" +
+	"\x06number\x18\x02 \x01(\x04R\x06number\x12\x10\n" +
+	"\x03der\x18\x03 \x01(\fR\x03der\"U\n" +
 	"\aServers\x12\x1c\n" +
 	"\taddresses\x18\x01 \x03(\tR\taddresses\x12\x12\n" +
 	"\x04last\x18\x02 \x01(\tR\x04last\x12\x18\n" +
@@ -373,27 +469,29 @@ func file_hallmark_v1_feed_proto_rawDescGZIP() []byte {
 	return file_hallmark_v1_feed_proto_rawDescData
 }
 
-var file_hallmark_v1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_hallmark_v1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
 var file_hallmark_v1_feed_proto_goTypes = []any{
 	(*FollowRequest)(nil),  // 0: hallmark.v1.FollowRequest
 	(*FollowResponse)(nil), // 1: hallmark.v1.FollowResponse
-	(*Servers)(nil),        // 2: hallmark.v1.Servers
-	(*Defaults)(nil),       // 3: hallmark.v1.Defaults
-	(*Entry)(nil),          // 4: hallmark.v1.Entry
-	(*Bundle)(nil),         // 5: hallmark.v1.Bundle
+	(*CRL)(nil),            // 2: hallmark.v1.CRL
+	(*Servers)(nil),        // 3: hallmark.v1.Servers
+	(*Defaults)(nil),       // 4: hallmark.v1.Defaults
+	(*Entry)(nil),          // 5: hallmark.v1.Entry
+	(*Bundle)(nil),         // 6: hallmark.v1.Bundle
 }
 var file_hallmark_v1_feed_proto_depIdxs = []int32{
-	4, // 0: hallmark.v1.FollowResponse.entries:type_name -> hallmark.v1.Entry
-	5, // 1: hallmark.v1.FollowResponse.bundles:type_name -> hallmark.v1.Bundle
-	3, // 2: hallmark.v1.FollowResponse.defaults:type_name -> hallmark.v1.Defaults
-	2, // 3: hallmark.v1.FollowResponse.servers:type_name -> hallmark.v1.Servers
-	0, // 4: hallmark.v1.FeedService.Follow:input_type -> hallmark.v1.FollowRequest
-	1, // 5: hallmark.v1.FeedService.Follow:output_type -> hallmark.v1.FollowResponse
-	5, // [5:6] is the sub-list for method output_type
-	4, // [4:5] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	5, // 0: hallmark.v1.FollowResponse.entries:type_name -> hallmark.v1.Entry
+	6, // 1: hallmark.v1.FollowResponse.bundles:type_name -> hallmark.v1.Bundle
+	4, // 2: hallmark.v1.FollowResponse.defaults:type_name -> hallmark.v1.Defaults
+	3, // 3: hallmark.v1.FollowResponse.servers:type_name -> hallmark.v1.Servers
+	2, // 4: hallmark.v1.FollowResponse.crls:type_name -> hallmark.v1.CRL
+	0, // 5: hallmark.v1.FeedService.Follow:input_type -> hallmark.v1.FollowRequest
+	1, // 6: hallmark.v1.FeedService.Follow:output_type -> hallmark.v1.FollowResponse
+	6, // [6:7] is the sub-list for method output_type
+	5, // [5:6] is the sub-list for method input_type
+	5, // [5:5] is the sub-list for extension type_name
+	5, // [5:5] is the sub-list for extension extendee
+	0, // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_hallmark_v1_feed_proto_init() }
@@ -408,7 +506,7 @@ func file_hallmark_v1_feed_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_feed_proto_rawDesc), len(file_hallmark_v1_feed_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   5,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

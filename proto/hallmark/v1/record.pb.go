@@ -1056,6 +1056,162 @@ func (x *UsedToken) GetEndsAt() int64 {
 	return 0
 }
 
+// Revocation takes back what was issued before it. Of serial_number, spiffe_id
+// and node_id one is set.
+type Revocation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SerialNumber  []byte                 `protobuf:"bytes,1,opt,name=serial_number,json=serialNumber,proto3" json:"serial_number,omitempty"` // of one certificate, as in DER
+	AuthorityId   string                 `protobuf:"bytes,2,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`    // with serial_number: the X.509 authority that signed it
+	SpiffeId      string                 `protobuf:"bytes,3,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`             // all of this SPIFFE ID
+	NodeId        string                 `protobuf:"bytes,4,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`                   // the SVID of this agent, and all that was issued through it
+	RevokedAt     int64                  `protobuf:"varint,5,opt,name=revoked_at,json=revokedAt,proto3" json:"revoked_at,omitempty"`         // Unix seconds
+	EndsAt        int64                  `protobuf:"varint,6,opt,name=ends_at,json=endsAt,proto3" json:"ends_at,omitempty"`                  // Unix seconds; when all that it is about has ended
+	Reason        int32                  `protobuf:"varint,7,opt,name=reason,proto3" json:"reason,omitempty"`                                // RFC 5280 §5.3.1; 0: unspecified
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Revocation) Reset() {
+	*x = Revocation{}
+	mi := &file_hallmark_v1_record_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Revocation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Revocation) ProtoMessage() {}
+
+func (x *Revocation) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_record_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
+func (*Revocation) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_record_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Revocation) GetSerialNumber() []byte {
+	if x != nil {
+		return x.SerialNumber
+	}
+	return nil
+}
+
+func (x *Revocation) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *Revocation) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *Revocation) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *Revocation) GetRevokedAt() int64 {
+	if x != nil {
+		return x.RevokedAt
+	}
+	return 0
+}
+
+func (x *Revocation) GetEndsAt() int64 {
+	if x != nil {
+		return x.EndsAt
+	}
+	return 0
+}
+
+func (x *Revocation) GetReason() int32 {
+	if x != nil {
+		return x.Reason
+	}
+	return 0
+}
+
+// RevocationList is the CRL of an X.509 authority, which the server that has
+// its key writes.
+type RevocationList struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Crl           []byte                 `protobuf:"bytes,1,opt,name=crl,proto3" json:"crl,omitempty"`                             // DER; empty: nothing was revoked yet, and none was signed
+	EndsAt        []int64                `protobuf:"varint,2,rep,packed,name=ends_at,json=endsAt,proto3" json:"ends_at,omitempty"` // Unix seconds; of each certificate in it, in its order
+	Applied       int64                  `protobuf:"varint,3,opt,name=applied,proto3" json:"applied,omitempty"`                    // the revision of the newest revocation that is in it, as far as it concerns it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevocationList) Reset() {
+	*x = RevocationList{}
+	mi := &file_hallmark_v1_record_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevocationList) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevocationList) ProtoMessage() {}
+
+func (x *RevocationList) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_record_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevocationList.ProtoReflect.Descriptor instead.
+func (*RevocationList) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_record_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *RevocationList) GetCrl() []byte {
+	if x != nil {
+		return x.Crl
+	}
+	return nil
+}
+
+func (x *RevocationList) GetEndsAt() []int64 {
+	if x != nil {
+		return x.EndsAt
+	}
+	return nil
+}
+
+func (x *RevocationList) GetApplied() int64 {
+	if x != nil {
+		return x.Applied
+	}
+	return 0
+}
+
 var File_hallmark_v1_record_proto protoreflect.FileDescriptor
 
 const file_hallmark_v1_record_proto_rawDesc = "" +
@@ -1166,7 +1322,21 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"\n" +
 	"expires_at\x18\x01 \x01(\x03R\texpiresAt\"$\n" +
 	"\tUsedToken\x12\x17\n" +
-	"\aends_at\x18\x01 \x01(\x03R\x06endsAtB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
+	"\aends_at\x18\x01 \x01(\x03R\x06endsAt\"\xda\x01\n" +
+	"\n" +
+	"Revocation\x12#\n" +
+	"\rserial_number\x18\x01 \x01(\fR\fserialNumber\x12!\n" +
+	"\fauthority_id\x18\x02 \x01(\tR\vauthorityId\x12\x1b\n" +
+	"\tspiffe_id\x18\x03 \x01(\tR\bspiffeId\x12\x17\n" +
+	"\anode_id\x18\x04 \x01(\tR\x06nodeId\x12\x1d\n" +
+	"\n" +
+	"revoked_at\x18\x05 \x01(\x03R\trevokedAt\x12\x17\n" +
+	"\aends_at\x18\x06 \x01(\x03R\x06endsAt\x12\x16\n" +
+	"\x06reason\x18\a \x01(\x05R\x06reason\"U\n" +
+	"\x0eRevocationList\x12\x10\n" +
+	"\x03crl\x18\x01 \x01(\fR\x03crl\x12\x17\n" +
+	"\aends_at\x18\x02 \x03(\x03R\x06endsAt\x12\x18\n" +
+	"\aapplied\x18\x03 \x01(\x03R\aappliedB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
 
 var (
 	file_hallmark_v1_record_proto_rawDescOnce sync.Once
@@ -1181,21 +1351,23 @@ func file_hallmark_v1_record_proto_rawDescGZIP() []byte {
 }
 
 var file_hallmark_v1_record_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hallmark_v1_record_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_hallmark_v1_record_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_hallmark_v1_record_proto_goTypes = []any{
-	(Authority_Kind)(0),   // 0: hallmark.v1.Authority.Kind
-	(Authority_State)(0),  // 1: hallmark.v1.Authority.State
-	(*Selector)(nil),      // 2: hallmark.v1.Selector
-	(*Entry)(nil),         // 3: hallmark.v1.Entry
-	(*Node)(nil),          // 4: hallmark.v1.Node
-	(*JoinToken)(nil),     // 5: hallmark.v1.JoinToken
-	(*Bundle)(nil),        // 6: hallmark.v1.Bundle
-	(*X509Authority)(nil), // 7: hallmark.v1.X509Authority
-	(*JWTAuthority)(nil),  // 8: hallmark.v1.JWTAuthority
-	(*Authority)(nil),     // 9: hallmark.v1.Authority
-	(*Federation)(nil),    // 10: hallmark.v1.Federation
-	(*Invitation)(nil),    // 11: hallmark.v1.Invitation
-	(*UsedToken)(nil),     // 12: hallmark.v1.UsedToken
+	(Authority_Kind)(0),    // 0: hallmark.v1.Authority.Kind
+	(Authority_State)(0),   // 1: hallmark.v1.Authority.State
+	(*Selector)(nil),       // 2: hallmark.v1.Selector
+	(*Entry)(nil),          // 3: hallmark.v1.Entry
+	(*Node)(nil),           // 4: hallmark.v1.Node
+	(*JoinToken)(nil),      // 5: hallmark.v1.JoinToken
+	(*Bundle)(nil),         // 6: hallmark.v1.Bundle
+	(*X509Authority)(nil),  // 7: hallmark.v1.X509Authority
+	(*JWTAuthority)(nil),   // 8: hallmark.v1.JWTAuthority
+	(*Authority)(nil),      // 9: hallmark.v1.Authority
+	(*Federation)(nil),     // 10: hallmark.v1.Federation
+	(*Invitation)(nil),     // 11: hallmark.v1.Invitation
+	(*UsedToken)(nil),      // 12: hallmark.v1.UsedToken
+	(*Revocation)(nil),     // 13: hallmark.v1.Revocation
+	(*RevocationList)(nil), // 14: hallmark.v1.RevocationList
 }
 var file_hallmark_v1_record_proto_depIdxs = []int32{
 	2, // 0: hallmark.v1.Entry.selectors:type_name -> hallmark.v1.Selector
@@ -1223,7 +1395,7 @@ func file_hallmark_v1_record_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_record_proto_rawDesc), len(file_hallmark_v1_record_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   11,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
