@@ -198,6 +198,9 @@ func (s *adminService) RotateAuthority(ctx context.Context, req *hallmarkv1.Rota
 		return nil, status(ctx.Err())
 	}
 	active, err := s.authorities.Activate(ctx, kind, prepared.ID)
+	if now, _, _ := s.authorities.State(kind); err != nil && now != nil && now.ID == prepared.ID {
+		active, err = now, nil // its time had come anyway
+	}
 	if err != nil {
 		return nil, status(err)
 	}
