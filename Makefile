@@ -29,7 +29,7 @@ run: build ## a trust domain on this machine, with an identity for you
 .PHONY: test
 test: test-deps ## all tests; installs what they need (as root, with apt)
 	$(GO) test $(RACE) -vet=off -timeout 14m -p 3 -parallel 4 ./test ./...
-	$(if $(RACE),$(GO) test $(RACE) -vet=off -tags pkcs11 -run PKCS11 ./server/authority ./server)
+	$(if $(RACE),$(GO) test $(RACE) -vet=off -tags pkcs11 -run 'PKCS11|TestEveryKeyManager/pkcs11' ./server/authority ./server)
 
 .PHONY: test-deps
 test-deps:
@@ -79,7 +79,7 @@ fuzz: ## every fuzz target, FUZZTIME each (default 60s)
 check: ## formatting, vet, staticcheck, generated code
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "not formatted; run: gofmt -w"; gofmt -l $$(git ls-files '*.go'); exit 1; }
 	$(GO) vet ./...
-	$(if $(RACE),$(GO) vet -tags pkcs11 ./server/authority ./server)
+	$(if $(RACE),$(GO) vet -tags pkcs11 ./server/authority ./server/kms ./server)
 	$(TOOL) staticcheck ./...
 	@test/generated
 

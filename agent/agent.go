@@ -80,6 +80,7 @@ func Run(ctx context.Context, src config.Source, ready func()) error {
 		TrustDomain: s.td,
 		Server:      s.Server, OtherServers: s.OtherServers,
 		Dir:         s.DataDir,
+		TPM:         s.NodeKey.tpm(),
 		Attestor:    s.node,
 		TrustBundle: s.trust,
 		Join:        s.join,

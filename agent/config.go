@@ -103,6 +103,10 @@ type Config struct {
 	// of the join string, if there is one.
 	NodeAttestor *NodeAttestorConfig `yaml:"node_attestor"`
 
+	// NodeKey says where the private key of the node's own X509-SVID is. Default:
+	// in a file in data_dir.
+	NodeKey NodeKeyConfig `yaml:"node_key"`
+
 	// WorkloadAttestors say how processes are attested. Default: unix alone.
 	WorkloadAttestors *WorkloadAttestorsConfig `yaml:"workload_attestors"`
 
@@ -155,6 +159,32 @@ func (l LimitsConfig) endpoint() endpoint.Limits {
 		StreamsOfUser:     l.StreamsPerUser,
 		CallsOfUser:       float64(l.CallsPerSecond),
 	}
+}
+
+// NodeKeyConfig says where the node's own key is.
+type NodeKeyConfig struct {
+	// TPM has the key made in a TPM 2.0, which it cannot leave: a copy of data_dir
+	// is of no use on another machine. It goes with any node_attestor, and needs
+	// none of a TPM's. A key in a file moves there by itself. Default: the key is
+	// in a file.
+	TPM *TPMKeyConfig `yaml:"tpm"`
+}
+
+// TPMKeyConfig is the TPM that has the node's key.
+type TPMKeyConfig struct {
+	// Device is the TPM: a device, or the Unix socket of an emulator. Default
+	// /dev/tpmrm0.
+	Device string `yaml:"tpm_device_path" env:"expand"`
+	// OwnerHierarchyPassword is that of the TPM's owner hierarchy. Default: none.
+	OwnerHierarchyPassword string `yaml:"owner_hierarchy_password" env:"expand"`
+}
+
+// tpm returns the TPM that has the node's key, or nil.
+func (c NodeKeyConfig) tpm() *node.TPM {
+	if c.TPM == nil {
+		return nil
+	}
+	return &node.TPM{Device: c.TPM.Device, OwnerPassword: c.TPM.OwnerHierarchyPassword}
 }
 
 // NodeAttestorConfig says how the node proves what it is: one of its fields is

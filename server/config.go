@@ -267,12 +267,20 @@ type EncryptionConfig struct {
 // KMSConfig is a key manager that makes keys, signs with them and does not let
 // them out.
 type KMSConfig struct {
-	// URI names it. pkcs11:module-path=LIBRARY;token=LABEL is a token behind a
-	// PKCS #11 library (RFC 7512; serial or slot-id instead of token, too). It
-	// needs a hallmark that was built with "-tags pkcs11".
+	// URI names it, and has no secret in it. A TPM 2.0 is
+	// tpmkms:device=/dev/tpmrm0;storage-directory=PATH (the directory is keys in
+	// data_dir if it is left out). A token behind a PKCS #11 library is
+	// pkcs11:module-path=LIBRARY;token=LABEL (RFC 7512; serial or slot-id instead of
+	// token, too), and needs a hallmark that was built with "-tags pkcs11". AWS KMS
+	// is awskms:region=REGION. Google Cloud KMS is
+	// cloudkms:project=PROJECT;location=LOCATION;key-ring=RING. Azure Key Vault is
+	// azurekms:vault=NAME. The transit engine of a HashiCorp Vault or OpenBao is
+	// transit:address=https://HOST:8200;mount=transit. docs/authorities.md has all
+	// attributes, and where credentials are taken from.
 	URI string `yaml:"uri" env:"expand"`
-	// PINFile is the path of a file with the PIN of a PKCS #11 token, readable
-	// by the server alone. Default: the token needs none.
+	// PINFile is the path of a file with the PIN of a PKCS #11 token, or the
+	// password of a TPM's owner hierarchy, readable by the server alone. Default:
+	// there is none.
 	PINFile string `yaml:"pin_file" env:"expand"`
 }
 

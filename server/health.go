@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"go.step.sm/crypto/kms/apiv1"
-
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/feed"
 	"github.com/hallmark-id/hallmark/server/journal"
@@ -18,7 +16,7 @@ import (
 
 // readiness returns why a server cannot issue anything now, or nil. It is for
 // whoever asked, and of a server that runs until its context ends.
-func readiness(asked, running context.Context, st *opened, authorities *authority.Authorities, keys apiv1.KeyManager) error {
+func readiness(asked, running context.Context, st *opened, authorities *authority.Authorities) error {
 	if running.Err() != nil {
 		return errors.New("the server is stopping")
 	}
@@ -34,10 +32,7 @@ func readiness(asked, running context.Context, st *opened, authorities *authorit
 			return fmt.Errorf("the active %v authority has expired", kind)
 		}
 	}
-	if k, ok := keys.(interface{ Available() error }); ok {
-		return k.Available()
-	}
-	return nil
+	return authorities.KeysAvailable()
 }
 
 // readable returns why the store cannot be read, or nil.

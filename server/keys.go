@@ -4,11 +4,13 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 
 	"go.step.sm/crypto/kms/apiv1"
 
 	"github.com/hallmark-id/hallmark/pkg/config"
 	"github.com/hallmark-id/hallmark/server/authority"
+	"github.com/hallmark-id/hallmark/server/kms"
 )
 
 func (s *settings) checkKeys(wrong func(path, format string, args ...any)) {
@@ -30,7 +32,7 @@ func (s *settings) checkKeys(wrong func(path, format string, args ...any)) {
 		}
 	}
 	if k := s.Keys.KMS; k != nil {
-		if err := authority.CheckKMS(k.URI); err != nil {
+		if err := kms.Check(k.URI); err != nil {
 			path := "keys.kms.uri"
 			if k.URI == "" {
 				path = "keys.kms"
@@ -40,19 +42,20 @@ func (s *settings) checkKeys(wrong func(path, format string, args ...any)) {
 	}
 }
 
-func (s *settings) openKeys(log *slog.Logger) (apiv1.KeyManager, error) {
+// openKeys opens the key manager, for a server of a name.
+func (s *settings) openKeys(name string, log *slog.Logger) (apiv1.KeyManager, error) {
 	switch {
 	case s.Keys.Memory != nil:
 		return authority.NewMemoryKeys(), nil
 	case s.Keys.KMS != nil:
-		o := authority.KMSOptions{URI: s.Keys.KMS.URI, TrustDomain: s.td, Log: log}
+		o := kms.Options{URI: s.Keys.KMS.URI, Dir: filepath.Join(s.DataDir, "keys"), TrustDomain: s.td, Server: name, Log: log}
 		if file := s.Keys.KMS.PINFile; file != "" {
 			var err error
 			if o.PIN, err = authority.ReadSecret(file); err != nil {
 				return nil, fmt.Errorf("keys.kms.pin_file: %w", err)
 			}
 		}
-		return authority.NewKMSKeys(o)
+		return kms.Open(o)
 	}
 	secret, err := s.Keys.Disk.Encryption.secret()
 	if err != nil {

@@ -131,7 +131,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	if err != nil {
 		return fmt.Errorf("open the registry: %w", err)
 	}
-	keys, err := s.openKeys(log)
+	keys, err := s.openKeys(name, log)
 	if err != nil {
 		return err
 	}
@@ -196,7 +196,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 			below.Go(func() error { return s.serveCRLs(base, *revoked, reg) })
 		}
 		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities, issued) })
-		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities, keys) })
+		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities) })
 		if st.shared != nil {
 			self := s.announced(name, tcp)
 			tell := func(list []etcd.Server) { pushes.SetServers(addresses(list)) }

@@ -3,9 +3,6 @@ package node
 import (
 	"context"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -55,20 +52,6 @@ func (s *svid) tls() *tls.Certificate {
 	return c
 }
 
-// newKey makes a key and a CSR for it. The server takes only the public key
-// from the CSR.
-func newKey() (crypto.Signer, []byte, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, nil, fmt.Errorf("make the node's key: %w", err)
-	}
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
-	if err != nil {
-		return nil, nil, fmt.Errorf("make the node's certificate request: %w", err)
-	}
-	return key, csr, nil
-}
-
 // attest obtains an identity and makes it the node's own.
 func (n *Node) attest(ctx context.Context) error {
 	s, t, err := n.obtain(ctx)
@@ -97,7 +80,7 @@ func (n *Node) obtain(ctx context.Context) (*svid, *trust, error) {
 	if old := n.lastID(); n.o.Attestor == nil || n.spent(old) {
 		return nil, nil, &fatalError{fmt.Errorf("identity of %s has ended, and its proof cannot be given again; %s", old, n.remedy())}
 	}
-	key, csr, err := newKey()
+	key, csr, err := n.newKey(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -194,7 +177,7 @@ func (n *Node) next(ctx context.Context, l *Link) (*svid, error) {
 func (n *Node) renew(ctx context.Context, l *Link) (*svid, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	key, csr, err := newKey()
+	key, csr, err := n.newKey(ctx)
 	if err != nil {
 		return nil, err
 	}

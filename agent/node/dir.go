@@ -2,7 +2,6 @@ package node
 
 import (
 	"bytes"
-	"crypto"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -16,12 +15,13 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"golang.org/x/sys/unix"
 
+	"github.com/hallmark-id/hallmark/attestors/tpm"
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 )
 
 // What a data directory holds.
 const (
-	svidFile   = "agent.pem"   // private key (PKCS#8) and SVID chain, in one file so that they always fit together
+	svidFile   = "agent.pem"   // private key (PKCS#8, or one of a TPM's) and SVID chain, in one file so that they always fit together
 	bundleFile = "bundle.json" // the own trust domain's bundle in SPIFFE's format
 	lockFile   = "agent.lock"
 )
@@ -134,14 +134,14 @@ func (d *dir) sync() error {
 }
 
 func (d *dir) saveSVID(s *svid) error {
-	key, err := x509.MarshalPKCS8PrivateKey(s.key)
+	key, err := encodeKey(s.key)
 	if err != nil {
 		return fmt.Errorf("save identity: %w", err)
 	}
 	var b bytes.Buffer
-	_ = pem.Encode(&b, &pem.Block{Type: "PRIVATE KEY", Bytes: key}) // a Buffer takes everything
+	b.Write(key)
 	for _, cert := range s.chain {
-		_ = pem.Encode(&b, &pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})
+		_ = pem.Encode(&b, &pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}) // a Buffer takes everything
 	}
 	if err := d.write(svidFile, b.Bytes()); err != nil {
 		return fmt.Errorf("save identity: %w", err)
@@ -150,8 +150,9 @@ func (d *dir) saveSVID(s *svid) error {
 }
 
 // loadSVID returns nil if there is none. It checks that the identity is an
-// agent's in the trust domain, but neither its end nor its authority.
-func (d *dir) loadSVID(td spiffeid.TrustDomain) (*svid, error) {
+// agent's in the trust domain, but neither its end nor its authority; nor does it
+// speak to a TPM that has the key.
+func (d *dir) loadSVID(td spiffeid.TrustDomain, t *TPM) (*svid, error) {
 	data, err := d.read(svidFile)
 	if err != nil {
 		return nil, fmt.Errorf("read identity: %w", err)
@@ -159,7 +160,7 @@ func (d *dir) loadSVID(td spiffeid.TrustDomain) (*svid, error) {
 	if data == nil {
 		return nil, nil
 	}
-	s, err := parseSVID(data)
+	s, err := parseSVID(data, t)
 	if err != nil {
 		return nil, fmt.Errorf("identity in %s is damaged: %w; remove the file to attest anew", filepath.Join(d.path, svidFile), err)
 	}
@@ -169,7 +170,7 @@ func (d *dir) loadSVID(td spiffeid.TrustDomain) (*svid, error) {
 	return s, nil
 }
 
-func parseSVID(data []byte) (*svid, error) {
+func parseSVID(data []byte, t *TPM) (*svid, error) {
 	s := &svid{}
 	for {
 		var block *pem.Block
@@ -177,16 +178,12 @@ func parseSVID(data []byte) (*svid, error) {
 			break
 		}
 		switch block.Type {
-		case "PRIVATE KEY":
-			key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+		case "PRIVATE KEY", tpm.PEMType:
+			key, err := parseKey(block, t)
 			if err != nil {
 				return nil, err
 			}
-			signer, ok := key.(crypto.Signer)
-			if !ok {
-				return nil, errors.New("its private key cannot sign")
-			}
-			s.key = signer
+			s.key = key
 		case "CERTIFICATE":
 			cert, err := x509.ParseCertificate(block.Bytes)
 			if err != nil {

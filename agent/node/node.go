@@ -22,6 +22,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -95,6 +96,9 @@ type Options struct {
 	// InMemory keeps key, SVID and bundle in memory alone, until Run ends: for
 	// simulated agents. Dir must be empty.
 	InMemory bool
+
+	// TPM has the node's key made and kept in a TPM. Nil: it is in a file in Dir.
+	TPM *TPM
 
 	// Attestor may be nil if an identity is on disk.
 	Attestor *Attestor
@@ -268,9 +272,15 @@ func (n *Node) load() error {
 			return err
 		}
 	}
-	s, err := n.dir.loadSVID(n.o.TrustDomain)
+	s, err := n.dir.loadSVID(n.o.TrustDomain, n.o.TPM)
 	if err != nil {
 		return err
+	}
+	settled := true
+	if s != nil {
+		if settled, err = n.checkKey(s, filepath.Join(n.o.Dir, svidFile)); err != nil {
+			return err
+		}
 	}
 	switch now := n.o.Now(); {
 	case s == nil:
@@ -283,6 +293,10 @@ func (n *Node) load() error {
 		}
 	default:
 		s.renewAt = renewalTime(s.leaf().NotBefore, s.expiresAt)
+		if !settled {
+			n.o.Log.Info("the node's key is to move into the TPM; renewing the identity", "agent_id", s.id)
+			s.renewAt = now
+		}
 		n.svid, n.last = s, s.id
 		n.o.Log.Info("identity loaded", "agent_id", s.id, "expires_at", s.expiresAt)
 	}

@@ -9,6 +9,7 @@ package cloud
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -45,20 +46,24 @@ func Metadata(address string) (*Service, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Service{base: u.Scheme + "://" + u.Host, http: client(nil)}, nil
+	return &Service{base: u.Scheme + "://" + u.Host, http: client(nil, nil)}, nil
 }
 
 // API makes the APIs of a cloud, by the environment's proxies if there are any.
-func API() *Service {
-	return &Service{http: client(http.ProxyFromEnvironment)}
+func API() *Service { return APITrusting(nil) }
+
+// APITrusting is [API] for servers whose certificates only some authorities sign;
+// nil: those that the system trusts.
+func APITrusting(roots *x509.CertPool) *Service {
+	return &Service{http: client(http.ProxyFromEnvironment, roots)}
 }
 
-func client(proxy func(*http.Request) (*url.URL, error)) *http.Client {
+func client(proxy func(*http.Request) (*url.URL, error), roots *x509.CertPool) *http.Client {
 	return &http.Client{
 		Timeout: answerTime,
 		Transport: &http.Transport{
 			Proxy:                  proxy,
-			TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12},
+			TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots},
 			DisableCompression:     true, // the bound is on what is read
 			MaxIdleConnsPerHost:    maxIdle,
 			IdleConnTimeout:        idleTime,

@@ -4,7 +4,8 @@
 // On the node, a [Device] is a TPM, which [Open] opens: it loads an endorsement
 // key, activates a credential, quotes and certifies. On the server,
 // [VerifyEndorsement] checks a manufacturer's certificate, [NewCredential]
-// encrypts a secret for a TPM, and [Attested] reads what a TPM has signed.
+// encrypts a secret for a TPM, and [Attested] reads what a TPM has signed. Both may
+// have keys that stay in a TPM: [Device.CreateSigning] makes one, a [Signer] uses it.
 //
 // Of the structures that a node sends, the server takes as few as it can: what a
 // key must be like is a template here, which the server fills in itself, rather

@@ -1,7 +1,6 @@
 package tpmdevid
 
 import (
-	"bytes"
 	"context"
 	"crypto"
 	"crypto/sha256"
@@ -269,14 +268,11 @@ func sign(d *tpm.Device, saved *tpm.Saved, nonce []byte) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("sign with the DevID key: %w (%s)", err, supportedKeys)
 	}
-	if signature.SigAlg == tpm2.TPMAlgECDSA {
-		return tpm.ASN1(signature)
-	}
-	rsassa, err := signature.Signature.RSASSA()
+	out, err := tpm.SignatureBytes(signature)
 	if err != nil {
-		return nil, fmt.Errorf("the DevID key signs with %#04x; %s", signature.SigAlg, supportedKeys)
+		return nil, fmt.Errorf("sign with the DevID key: %w; %s", err, supportedKeys)
 	}
-	return bytes.Clone(rsassa.Sig.Buffer), nil
+	return out, nil
 }
 
 // String keeps the passwords out of logs.

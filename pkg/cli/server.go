@@ -362,6 +362,7 @@ type serverHealth struct {
 	Revision    int64      `json:"revision"`
 	Digest      string     `json:"digest"` // of what it knows, hexadecimal
 	StartedAt   *time.Time `json:"started_at"`
+	KeysProblem string     `json:"keys_problem,omitempty"` // why nothing is signed now
 }
 
 func (a *app) serverHealth() *cobra.Command {
@@ -393,6 +394,7 @@ func (a *app) serverHealth() *cobra.Command {
 		item := serverHealth{
 			Status: strings.ToLower(health.Status.String()), TrustDomain: info.TrustDomain, Address: info.Address,
 			Version: info.Version, Revision: info.Revision, Digest: hex.EncodeToString(info.Digest), StartedAt: timestamp(info.StartedAt),
+			KeysProblem: info.KeysProblem,
 		}
 		serving := health.Status == grpc_health_v1.HealthCheckResponse_SERVING
 		if err := a.print(item, func(w io.Writer) {
@@ -401,6 +403,9 @@ func (a *app) serverHealth() *cobra.Command {
 				d.addPainted("Status", a.style.green, "serving")
 			} else {
 				d.addPainted("Status", a.style.red, strings.ReplaceAll(item.Status, "_", " "))
+			}
+			if item.KeysProblem != "" {
+				d.addPainted("Keys", a.style.red, item.KeysProblem)
 			}
 			d.add("Trust domain", item.TrustDomain)
 			d.add("Address", item.Address)

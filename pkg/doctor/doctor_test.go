@@ -93,10 +93,11 @@ type server struct {
 	connections []*hallmarkv1.Connection
 	asked       int
 	catchUp     bool // before it is asked a second time
+	keys        string
 }
 
 func (s *server) GetServer(context.Context, *hallmarkv1.GetServerRequest) (*hallmarkv1.GetServerResponse, error) {
-	return &hallmarkv1.GetServerResponse{TrustDomain: "example.org", Version: "0.0.1", Address: "127.0.0.1:1"}, nil
+	return &hallmarkv1.GetServerResponse{TrustDomain: "example.org", Version: "0.0.1", Address: "127.0.0.1:1", KeysProblem: s.keys}, nil
 }
 
 func (s *server) ListConnections(context.Context, *hallmarkv1.ListConnectionsRequest) (*hallmarkv1.ListConnectionsResponse, error) {
@@ -157,6 +158,11 @@ func TestAServerThatIsNotWellIsFound(t *testing.T) {
 	expect(t, found, "agents", doctor.Warning, "/spire/agent/away hold no stream", "hallmark doctor")
 	expect(t, found, "agents", doctor.Warning, "/spire/agent/gone had an SVID that ended", "hallmark node purge")
 	expect(t, found, "file descriptors", doctor.Warning, "limits.connections 1099511627776 needs 1099511628032", "LimitNOFILE=1099511628032")
+}
+
+func TestAServerThatCannotUseItsKeysIsFound(t *testing.T) {
+	with := &server{keys: "the keys of the authorities cannot be used now: AWS KMS: no answer in time"}
+	expect(t, with.examine(t, config.Layout{}), "keys", doctor.Failed, "AWS KMS: no answer in time", "keys.kms.uri")
 }
 
 func TestAServerThatDoesNotAnswerIsNotWaitedForLong(t *testing.T) {

@@ -63,6 +63,8 @@ func (c *serverClient) status(ctx context.Context, p *part) (*hallmarkv1.GetServ
 	}
 	health, err := grpc_health_v1.NewHealthClient(c.conn).Check(ctx, &grpc_health_v1.HealthCheckRequest{})
 	switch {
+	case info.KeysProblem != "":
+		p.fail("keys", "Mend the key manager that keys.kms.uri names; the server uses it again by itself.", "nothing is signed: %s", info.KeysProblem)
 	case err != nil:
 		p.fail("status", "See the server's log.", "the server does not say whether it serves: %s", words(err))
 	case health.Status != grpc_health_v1.HealthCheckResponse_SERVING:

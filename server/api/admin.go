@@ -28,7 +28,12 @@ type adminService struct {
 func (s *adminService) GetServer(context.Context, *hallmarkv1.GetServerRequest) (*hallmarkv1.GetServerResponse, error) {
 	view := s.registry.View()
 	digest := view.Digest()
+	problem := ""
+	if err := s.authorities.KeysAvailable(); err != nil {
+		problem = err.Error()
+	}
 	return &hallmarkv1.GetServerResponse{
+		KeysProblem: problem,
 		TrustDomain: s.td.Name(),
 		Version:     version.String(),
 		Revision:    int64(view.Revision()),

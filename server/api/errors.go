@@ -13,6 +13,7 @@ import (
 	"github.com/hallmark-id/hallmark/attestors"
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/issue"
+	"github.com/hallmark-id/hallmark/server/kms"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
 )
@@ -77,8 +78,8 @@ func status(err error) error {
 		return &callError{code: codes.InvalidArgument, text: err.Error()}
 	case errors.Is(err, authority.ErrUnavailable):
 		return &callError{code: codes.Unavailable, text: authority.ErrUnavailable.Error()}
-	case errors.Is(err, authority.ErrKeysUnavailable): // the key manager has logged why
-		return &callError{code: codes.Unavailable, text: authority.ErrKeysUnavailable.Error()}
+	case errors.Is(err, kms.ErrUnavailable): // the key manager has logged why
+		return &callError{code: codes.Unavailable, text: kms.ErrUnavailable.Error()}
 	case errors.Is(err, attestors.ErrUnavailable):
 		return &callError{code: codes.Unavailable, text: attestors.ErrUnavailable.Error()}
 	case errors.Is(err, store.ErrTooLarge):

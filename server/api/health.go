@@ -20,7 +20,7 @@ const watchEvery = time.Second
 
 // health reports whether the server can issue: it serves then.
 func (s *healthService) health() grpc_health_v1.HealthCheckResponse_ServingStatus {
-	if _, err := s.authorities.X509(); err != nil || s.stopping.Err() != nil {
+	if _, err := s.authorities.X509(); err != nil || s.authorities.KeysAvailable() != nil || s.stopping.Err() != nil {
 		return grpc_health_v1.HealthCheckResponse_NOT_SERVING
 	}
 	return grpc_health_v1.HealthCheckResponse_SERVING

@@ -90,8 +90,10 @@ const (
 
 // Options are what [Open] needs.
 type Options struct {
-	Registry    *registry.Registry
-	Keys        apiv1.KeyManager // should implement [apiv1.KeyDeleter]: else used keys stay
+	Registry *registry.Registry
+	// Keys should implement [apiv1.KeyDeleter], or used keys stay. If it has a
+	// method Keys as those of package kms do, keys that no authority has are deleted, too.
+	Keys        apiv1.KeyManager
 	TrustDomain spiffeid.TrustDomain
 	Server      string // this server's name: several may share a registry
 
@@ -132,10 +134,11 @@ type Authorities struct {
 
 	wake chan struct{} // a signature found no authority to sign with
 
-	lock     chan struct{}                  // holds one token: one change at a time
-	signers  map[string]crypto.Signer       // by key name; of own prepared and active ones; under lock
-	recorded map[string]bool                // key names of own authorities, as of the last look; under lock
-	spare    map[registry.AuthorityKind]key // keys of authorities that were not published; under lock
+	lock      chan struct{}                  // holds one token: one change at a time
+	signers   map[string]crypto.Signer       // by key name; of own prepared and active ones; under lock
+	recorded  map[string]bool                // key names of own authorities, as of the last look; under lock
+	spare     map[registry.AuthorityKind]key // keys of authorities that were not published; under lock
+	collectAt time.Time                      // when to look for keys that no authority has; under lock
 }
 
 // plan is how authorities of one kind are made.
@@ -303,4 +306,13 @@ func (a *Authorities) Run(ctx context.Context) error {
 			timer.Stop()
 		}
 	}
+}
+
+// KeysAvailable returns why the key manager cannot be used now, or nil. It does
+// not wait.
+func (a *Authorities) KeysAvailable() error {
+	if k, ok := a.keys.(interface{ Available() error }); ok {
+		return k.Available()
+	}
+	return nil
 }

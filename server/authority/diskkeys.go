@@ -15,6 +15,8 @@ import (
 	"syscall"
 
 	"go.step.sm/crypto/kms/apiv1"
+
+	"github.com/hallmark-id/hallmark/server/kms"
 )
 
 // maxKeyFile bounds a key file, in bytes; one with an RSA key of 8192 bits has
@@ -114,7 +116,7 @@ func (k *diskKeys) names() ([]string, error) {
 	}
 	var names []string
 	for _, e := range entries {
-		if name, ok := strings.CutSuffix(e.Name(), keySuffix); ok && validateKeyName(name) == nil {
+		if name, ok := strings.CutSuffix(e.Name(), keySuffix); ok && kms.CheckName(name) == nil {
 			names = append(names, name)
 		}
 	}
@@ -124,12 +126,12 @@ func (k *diskKeys) names() ([]string, error) {
 func (k *diskKeys) path(name string) string { return filepath.Join(k.dir, name+keySuffix) }
 
 // ValidateName reports whether a key may have that name.
-func (k *diskKeys) ValidateName(name string) error { return validateKeyName(name) }
+func (k *diskKeys) ValidateName(name string) error { return kms.CheckName(name) }
 
 // CreateKey makes a key and writes its file, durably. It fails with an
 // [apiv1.AlreadyExistsError] if there is a key of that name.
 func (k *diskKeys) CreateKey(req *apiv1.CreateKeyRequest) (*apiv1.CreateKeyResponse, error) {
-	if err := validateKeyName(req.Name); err != nil {
+	if err := kms.CheckName(req.Name); err != nil {
 		return nil, err
 	}
 	signer, err := generate(req)
@@ -187,7 +189,7 @@ func (k *diskKeys) sync() error { return k.lock.Sync() }
 
 // read returns the content of a key's file.
 func (k *diskKeys) read(name string) ([]byte, error) {
-	if err := validateKeyName(name); err != nil {
+	if err := kms.CheckName(name); err != nil {
 		return nil, err
 	}
 	path := k.path(name)
@@ -258,7 +260,7 @@ func (k *diskKeys) CreateSigner(req *apiv1.CreateSignerRequest) (crypto.Signer, 
 // DeleteKey deletes a key, durably. It fails with an [apiv1.NotFoundError] if
 // there is none of that name.
 func (k *diskKeys) DeleteKey(req *apiv1.DeleteKeyRequest) error {
-	if err := validateKeyName(req.Name); err != nil {
+	if err := kms.CheckName(req.Name); err != nil {
 		return err
 	}
 	err := os.Remove(k.path(req.Name))

@@ -3,10 +3,6 @@ package authority_test
 import (
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/rsa"
-	"crypto/sha256"
 	"errors"
 	"os"
 	"path/filepath"
@@ -49,118 +45,6 @@ func createKey(tb testing.TB, keys apiv1.KeyManager, name string) crypto.PublicK
 		tb.Fatal(err)
 	}
 	return made.PublicKey
-}
-
-// everyKeyManager runs a test with each of the key managers.
-func everyKeyManager(t *testing.T, test func(*testing.T, apiv1.KeyManager)) {
-	t.Run("disk", func(t *testing.T) { test(t, diskKeys(t, filepath.Join(t.TempDir(), "keys"))) })
-	t.Run("encrypted", func(t *testing.T) { test(t, encryptedKeys(t, filepath.Join(t.TempDir(), "keys"), secret)) })
-	t.Run("memory", func(t *testing.T) { test(t, authority.NewMemoryKeys()) })
-}
-
-func TestKeysThatWereMadeSign(t *testing.T) { everyKeyManager(t, testKeysSign) }
-
-func testKeysSign(t *testing.T, keys apiv1.KeyManager) {
-	for name, req := range map[string]*apiv1.CreateKeyRequest{
-		"default":  {},
-		"ec-p256":  {SignatureAlgorithm: apiv1.ECDSAWithSHA256},
-		"ec-p384":  {SignatureAlgorithm: apiv1.ECDSAWithSHA384},
-		"rsa-2048": {SignatureAlgorithm: apiv1.SHA256WithRSA, Bits: 2048},
-	} {
-		req.Name = name
-		made, err := keys.CreateKey(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		signer, err := keys.CreateSigner(&made.CreateSignerRequest)
-		if err != nil {
-			t.Fatal(err)
-		}
-		public, err := keys.GetPublicKey(&apiv1.GetPublicKeyRequest{Name: made.Name})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if !made.PublicKey.(interface{ Equal(crypto.PublicKey) bool }).Equal(public) {
-			t.Errorf("%s: GetPublicKey returned another key than CreateKey", name)
-		}
-		digest := sha256.Sum256([]byte(name))
-		signature, err := signer.Sign(rand.Reader, digest[:], crypto.SHA256)
-		if err != nil {
-			t.Fatal(err)
-		}
-		switch public := public.(type) {
-		case *ecdsa.PublicKey:
-			if !ecdsa.VerifyASN1(public, digest[:], signature) {
-				t.Errorf("%s: signature does not verify", name)
-			}
-			if want := map[bool]elliptic.Curve{true: elliptic.P384(), false: elliptic.P256()}[name == "ec-p384"]; public.Curve != want {
-				t.Errorf("%s: key is on curve %s", name, public.Curve.Params().Name)
-			}
-		case *rsa.PublicKey:
-			if err := rsa.VerifyPKCS1v15(public, crypto.SHA256, digest[:], signature); err != nil {
-				t.Errorf("%s: %v", name, err)
-			}
-			if public.N.BitLen() != 2048 {
-				t.Errorf("%s: key has %d bits", name, public.N.BitLen())
-			}
-		}
-	}
-}
-
-func TestAKeyIsMadeOnceAndDeletedOnce(t *testing.T) { everyKeyManager(t, testKeyOnce) }
-
-func testKeyOnce(t *testing.T, keys apiv1.KeyManager) {
-	createKey(t, keys, "a")
-	if _, err := keys.CreateKey(&apiv1.CreateKeyRequest{Name: "a"}); !errors.Is(err, apiv1.AlreadyExistsError{}) {
-		t.Errorf("made a key twice: %v", err)
-	}
-	remove := func() error { return keys.(apiv1.KeyDeleter).DeleteKey(&apiv1.DeleteKeyRequest{Name: "a"}) }
-	if err := remove(); err != nil {
-		t.Fatal(err)
-	}
-	if err := remove(); !errors.Is(err, apiv1.NotFoundError{}) {
-		t.Errorf("deleted a key twice: %v", err)
-	}
-	if _, err := keys.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: "a"}); !errors.Is(err, apiv1.NotFoundError{}) {
-		t.Errorf("opened a deleted key: %v", err)
-	}
-	if _, err := keys.GetPublicKey(&apiv1.GetPublicKeyRequest{Name: "a"}); !errors.Is(err, apiv1.NotFoundError{}) {
-		t.Errorf("read a deleted key: %v", err)
-	}
-}
-
-func TestKeyNamesThatLeadElsewhereAreRefused(t *testing.T) {
-	everyKeyManager(t, func(t *testing.T, keys apiv1.KeyManager) {
-		for _, name := range []string{"", ".", "..", "../a", "a/b", "/etc/passwd", `a\b`, "a\x00b", "a b", "-a", ".hidden", "ключ", strings.Repeat("a", 101)} {
-			if _, err := keys.CreateKey(&apiv1.CreateKeyRequest{Name: name}); err == nil {
-				t.Errorf("made a key named %q", name)
-			}
-			if err := keys.(apiv1.NameValidator).ValidateName(name); err == nil {
-				t.Errorf("took the name %q", name)
-			}
-			if err := keys.(apiv1.KeyDeleter).DeleteKey(&apiv1.DeleteKeyRequest{Name: name}); err == nil {
-				t.Errorf("deleted a key named %q", name)
-			}
-			if _, err := keys.CreateSigner(&apiv1.CreateSignerRequest{SigningKey: name}); err == nil {
-				t.Errorf("opened a key named %q", name)
-			}
-		}
-	})
-}
-
-func TestUnsupportedKeysAreRefused(t *testing.T) { everyKeyManager(t, testUnsupported) }
-
-func testUnsupported(t *testing.T, keys apiv1.KeyManager) {
-	for _, req := range []*apiv1.CreateKeyRequest{
-		{Name: "a", SignatureAlgorithm: apiv1.SHA256WithRSA},
-		{Name: "a", SignatureAlgorithm: apiv1.SHA256WithRSA, Bits: 1024},
-		{Name: "a", SignatureAlgorithm: apiv1.SHA256WithRSA, Bits: 1 << 20},
-		{Name: "a", SignatureAlgorithm: apiv1.PureEd25519},
-	} {
-		if _, err := keys.CreateKey(req); err == nil {
-			t.Errorf("made a key of %s with %d bits", req.SignatureAlgorithm, req.Bits)
-		}
-	}
 }
 
 func TestDiskKeysAreTheOwnersAloneAndSurviveARestart(t *testing.T) {

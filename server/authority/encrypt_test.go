@@ -3,7 +3,6 @@ package authority_test
 import (
 	"bytes"
 	"crypto"
-	"crypto/ecdsa"
 	"errors"
 	"fmt"
 	"io"
@@ -47,7 +46,7 @@ func expectKey(tb testing.TB, keys apiv1.KeyManager, name string, want crypto.Pu
 	if err != nil {
 		tb.Fatal(err)
 	}
-	if !want.(*ecdsa.PublicKey).Equal(got) {
+	if !want.(interface{ Equal(crypto.PublicKey) bool }).Equal(got) {
 		tb.Errorf("key %s is another one now", name)
 	}
 }

@@ -13,6 +13,8 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	"go.step.sm/crypto/kms/apiv1"
+
+	"github.com/hallmark-id/hallmark/server/kms"
 )
 
 // KeyType is the kind of key that an authority signs with. The zero value is
@@ -119,23 +121,9 @@ func isLocal(signer crypto.Signer) bool {
 	return false
 }
 
-// supported says why the key managers of this package do not make a key.
-func supported(req *apiv1.CreateKeyRequest) error {
-	switch req.SignatureAlgorithm {
-	case apiv1.UnspecifiedSignAlgorithm, apiv1.ECDSAWithSHA256, apiv1.ECDSAWithSHA384:
-		return nil
-	case apiv1.SHA256WithRSA, apiv1.SHA384WithRSA, apiv1.SHA512WithRSA:
-		if !slices.Contains([]int{2048, 3072, 4096}, req.Bits) {
-			return fmt.Errorf("an RSA key of %d bits is not supported; use 2048, 3072 or 4096", req.Bits)
-		}
-		return nil
-	}
-	return fmt.Errorf("keys for %s are not supported; use ECDSA with P-256 or P-384, or RSA", req.SignatureAlgorithm)
-}
-
 // generate makes a key in this process.
 func generate(req *apiv1.CreateKeyRequest) (crypto.Signer, error) {
-	if err := supported(req); err != nil {
+	if err := kms.Supported(req); err != nil {
 		return nil, err
 	}
 	switch req.SignatureAlgorithm {

@@ -3,22 +3,12 @@ package authority
 import (
 	"crypto"
 	"fmt"
-	"regexp"
 	"sync"
 
 	"go.step.sm/crypto/kms/apiv1"
+
+	"github.com/hallmark-id/hallmark/server/kms"
 )
-
-// keyName is what a key of this package's managers may be called: it becomes
-// the name of a file.
-var keyName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$`)
-
-func validateKeyName(name string) error {
-	if !keyName.MatchString(name) {
-		return fmt.Errorf("invalid key name %q: it is 1 to 100 letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'", name)
-	}
-	return nil
-}
 
 // memoryKeys keeps keys in memory: they end with the process.
 type memoryKeys struct {
@@ -34,12 +24,12 @@ func NewMemoryKeys() apiv1.KeyManager {
 }
 
 // ValidateName reports whether a key may have that name.
-func (k *memoryKeys) ValidateName(name string) error { return validateKeyName(name) }
+func (k *memoryKeys) ValidateName(name string) error { return kms.CheckName(name) }
 
 // CreateKey makes a key. It fails with an [apiv1.AlreadyExistsError] if there
 // is one of that name.
 func (k *memoryKeys) CreateKey(req *apiv1.CreateKeyRequest) (*apiv1.CreateKeyResponse, error) {
-	if err := validateKeyName(req.Name); err != nil {
+	if err := kms.CheckName(req.Name); err != nil {
 		return nil, err
 	}
 	signer, err := generate(req)

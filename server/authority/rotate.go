@@ -100,7 +100,11 @@ func (a *Authorities) Rotate(ctx context.Context) (next time.Time, err error) {
 			next = at
 		}
 	}
-	return next, a.prune(ctx)
+	if err := a.prune(ctx); err != nil {
+		return time.Time{}, err
+	}
+	a.collect()
+	return next, nil
 }
 
 func (a *Authorities) acquire(ctx context.Context) (unlock func(), err error) {
@@ -280,6 +284,7 @@ func firstEnd(rs []*registry.Authority) time.Time {
 func (a *Authorities) prepare(ctx context.Context, kind registry.AuthorityKind) (*registry.Authority, error) {
 	k, err := a.newKey(kind)
 	if err != nil {
+		a.collectAt = time.Time{} // it may have been made all the same
 		return nil, fmt.Errorf("prepare %s authority: %w", kind, err)
 	}
 	r, err := a.publish(ctx, kind, k)
@@ -590,6 +595,7 @@ func (a *Authorities) deleteKey(name string) {
 	err := deleter.DeleteKey(&apiv1.DeleteKeyRequest{Name: name})
 	if err != nil && !errors.Is(err, apiv1.NotFoundError{}) {
 		a.log.Warn("cannot delete the key of a former authority", "key", name, "error", err)
+		a.collectAt = time.Time{}
 	}
 }
 

@@ -269,7 +269,11 @@ func (a *AWS) signedBy(r *http.Request, body []byte) string {
 	if err != nil {
 		return ""
 	}
-	again.Header.Set("Content-Type", r.Header.Get("Content-Type"))
+	for _, name := range []string{"Content-Type", "X-Amz-Target"} {
+		if value := r.Header.Get(name); value != "" {
+			again.Header.Set(name, value)
+		}
+	}
 	again.Header.Set("User-Agent", r.Header.Get("User-Agent"))
 	if err := v4.NewSigner().SignHTTP(r.Context(), known, again, hex.EncodeToString(sum[:]), service, region, when); err != nil || again.Header.Get("Authorization") != got {
 		return ""

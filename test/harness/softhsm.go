@@ -19,7 +19,7 @@ type SoftHSM struct {
 }
 
 // NewSoftHSM makes a token that this process can use.
-func NewSoftHSM(t *testing.T) *SoftHSM {
+func NewSoftHSM(t testing.TB) *SoftHSM {
 	t.Helper()
 	NeedCommand(t, "softhsm2-util")
 	dir := t.TempDir()
@@ -34,7 +34,7 @@ func NewSoftHSM(t *testing.T) *SoftHSM {
 	return h
 }
 
-func (h *SoftHSM) init(t *testing.T, pin string) {
+func (h *SoftHSM) init(t testing.TB, pin string) {
 	t.Helper()
 	out, err := exec.Command("softhsm2-util", "--init-token", "--free", "--label", "hallmark", "--pin", pin, "--so-pin", "5678").CombinedOutput()
 	if err != nil {
@@ -43,13 +43,13 @@ func (h *SoftHSM) init(t *testing.T, pin string) {
 }
 
 // TakeAway makes the token go, as when it is pulled out.
-func (h *SoftHSM) TakeAway(t *testing.T) {
+func (h *SoftHSM) TakeAway(t testing.TB) {
 	t.Helper()
 	must(t, os.Rename(h.tokens, h.tokens+".away"))
 }
 
 // Replace puts another token of the same label, with another PIN, in its place.
-func (h *SoftHSM) Replace(t *testing.T, pin string) {
+func (h *SoftHSM) Replace(t testing.TB, pin string) {
 	t.Helper()
 	h.TakeAway(t)
 	must(t, os.Mkdir(h.tokens, 0o700))
@@ -57,7 +57,7 @@ func (h *SoftHSM) Replace(t *testing.T, pin string) {
 }
 
 // BringBack undoes TakeAway and Replace.
-func (h *SoftHSM) BringBack(t *testing.T) {
+func (h *SoftHSM) BringBack(t testing.TB) {
 	t.Helper()
 	must(t, os.RemoveAll(h.tokens))
 	must(t, os.Rename(h.tokens+".away", h.tokens))

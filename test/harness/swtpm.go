@@ -40,6 +40,9 @@ func NewTPMMaker(t testing.TB) *TPMMaker {
 // TPM is an emulated one, swtpm.
 type TPM struct {
 	Socket string // of commands; everybody may use it, one at a time
+
+	dir string
+	run *exec.Cmd // nil: taken away
 }
 
 // NewTPM makes a TPM and runs it until the test ends. It has an endorsement key,
@@ -52,15 +55,30 @@ func (m *TPMMaker) NewTPM(t testing.TB) *TPM {
 	if out, err := setup.CombinedOutput(); err != nil {
 		t.Fatalf("swtpm_setup: %v\n%s", err, out)
 	}
-	tpm := &TPM{Socket: filepath.Join(dir, "tpm")}
-	run := exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+dir, "--server", "type=unixio,mode=0666,path="+tpm.Socket,
+	tpm := &TPM{Socket: filepath.Join(dir, "tpm"), dir: dir}
+	t.Cleanup(func() { tpm.TakeAway(t) })
+	tpm.BringBack(t)
+	return tpm
+}
+
+// TakeAway makes the TPM go, as when its machine is switched off.
+func (tpm *TPM) TakeAway(t testing.TB) {
+	t.Helper()
+	if tpm.run != nil {
+		_ = tpm.run.Process.Kill()
+		_ = tpm.run.Wait()
+		tpm.run = nil
+	}
+}
+
+// BringBack undoes TakeAway: the TPM starts anew, with what it keeps.
+func (tpm *TPM) BringBack(t testing.TB) {
+	t.Helper()
+	_ = os.Remove(tpm.Socket) // which the one before has left
+	tpm.run = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+tpm.dir, "--server", "type=unixio,mode=0666,path="+tpm.Socket,
 		"--ctrl", "type=unixio,path="+tpm.Socket+".ctrl", "--flags", "not-need-init,startup-clear")
-	run.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	must(t, run.Start())
-	t.Cleanup(func() {
-		_ = run.Process.Kill()
-		_ = run.Wait()
-	})
+	tpm.run.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	must(t, tpm.run.Start())
 	Eventually(t, "the TPM", func(ctx context.Context) error {
 		var d net.Dialer
 		conn, err := d.DialContext(ctx, "unix", tpm.Socket)
@@ -69,7 +87,6 @@ func (m *TPMMaker) NewTPM(t testing.TB) *TPM {
 		}
 		return conn.Close()
 	})
-	return tpm
 }
 
 // tempDir makes a directory whose path is short enough for sockets.

@@ -67,6 +67,7 @@ type GetServerResponse struct {
 	// What the server knows at its revision, summed up in 16 bytes: servers that
 	// share a store have the same at the same revision.
 	Digest        []byte `protobuf:"bytes,6,opt,name=digest,proto3" json:"digest,omitempty"`
+	KeysProblem   string `protobuf:"bytes,7,opt,name=keys_problem,json=keysProblem,proto3" json:"keys_problem,omitempty"` // why the key manager cannot be used now; empty: it can
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -141,6 +142,13 @@ func (x *GetServerResponse) GetDigest() []byte {
 		return x.Digest
 	}
 	return nil
+}
+
+func (x *GetServerResponse) GetKeysProblem() string {
+	if x != nil {
+		return x.KeysProblem
+	}
+	return ""
 }
 
 type BackupRequest struct {
@@ -2187,7 +2195,7 @@ var File_hallmark_v1_admin_proto protoreflect.FileDescriptor
 const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"\x17hallmark/v1/admin.proto\x12\vhallmark.v1\x1a\x18hallmark/v1/record.proto\"\x12\n" +
-	"\x10GetServerRequest\"\xbd\x01\n" +
+	"\x10GetServerRequest\"\xe0\x01\n" +
 	"\x11GetServerResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x1a\n" +
@@ -2195,7 +2203,8 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"started_at\x18\x04 \x01(\x03R\tstartedAt\x12\x18\n" +
 	"\aaddress\x18\x05 \x01(\tR\aaddress\x12\x16\n" +
-	"\x06digest\x18\x06 \x01(\fR\x06digest\"\x0f\n" +
+	"\x06digest\x18\x06 \x01(\fR\x06digest\x12!\n" +
+	"\fkeys_problem\x18\a \x01(\tR\vkeysProblem\"\x0f\n" +
 	"\rBackupRequest\"T\n" +
 	"\x0eBackupResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\x12\x1a\n" +

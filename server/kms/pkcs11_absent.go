@@ -1,6 +1,6 @@
 //go:build !(pkcs11 && cgo)
 
-package authority
+package kms
 
 import (
 	"errors"
@@ -11,4 +11,4 @@ import (
 // errPKCS11 is why this program cannot use PKCS #11, or nil.
 var errPKCS11 = errors.New(`this hallmark was built without PKCS #11, which needs a C library; use one that was built with "make build-pkcs11"`)
 
-func newPKCS11Keys(KMSOptions) (apiv1.KeyManager, error) { return nil, errPKCS11 }
+func newPKCS11Keys(Options) (apiv1.KeyManager, error) { return nil, errPKCS11 }

@@ -1,6 +1,6 @@
 //go:build pkcs11 && cgo
 
-package authority
+package kms
 
 import (
 	"context"
@@ -30,7 +30,7 @@ const reopenWait = time.Second
 // pkcs11Keys keeps keys in a PKCS #11 token. After a failure (the token was
 // taken away, its service restarted) it opens the token anew.
 type pkcs11Keys struct {
-	o KMSOptions
+	o Options
 
 	mu      sync.RWMutex   // held for reading while the token is used
 	token   *pkcs11.PKCS11 // nil: it could not be opened
@@ -40,7 +40,7 @@ type pkcs11Keys struct {
 	final   bool           // trying again would lock the token, or it was closed
 }
 
-func newPKCS11Keys(o KMSOptions) (apiv1.KeyManager, error) {
+func newPKCS11Keys(o Options) (apiv1.KeyManager, error) {
 	k := &pkcs11Keys{o: o}
 	if err := k.open(); err != nil {
 		return nil, err
@@ -78,7 +78,7 @@ func (k *pkcs11Keys) reopen(n int) error {
 		if k.failure == nil {
 			k.o.Log.Error("the PKCS #11 token cannot be used; nothing is signed until it is back", "error", err)
 		}
-		k.failure = fmt.Errorf("%w: %w", ErrKeysUnavailable, err)
+		k.failure = fmt.Errorf("%w: %w", ErrUnavailable, err)
 		if pinRefused(err) && !k.final {
 			// A token counts wrong PINs, and locks itself at the third or so.
 			k.final = true
@@ -117,7 +117,7 @@ func (k *pkcs11Keys) use(do func(*pkcs11.PKCS11) error) error {
 		return err
 	}
 	if _, err = k.try(do); err != nil && !errors.Is(err, apiv1.NotFoundError{}) && !errors.Is(err, apiv1.AlreadyExistsError{}) {
-		err = fmt.Errorf("%w: %w", ErrKeysUnavailable, err)
+		err = fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	return err
 }
@@ -147,7 +147,7 @@ func (k *pkcs11Keys) Available() error {
 // says, so that keys of several trust domains can be in one token; keys are
 // found by the ID.
 func (k *pkcs11Keys) uri(name string) (byID, full string) {
-	label := "hallmark/" + k.o.TrustDomain.Name() + "/" + name
+	label := k.o.owner().label(name)
 	sum := sha256.Sum256([]byte(label))
 	id := hex.EncodeToString(sum[:16])
 	return uri.New(pkcs11.Scheme, url.Values{"id": {id}}).String(),
@@ -155,15 +155,15 @@ func (k *pkcs11Keys) uri(name string) (byID, full string) {
 }
 
 // ValidateName reports whether a key may have that name.
-func (k *pkcs11Keys) ValidateName(name string) error { return validateKeyName(name) }
+func (k *pkcs11Keys) ValidateName(name string) error { return CheckName(name) }
 
 // CreateKey makes a key in the token, which it cannot leave. It fails with an
 // [apiv1.AlreadyExistsError] if there is a key of that name.
 func (k *pkcs11Keys) CreateKey(req *apiv1.CreateKeyRequest) (*apiv1.CreateKeyResponse, error) {
-	if err := validateKeyName(req.Name); err != nil {
+	if err := CheckName(req.Name); err != nil {
 		return nil, err
 	}
-	if err := supported(req); err != nil {
+	if err := Supported(req); err != nil {
 		return nil, err
 	}
 	in := *req
@@ -200,7 +200,7 @@ func (k *pkcs11Keys) GetPublicKey(req *apiv1.GetPublicKeyRequest) (crypto.Public
 // CreateSigner returns the key named by the request's SigningKey. It fails
 // with an [apiv1.NotFoundError] if there is none of that name.
 func (k *pkcs11Keys) CreateSigner(req *apiv1.CreateSignerRequest) (crypto.Signer, error) {
-	if err := validateKeyName(req.SigningKey); err != nil {
+	if err := CheckName(req.SigningKey); err != nil {
 		return nil, err
 	}
 	byID, _ := k.uri(req.SigningKey)
@@ -221,7 +221,7 @@ func (k *pkcs11Keys) CreateSigner(req *apiv1.CreateSignerRequest) (crypto.Signer
 // DeleteKey deletes a key. It fails with an [apiv1.NotFoundError] if there is
 // none of that name.
 func (k *pkcs11Keys) DeleteKey(req *apiv1.DeleteKeyRequest) error {
-	if err := validateKeyName(req.Name); err != nil {
+	if err := CheckName(req.Name); err != nil {
 		return err
 	}
 	byID, _ := k.uri(req.Name)
@@ -285,4 +285,9 @@ func (s *pkcs11Signer) find(t *pkcs11.PKCS11) (crypto.Signer, error) {
 		s.held, s.in = held, t
 	}
 	return s.held, nil
+}
+
+func sameKey(a, b crypto.PublicKey) bool {
+	k, ok := a.(interface{ Equal(crypto.PublicKey) bool })
+	return ok && k.Equal(b)
 }
