@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -29,9 +30,10 @@ const (
 
 func (a *app) credentialCommand() *cobra.Command {
 	return noun("credential", "be the helper that clients of clouds, Kubernetes and Vault call",
-		"Credential fetches a JWT-SVID over the Workload API and makes of it what the clients of\n"+
-			"others ask a helper for. They trust the trust domain by its OIDC issuer (oidc_issuer in\n"+
-			"the server's configuration); no secret is kept anywhere.",
+		"Credential fetches a JWT-SVID (for IAM Roles Anywhere of AWS, the X509-SVID) over the\n"+
+			"Workload API and makes of it what the clients of others ask a helper for.\n"+
+			"They trust the trust domain by its OIDC issuer (oidc_issuer in the server's\n"+
+			"configuration); no secret is kept anywhere.",
 		"  hallmark credential aws --role-arn arn:aws:iam::123456789012:role/web\n  hallmark credential kubernetes --audience https://kubernetes.example.org\n"+
 			"  hallmark credential azure --token-file /run/identity/azure.jwt --watch",
 		a.credentialAWS(), a.credentialGCP(), a.credentialAzure(), a.credentialKubernetes(), a.credentialVault())
@@ -82,6 +84,31 @@ func (s *subject) fetch(ctx context.Context) (*jwtsvid.SVID, credential.Token, e
 	return svid, credential.Token{Text: svid.Marshal(), ExpiresAt: svid.Expiry}, nil
 }
 
+// fetchX509 fetches the X509-SVID, of several that which is named or the first.
+func (s *subject) fetchX509(ctx context.Context) (*x509svid.SVID, error) {
+	params, err := s.params()
+	if err != nil {
+		return nil, err
+	}
+	client, err := workload(ctx, *s.socket)
+	if err != nil {
+		return nil, err
+	}
+	defer client.Close()
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	svids, err := client.FetchX509SVIDs(ctx)
+	if err != nil {
+		return nil, workloadError("fetch an X509-SVID", err)
+	}
+	for _, svid := range svids {
+		if params.Subject.IsZero() || svid.ID == params.Subject {
+			return svid, nil
+		}
+	}
+	return nil, fmt.Errorf("this process has no X509-SVID of %s; \"hallmark fetch x509\" lists those it has", params.Subject)
+}
+
 // writeToken writes a token to a file that only this user can read, atomically:
 // once, or again whenever half of its lifetime is over. It removes the file when
 // this process may have no token any more.
@@ -121,6 +148,7 @@ func (a *app) writeToken(ctx context.Context, s *subject, path string, watch boo
 func (a *app) credentialAWS() *cobra.Command {
 	var s subject
 	var role, session, region, endpoint, file, ca string
+	var anywhere credential.RolesAnywhere
 	var lasts duration
 	var watch bool
 	cmd := &cobra.Command{
@@ -129,24 +157,45 @@ func (a *app) credentialAWS() *cobra.Command {
 		Long: "AWS assumes a role with a JWT-SVID (AssumeRoleWithWebIdentity) and prints what AWS SDKs\n" +
 			"read of a credential_process. With --token-file it writes the JWT-SVID instead, for SDKs\n" +
 			"that find it by AWS_WEB_IDENTITY_TOKEN_FILE and assume the role themselves.\n\n" +
+			"With --trust-anchor-arn and --profile-arn it assumes the role with the X509-SVID, by IAM\n" +
+			"Roles Anywhere, whose trust anchor is the X.509 authority. That needs no OIDC issuer. It\n" +
+			"asks the region of the trust anchor, or $AWS_ENDPOINT_URL_ROLESANYWHERE.\n\n" +
 			"In ~/.aws/config:\n\n" +
 			"  [profile web]\n  credential_process = hallmark credential aws --role-arn arn:aws:iam::123456789012:role/web",
 		Example: "  hallmark credential aws --role-arn arn:aws:iam::123456789012:role/web --region eu-central-1\n" +
+			"  hallmark credential aws --role-arn arn:aws:iam::123456789012:role/web" +
+			" --trust-anchor-arn arn:aws:rolesanywhere:eu-central-1:123456789012:trust-anchor/ID" +
+			" --profile-arn arn:aws:rolesanywhere:eu-central-1:123456789012:profile/ID\n" +
 			"  hallmark credential aws --token-file /run/identity/aws.jwt --watch",
 		Args: noArguments,
 	}
 	s.register(cmd, " (default "+awsAudience+")")
 	cmd.Flags().StringVar(&role, "role-arn", "", "`ARN` of the role (default $AWS_ROLE_ARN)")
-	cmd.Flags().StringVar(&session, "session-name", "", "`name` of the session in CloudTrail (default $AWS_ROLE_SESSION_NAME, then of the SPIFFE ID)")
+	cmd.Flags().StringVar(&session, "session-name", "", "the session's `name` in CloudTrail (default $AWS_ROLE_SESSION_NAME, then of the SPIFFE ID)")
 	cmd.Flags().StringVar(&region, "region", "", "`region` whose STS is asked (default $AWS_REGION, $AWS_DEFAULT_REGION, then the global one)")
 	cmd.Flags().StringVar(&endpoint, "sts-endpoint", "", "`URL` of STS (default $AWS_ENDPOINT_URL_STS, then that of the region)")
-	cmd.Flags().Var(&lasts, "duration", "how `long` the credentials last, 15m to 12h (default: as the role says)")
-	cmd.Flags().StringVar(&ca, "ca-file", "", "PEM `file` of STS's authorities (default: the system's)")
+	cmd.Flags().StringVar(&anywhere.TrustAnchorARN, "trust-anchor-arn", "", "`ARN` of the trust anchor of IAM Roles Anywhere; its region is asked")
+	cmd.Flags().StringVar(&anywhere.ProfileARN, "profile-arn", "", "`ARN` of the profile of IAM Roles Anywhere")
+	cmd.Flags().Var(&lasts, "duration", "how `long` the credentials last, 15m to 12h (default: as the role or profile says)")
+	cmd.Flags().StringVar(&ca, "ca-file", "", "PEM `file` of AWS's authorities (default: the system's)")
 	cmd.Flags().StringVar(&file, "token-file", "", "`file` to write the token to instead of assuming a role")
 	cmd.Flags().BoolVar(&watch, "watch", false, "with --token-file, go on, and write new tokens in time")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		s.audience = cmp.Or(s.audience, awsAudience)
 		ctx := cmd.Context()
+		if anywhere.TrustAnchorARN != "" || anywhere.ProfileARN != "" {
+			for _, other := range []string{"audience", "token-file", "watch", "region", "sts-endpoint"} {
+				if cmd.Flags().Changed(other) {
+					return usageError(fmt.Errorf("--%s is of no use with a trust anchor, whose role is assumed with the X509-SVID in its own region", other))
+				}
+			}
+			if err := required(cmd, "trust-anchor-arn", "profile-arn"); err != nil {
+				return err
+			}
+			anywhere.RoleARN, anywhere.SessionName = cmp.Or(role, os.Getenv("AWS_ROLE_ARN")), session
+			anywhere.Duration = time.Duration(lasts.Duration)
+			return a.assumeAnywhere(ctx, &s, anywhere, ca)
+		}
+		s.audience = cmp.Or(s.audience, awsAudience)
 		if file != "" {
 			return a.writeToken(ctx, &s, file, watch)
 		}
@@ -184,6 +233,33 @@ func (a *app) credentialAWS() *cobra.Command {
 		return json.NewEncoder(a.out).Encode(given)
 	}
 	return cmd
+}
+
+// assumeAnywhere prints credentials of the role that an X509-SVID assumes.
+func (a *app) assumeAnywhere(ctx context.Context, s *subject, of credential.RolesAnywhere, ca string) (err error) {
+	if of.RoleARN == "" {
+		return usageError(errors.New("no role is named; give --role-arn, or set AWS_ROLE_ARN"))
+	}
+	if of.Endpoint = os.Getenv("AWS_ENDPOINT_URL_ROLESANYWHERE"); of.Endpoint == "" {
+		if of.Endpoint, err = credential.RolesAnywhereEndpoint(of.TrustAnchorARN); err != nil {
+			return usageError(err)
+		}
+	}
+	if err := of.Check(); err != nil {
+		return usageError(err)
+	}
+	if of.Client, err = credential.Client(ca); err != nil {
+		return err
+	}
+	svid, err := s.fetchX509(ctx)
+	if err != nil {
+		return err
+	}
+	given, err := of.Assume(ctx, svid.Certificates, svid.PrivateKey, a.now())
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(a.out).Encode(given)
 }
 
 func (a *app) credentialGCP() *cobra.Command {

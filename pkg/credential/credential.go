@@ -1,5 +1,6 @@
 // Package credential makes of a JWT-SVID what the clients of others ask a helper
-// for: credentials of AWS ([AWS.Assume]), the answer that Google's libraries read
+// for: credentials of AWS ([AWS.Assume]; of an X509-SVID,
+// [RolesAnywhere.Assume]), the answer that Google's libraries read
 // ([GoogleAnswer]), an ExecCredential of Kubernetes ([ExecCredential]), a token of
 // Vault ([Vault.Login]). It needs no library of theirs.
 //

@@ -1,15 +1,24 @@
 package credential
 
 import (
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
 	"encoding/json"
+	"math/big"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 )
 
 const secret = "eyJhbGciOiJFUzI1NiJ9.e30.c2ln"
+
+const session = `{"credentialSet":[{"credentials":{"accessKeyId":"A","secretAccessKey":"S","sessionToken":"T","expiration":"2026-03-01T12:00:00Z"}}]}`
 
 const assumed = `<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><AssumeRoleWithWebIdentityResult><Credentials>` +
 	`<AccessKeyId>A</AccessKeyId><SecretAccessKey>S</SecretAccessKey><SessionToken>T</SessionToken><Expiration>2026-03-01T12:00:00Z</Expiration>` +
@@ -193,6 +202,8 @@ func FuzzAnswers(f *testing.F) {
 	f.Add(200, []byte(assumed))
 	f.Add(400, []byte(`<ErrorResponse><Error><Code>X</Code><Message>`+secret+`</Message></Error></ErrorResponse>`))
 	f.Add(200, []byte(`{"auth":{"client_token":"x","lease_duration":3600}}`))
+	f.Add(201, []byte(session))
+	f.Add(403, []byte(`{"message":"Untrusted certificate\n"}`))
 	f.Add(403, []byte(`{"errors":["`+secret+`"]}`))
 	f.Add(200, []byte(`{"kind":"ExecCredential","apiVersion":"client.authentication.k8s.io/v1"}`))
 	f.Fuzz(func(t *testing.T, status int, answer []byte) {
@@ -209,6 +220,11 @@ func FuzzAnswers(f *testing.F) {
 				t.Errorf("the error is %q", err)
 			}
 		}
+		if c, err := parseSession(status, answer); err == nil && (status/100 != 2 || c.AccessKeyID == "" || c.SecretAccessKey == "" || c.SessionToken == "" || c.Expiration.IsZero()) {
+			t.Errorf("got %+v", c)
+		} else if err != nil && strings.ContainsAny(err.Error(), "\n\x1b") {
+			t.Errorf("the error is %q", err)
+		}
 		if version, err := ExecVersion(string(answer)); err == nil {
 			if text, err := ExecCredential(version, Token{Text: secret}); err != nil || !json.Valid(text) {
 				t.Errorf("got %s, %v", text, err)
@@ -216,3 +232,63 @@ func FuzzAnswers(f *testing.F) {
 		}
 	})
 }
+
+func TestASessionOfRolesAnywhereThatCannotBeMeantIsNotAskedFor(t *testing.T) {
+	const anchor, profile = "arn:aws:rolesanywhere:eu-central-1:123456789012:trust-anchor/a-1", "arn:aws:rolesanywhere:eu-central-1:123456789012:profile/p-1"
+	url, asked := service(t, 201, session)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain := []*x509.Certificate{{Raw: []byte{1}, SerialNumber: big.NewInt(7)}}
+	good := RolesAnywhere{Endpoint: url, TrustAnchorARN: anchor, ProfileARN: profile, RoleARN: role(t, url).RoleARN, Client: client(t)}
+	for name, change := range map[string]func(*RolesAnywhere){
+		"no anchor": func(a *RolesAnywhere) { a.TrustAnchorARN = "" }, "a profile as anchor": func(a *RolesAnywhere) { a.TrustAnchorARN = profile },
+		"no profile": func(a *RolesAnywhere) { a.ProfileARN = "" }, "another region": func(a *RolesAnywhere) { a.ProfileARN = strings.Replace(profile, "eu", "us", 1) },
+		"a region of evil": func(a *RolesAnywhere) { a.TrustAnchorARN = strings.Replace(anchor, "eu-central-1", "evil.example/", 1) },
+		"no role":          func(a *RolesAnywhere) { a.RoleARN = "" }, "plain HTTP": func(a *RolesAnywhere) { a.Endpoint = "http://aws.example" }, "a short time": func(a *RolesAnywhere) { a.Duration = time.Minute },
+	} {
+		a := good
+		change(&a)
+		if _, err := a.Assume(t.Context(), chain, key, time.Now()); err == nil {
+			t.Errorf("%s was taken", name)
+		}
+	}
+	_, edKey, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, err := range map[string]error{
+		"no chain":     second(good.Assume(t.Context(), nil, key, time.Now())),
+		"a long chain": second(good.Assume(t.Context(), slices.Repeat(chain, maxChain+1), key, time.Now())),
+		"Ed25519":      second(good.Assume(t.Context(), chain, edKey, time.Now())),
+	} {
+		if err == nil {
+			t.Errorf("%s was taken", name)
+		}
+	}
+	if *asked != 0 {
+		t.Errorf("%d requests were sent", *asked)
+	}
+	if given, err := good.Assume(t.Context(), chain, key, time.Now()); err != nil || given.SessionToken != "T" {
+		t.Errorf("a good one: %+v, %v", given, err)
+	}
+	for body, status := range map[string]int{
+		"": 201, "null": 201, `{"credentialSet":[]}`: 201, session: 403, session + "x": 201, strings.Replace(session, `"S"`, `""`, 1): 201,
+		strings.Replace(session, "2026-03-01T12:00:00Z", "soon", 1): 201, `{"message":"` + strings.Repeat("x", 5000) + `"}`: 403,
+	} {
+		at, _ := service(t, status, body)
+		lying := good
+		lying.Endpoint = at
+		if given, err := lying.Assume(t.Context(), chain, key, time.Now()); err == nil || len(err.Error()) > 600 {
+			t.Errorf("%d %.100q gave %+v, %v", status, body, given, err)
+		}
+	}
+	for arn, want := range map[string]string{anchor: "https://rolesanywhere.eu-central-1.amazonaws.com", strings.Replace(anchor, "eu-central-1", "cn-north-1", 1): "https://rolesanywhere.cn-north-1.amazonaws.com.cn", profile: ""} {
+		if got, _ := RolesAnywhereEndpoint(arn); got != want {
+			t.Errorf("%s: got %q", arn, got)
+		}
+	}
+}
+
+func second[T any](_ T, err error) error { return err }

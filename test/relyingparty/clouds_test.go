@@ -32,6 +32,7 @@ import (
 func TestTheClientsOfCloudsGetCredentialsByOurHelpers(t *testing.T) {
 	w := newWorld(t)
 	t.Run("AWS", w.aws)
+	t.Run("IAM Roles Anywhere", w.rolesAnywhere)
 	t.Run("Google Cloud", w.google)
 	t.Run("Azure", w.azure)
 	t.Run("Kubernetes", w.kubernetes)
