@@ -142,6 +142,8 @@ func TestBadConfigurationIsExplainedAndChangesNothing(t *testing.T) {
 // see: it is in what a value means, in several keys together, or in a file that
 // is named; or what is missing may come from a flag.
 var seenByValidateOnly = map[string]bool{
+	"server ACME without domains": true, "server ACME without its terms accepted": true, "server ACME for a wildcard": true,
+	"server ACME over HTTP": true, "server ACME and files": true,
 	"server empty": true, "agent empty": true, "agent no server": true, // flags may give it
 	"server capital trust domain": true, "server trust domain with scheme": true, "server trust domain too long": true,
 	"server listen without port": true, "server listen on a large port": true, "server advertise everything": true,
