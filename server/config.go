@@ -19,6 +19,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/exchange"
 	"github.com/hallmark-id/hallmark/server/issue"
+	"github.com/hallmark-id/hallmark/server/upstream"
 )
 
 // Config is a server's configuration, as server.yaml has it. Only trust_domain
@@ -59,6 +60,10 @@ type Config struct {
 	// Keys says where the private keys of the authorities are kept. Default:
 	// disk.
 	Keys KeysConfig `yaml:"keys"`
+
+	// Upstream is the authority above this server's: it signs its X.509 authorities.
+	// Default: none, each is its own root.
+	Upstream *upstream.Config `yaml:"upstream"`
 
 	X509 X509Config `yaml:"x509"` // authorities and SVIDs of X.509
 	JWT  JWTConfig  `yaml:"jwt"`  // authorities and SVIDs of JWT
@@ -478,6 +483,11 @@ func (s *settings) check(src config.Source) error {
 		wrong("store.badger.memtable", "memtable is %d bytes; it is between %d and %d", b.MemTable, 8<<20, 256<<20)
 	}
 	s.checkKeys(wrong)
+	if s.Upstream != nil {
+		if path, err := s.Upstream.Check(); err != nil {
+			wrong(strings.TrimSuffix("upstream."+path, "."), "%v", err)
+		}
+	}
 	s.checkBundleEndpoint(wrong)
 	s.checkTokenExchange(wrong)
 	s.checkOIDC(wrong)

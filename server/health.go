@@ -27,12 +27,20 @@ func readiness(asked, running context.Context, st *opened, authorities *authorit
 	for _, kind := range authorities.Kinds() {
 		switch active, _, _ := authorities.State(kind); {
 		case active == nil:
-			return fmt.Errorf("there is no active %v authority", kind)
+			return because(fmt.Errorf("there is no active %v authority", kind), authorities.UpstreamFailure())
 		case !now.Before(active.ExpiresAt):
-			return fmt.Errorf("the active %v authority has expired", kind)
+			return because(fmt.Errorf("the active %v authority has expired", kind), authorities.UpstreamFailure())
 		}
 	}
 	return authorities.KeysAvailable()
+}
+
+// because adds to what is wrong that the authority above has failed, if it has.
+func because(wrong, failure error) error {
+	if failure == nil {
+		return wrong
+	}
+	return fmt.Errorf("%w; the upstream authority: %w", wrong, failure)
 }
 
 // readable returns why the store cannot be read, or nil.
@@ -57,6 +65,10 @@ func state(reg *registry.Registry, pushes *feed.Feed, authorities *authority.Aut
 		AgentsBehind:  pushes.Behind(),
 		LiveSVIDs:     issued.Live(),
 		AuthorityEnds: make(map[string]time.Time),
+	}
+	if kind, _, _ := authorities.UpstreamState(); kind != "" {
+		failing := authorities.UpstreamFailure() != nil
+		s.UpstreamFailing = &failing
 	}
 	for _, kind := range authorities.Kinds() {
 		if active, _, _ := authorities.State(kind); active != nil {

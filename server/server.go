@@ -37,6 +37,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
 	"github.com/hallmark-id/hallmark/server/store/etcd"
+	"github.com/hallmark-id/hallmark/server/upstream"
 	"github.com/hallmark-id/hallmark/server/web"
 )
 
@@ -136,6 +137,13 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, keys.Close()) }()
+	above, err := s.openUpstream()
+	if err != nil {
+		return err
+	}
+	if above != nil {
+		defer func() { err = errors.Join(err, above.Close()) }()
+	}
 	issued, err := s.openJournal(log)
 	if err != nil {
 		return err
@@ -158,13 +166,13 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	if st.member != nil {
 		below.Go(func() error { return st.member.Run(base) })
 	}
-	above, cancel := context.WithCancelCause(ctx)
+	serving, cancel := context.WithCancelCause(ctx)
 	defer context.AfterFunc(base, func() { cancel(context.Cause(base)) })()
 
 	var served *api.API // whose rates hold for the token endpoint too
 	var issuer *issue.Issuer
 	var endpoint *exchange.Exchange
-	authorities, err := s.openAuthorities(above, name, reg, keys, log)
+	authorities, err := s.openAuthorities(serving, name, reg, keys, above, log, counted)
 	if err == nil {
 		issuer = s.newIssuer(authorities, issued, log, counted)
 		endpoint, err = s.newExchange(reg, issuer, func() *api.API { return served }, log, counted)
@@ -219,7 +227,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 			giveMemoryBack(base, look.C)
 			return nil
 		})
-		err = served.Run(above, tcp, admin)
+		err = served.Run(serving, tcp, admin)
 	}
 	stop()
 	if failed := below.Wait(); failed != nil && !errors.Is(failed, context.Canceled) {
@@ -232,8 +240,8 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	return err
 }
 
-func (s *settings) openAuthorities(ctx context.Context, name string, reg *registry.Registry, keys apiv1.KeyManager, log *slog.Logger) (*authority.Authorities, error) {
-	return authority.Open(ctx, authority.Options{
+func (s *settings) openAuthorities(ctx context.Context, name string, reg *registry.Registry, keys apiv1.KeyManager, above upstream.Upstream, log *slog.Logger, counted *metrics.Metrics) (*authority.Authorities, error) {
+	o := authority.Options{
 		Registry:     reg,
 		Keys:         keys,
 		TrustDomain:  s.td,
@@ -247,7 +255,26 @@ func (s *settings) openAuthorities(ctx context.Context, name string, reg *regist
 		WITKeyType:   s.WIT.KeyType,
 		JWTRS256:     slices.ContainsFunc(s.profiles, (*issue.Profile).RS256),
 		Log:          log,
-	})
+	}
+	if above != nil {
+		o.Upstream = above
+		o.Counts = func(what string, err error) {
+			outcome := "ok"
+			if err != nil {
+				outcome = "failed"
+			}
+			counted.UpstreamRequests.WithLabelValues(what, outcome).Inc()
+		}
+	}
+	return authority.Open(ctx, o)
+}
+
+// openUpstream makes the authority above. It returns nil if there is none.
+func (s *settings) openUpstream() (upstream.Upstream, error) {
+	if s.Upstream == nil {
+		return nil, nil
+	}
+	return upstream.New(*s.Upstream, upstream.Options{TrustDomain: s.td})
 }
 
 func (s *settings) newIssuer(authorities *authority.Authorities, issued *journal.Journal, log *slog.Logger, counted *metrics.Metrics) *issue.Issuer {
@@ -383,6 +410,9 @@ func describe(reg *registry.Registry, authorities *authority.Authorities) (attrs
 		if active, _, _ := authorities.State(kind); active != nil {
 			attrs = append(attrs, kind.String()+"_authority", active.ID)
 		}
+	}
+	if kind, address, _ := authorities.UpstreamState(); kind != "" {
+		attrs = append(attrs, "upstream", kind, "upstream_address", address)
 	}
 	view := reg.View()
 	return append(attrs, "entries", view.EntryCount(), "agents", view.NodeCount())

@@ -9,7 +9,6 @@ package cloud
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -46,24 +45,29 @@ func Metadata(address string) (*Service, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Service{base: u.Scheme + "://" + u.Host, http: client(nil, nil)}, nil
+	return &Service{base: u.Scheme + "://" + u.Host, http: client(nil, &tls.Config{})}, nil
 }
 
 // API makes the APIs of a cloud, by the environment's proxies if there are any.
-func API() *Service { return APITrusting(nil) }
-
-// APITrusting is [API] for servers whose certificates only some authorities sign;
-// nil: those that the system trusts.
-func APITrusting(roots *x509.CertPool) *Service {
-	return &Service{http: client(http.ProxyFromEnvironment, roots)}
+func API() *Service {
+	return APIOver(&tls.Config{})
 }
 
-func client(proxy func(*http.Request) (*url.URL, error), roots *x509.CertPool) *http.Client {
+// APIOver is API with roots or a client certificate of its own.
+func APIOver(config *tls.Config) *Service {
+	return &Service{http: client(http.ProxyFromEnvironment, config)}
+}
+
+// Close closes connections that are kept open.
+func (s *Service) Close() { s.http.CloseIdleConnections() }
+
+func client(proxy func(*http.Request) (*url.URL, error), config *tls.Config) *http.Client {
+	config.MinVersion = tls.VersionTLS12
 	return &http.Client{
 		Timeout: answerTime,
 		Transport: &http.Transport{
 			Proxy:                  proxy,
-			TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots},
+			TLSClientConfig:        config,
 			DisableCompression:     true, // the bound is on what is read
 			MaxIdleConnsPerHost:    maxIdle,
 			IdleConnTimeout:        idleTime,

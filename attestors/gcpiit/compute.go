@@ -3,70 +3,40 @@ package gcpiit
 import (
 	"cmp"
 	"context"
-	"crypto/rsa"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
-	"os"
 	"slices"
-	"sync"
 	"time"
 
-	"github.com/go-jose/go-jose/v4"
-	"github.com/go-jose/go-jose/v4/jwt"
-
 	"github.com/hallmark-id/hallmark/attestors/cloud"
-	"github.com/hallmark-id/hallmark/attestors/pemfile"
 )
 
 const (
 	defaultEndpoint = "https://compute.googleapis.com"
 	scope           = "https://www.googleapis.com/auth/compute.readonly"
-	grantType       = "urn:ietf:params:oauth:grant-type:jwt-bearer"
-	credentialsEnv  = "GOOGLE_APPLICATION_CREDENTIALS"
 
-	maxAnswer   = 2 << 20  // bytes; all metadata of an instance have at most 512 KiB
-	maxKeyFile  = 64 << 10 // bytes
-	maxValues   = 1000     // tags, and metadata, of an instance; Google has lower bounds
-	assertTime  = 10 * time.Minute
-	earlier     = 5 * time.Minute // that tokens are replaced before their end
-	longestLife = 48 * 60 * 60    // seconds of a token
+	maxAnswer = 2 << 20 // bytes; all metadata of an instance have at most 512 KiB
+	maxValues = 1000    // tags, and metadata, of an instance; Google has lower bounds
 )
 
 // compute asks the Compute Engine API about instances.
 type compute struct {
-	c        ServerConfig
-	account  *account // nil: that of the instance that the server is on
-	metadata metadata
-	api      *cloud.Service
-	now      func() time.Time
-
-	mu      sync.Mutex
-	token   string
-	expires time.Time
+	c      ServerConfig
+	tokens *Tokens
+	api    *cloud.Service
 }
 
 func newCompute(c ServerConfig, now func() time.Time) (*compute, error) {
-	out := &compute{c: c, api: cloud.API(), now: now}
+	out := &compute{c: c, api: cloud.API()}
 	var err error
 	if out.c.Endpoint, err = cloud.CheckEndpoint(cmp.Or(c.Endpoint, defaultEndpoint)); err != nil {
 		return nil, fmt.Errorf("endpoint: %w", err)
 	}
-	if out.metadata, err = newMetadata(c.MetadataAddress); err != nil {
+	if out.tokens, err = NewTokens(scope, c.ServiceAccountFile, c.MetadataAddress, now); err != nil {
 		return nil, err
-	}
-	if path := cmp.Or(c.ServiceAccountFile, os.Getenv(credentialsEnv)); path != "" {
-		data, err := pemfile.Read(path, maxKeyFile)
-		if err != nil {
-			return nil, fmt.Errorf("service_account_file: %w", err)
-		}
-		if out.account, err = parseAccount(data); err != nil {
-			return nil, fmt.Errorf("service_account_file: %s: %w", path, err)
-		}
 	}
 	return out, nil
 }
@@ -91,7 +61,7 @@ type described struct {
 // describe returns selectors of a token's instance. The error is for the node if
 // the instance is not what it should be, or else an [unavailable].
 func (c *compute) describe(ctx context.Context, i *instance) ([]string, error) {
-	token, err := c.bearer(ctx)
+	token, err := c.tokens.Bearer(ctx)
 	if err != nil {
 		return nil, unavailable{err}
 	}
@@ -142,114 +112,4 @@ func (c *compute) selectors(d *described) ([]string, error) {
 		out = append(out, "metadata:"+item.Key+":"+item.Value)
 	}
 	return out, nil
-}
-
-// bearer returns a token for the API. The lock is held while it is got, so that it
-// is got once.
-func (c *compute) bearer(ctx context.Context) (string, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.token != "" && c.now().Before(c.expires) {
-		return c.token, nil
-	}
-	var data []byte
-	var err error
-	if c.account == nil {
-		if data, err = c.metadata.get(ctx, accounts+"default/token", maxToken); err != nil {
-			return "", fmt.Errorf("token of the server's instance: %w", err)
-		}
-	} else if data, err = c.account.ask(ctx, c.api, c.now()); err != nil {
-		return "", fmt.Errorf("token of the service account %s: %w", c.account.email, err)
-	}
-	token, life, err := parseToken(data)
-	if err != nil {
-		return "", err
-	}
-	c.token, c.expires = token, c.now().Add(life-earlier)
-	return token, nil
-}
-
-func parseToken(data []byte) (string, time.Duration, error) {
-	var answer struct {
-		AccessToken string `json:"access_token"`
-		ExpiresIn   int64  `json:"expires_in"`
-	}
-	if err := json.Unmarshal(data, &answer); err != nil {
-		return "", 0, errors.New("answered with something else than a token")
-	}
-	token, err := cloud.Token([]byte(answer.AccessToken))
-	if err != nil {
-		return "", 0, err
-	}
-	if answer.ExpiresIn <= 0 || answer.ExpiresIn > longestLife {
-		return "", 0, errors.New("answered with a token of which it does not say how long it is good")
-	}
-	return token, time.Duration(answer.ExpiresIn) * time.Second, nil
-}
-
-// account is a service account by its key.
-type account struct {
-	email, keyID, tokenURL string
-	key                    *rsa.PrivateKey
-}
-
-// String keeps the key out of errors.
-func (a *account) String() string { return a.email }
-
-// parseAccount reads the file of a service account's key. Its errors hold nothing of
-// that.
-func parseAccount(data []byte) (*account, error) {
-	var file struct {
-		Type         string `json:"type"`
-		ClientEmail  string `json:"client_email"`
-		PrivateKeyID string `json:"private_key_id"`
-		PrivateKey   string `json:"private_key"`
-		TokenURI     string `json:"token_uri"`
-	}
-	if err := json.Unmarshal(data, &file); err != nil {
-		return nil, errors.New("it is no JSON")
-	}
-	if file.Type != "service_account" || file.ClientEmail == "" {
-		return nil, errors.New("it is not the key of a service account")
-	}
-	block, _ := pem.Decode([]byte(file.PrivateKey))
-	if block == nil {
-		return nil, errors.New("it has no private key")
-	}
-	parsed, err := x509.ParsePKCS8PrivateKey(block.Bytes)
-	if err != nil {
-		return nil, errors.New("its private key is malformed")
-	}
-	key, ok := parsed.(*rsa.PrivateKey)
-	if !ok {
-		return nil, errors.New("its private key is not of RSA")
-	}
-	a := &account{email: file.ClientEmail, keyID: file.PrivateKeyID, key: key}
-	if a.tokenURL, err = cloud.CheckEndpoint(file.TokenURI); err != nil {
-		return nil, fmt.Errorf("token_uri: %w", err)
-	}
-	return a, nil
-}
-
-// ask exchanges a signed assertion for a token (RFC 7523 §2.1).
-func (a *account) ask(ctx context.Context, api *cloud.Service, now time.Time) ([]byte, error) {
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: a.key}, (&jose.SignerOptions{}).WithType("JWT").WithHeader("kid", a.keyID))
-	if err != nil {
-		return nil, err
-	}
-	assertion, err := jwt.Signed(signer).Claims(map[string]any{
-		"iss": a.email, "scope": scope, "aud": a.tokenURL, "iat": now.Unix(), "exp": now.Add(assertTime).Unix(),
-	}).Serialize()
-	if err != nil {
-		return nil, err
-	}
-	answer, err := api.Do(ctx, cloud.Question{
-		Method: http.MethodPost, URL: a.tokenURL, Most: maxToken,
-		Header: map[string]string{"Content-Type": "application/x-www-form-urlencoded"},
-		Body:   url.Values{"grant_type": {grantType}, "assertion": {assertion}}.Encode(),
-	})
-	if err != nil {
-		return nil, err
-	}
-	return answer.Body, nil
 }

@@ -34,7 +34,7 @@ func TestWhoFindsAnEmulatorsQueueFullWaits(t *testing.T) {
 	if d, err := tpm.Open(ctx, path); err == nil {
 		d.Close()
 		t.Fatal("there was a place in the queue")
-	} else if ctx.Err() == nil {
+	} else if late := net.Error(nil); ctx.Err() == nil && !(errors.As(err, &late) && late.Timeout()) { // a dialer looks at the time itself
 		t.Errorf("it has not waited: %v", err)
 	}
 	opened := make(chan error, 1)

@@ -70,9 +70,10 @@ func serverMetrics() ([]*dto.MetricFamily, error) {
 	m.Refusals.WithLabelValues("", "")
 	m.TokenExchanges.WithLabelValues("", "")
 	m.BundleRefreshes.WithLabelValues("", "")
+	m.UpstreamRequests.WithLabelValues("", "")
 	m.BundleRefreshed.WithLabelValues("")
 	server.RegisterState(r, func() server.State {
-		return server.State{AuthorityEnds: map[string]time.Time{"x509": {}}}
+		return server.State{AuthorityEnds: map[string]time.Time{"x509": {}}, UpstreamFailing: new(bool)}
 	})
 	return gather(r)
 }

@@ -28,6 +28,7 @@ import (
 type X509Authority struct {
 	Certificate *x509.Certificate
 	Tainted     bool // trusted still, but what it signed is being replaced
+	Upstream    bool // of the authority above this trust domain's server: it goes when that has it no more
 }
 
 // JWTAuthority is one key of a bundle that signs JWTs: JWT-SVIDs or WIT-SVIDs.
@@ -36,6 +37,7 @@ type JWTAuthority struct {
 	PublicKey crypto.PublicKey
 	ExpiresAt time.Time // zero is never
 	Tainted   bool
+	Upstream  bool // as of an X509Authority
 }
 
 // Bundle is the public authorities of one trust domain. Do not change it after
@@ -179,7 +181,7 @@ func FromRecord(r *hallmarkv1.Bundle) (*Bundle, error) {
 		if err != nil {
 			return nil, fmt.Errorf("bundle of %s: X.509 authority %d: %w", td.Name(), i, err)
 		}
-		b.X509Authorities = append(b.X509Authorities, X509Authority{Certificate: cert, Tainted: a.Tainted})
+		b.X509Authorities = append(b.X509Authorities, X509Authority{Certificate: cert, Tainted: a.Tainted, Upstream: a.Upstream})
 	}
 	if b.JWTAuthorities, err = jwtAuthorities(r.JwtAuthorities); err != nil {
 		return nil, fmt.Errorf("bundle of %s: JWT authority %w", td.Name(), err)
@@ -197,7 +199,7 @@ func jwtAuthorities(rs []*hallmarkv1.JWTAuthority) ([]JWTAuthority, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%q: %w", r.KeyId, err)
 		}
-		as = append(as, JWTAuthority{KeyID: r.KeyId, PublicKey: key, Tainted: r.Tainted, ExpiresAt: timeOf(r.ExpiresAt)})
+		as = append(as, JWTAuthority{KeyID: r.KeyId, PublicKey: key, Tainted: r.Tainted, Upstream: r.Upstream, ExpiresAt: timeOf(r.ExpiresAt)})
 	}
 	return as, nil
 }
@@ -211,7 +213,7 @@ func (b *Bundle) Record() (*hallmarkv1.Bundle, error) {
 		RefreshHint:    int64(b.RefreshHint / time.Second),
 	}
 	for _, a := range b.X509Authorities {
-		r.X509Authorities = append(r.X509Authorities, &hallmarkv1.X509Authority{Asn1: a.Certificate.Raw, Tainted: a.Tainted})
+		r.X509Authorities = append(r.X509Authorities, &hallmarkv1.X509Authority{Asn1: a.Certificate.Raw, Tainted: a.Tainted, Upstream: a.Upstream})
 	}
 	var err error
 	if r.JwtAuthorities, err = jwtRecords(b.JWTAuthorities); err != nil {
@@ -233,7 +235,7 @@ func jwtRecords(as []JWTAuthority) ([]*hallmarkv1.JWTAuthority, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%q: %w", a.KeyID, err)
 		}
-		rs = append(rs, &hallmarkv1.JWTAuthority{KeyId: a.KeyID, PublicKey: der, Tainted: a.Tainted, ExpiresAt: unixOf(a.ExpiresAt)})
+		rs = append(rs, &hallmarkv1.JWTAuthority{KeyId: a.KeyID, PublicKey: der, Tainted: a.Tainted, Upstream: a.Upstream, ExpiresAt: unixOf(a.ExpiresAt)})
 	}
 	return rs, nil
 }

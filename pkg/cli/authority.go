@@ -26,7 +26,7 @@ func (a *app) authorityCommand() *cobra.Command {
 			"first replaced (rotate), then tainted (everyone replaces what it signed), then revoked\n"+
 			"(what it signed verifies no more).",
 		"  hallmark authority list\n  hallmark authority rotate x509\n  hallmark authority taint x509 ID\n  hallmark authority revoke x509 ID",
-		a.authorityList(), a.authorityPrepare(), a.authorityActivate(), a.authorityRotate(), a.authorityTaint(), a.authorityRevoke())
+		a.authorityList(), a.authorityShow(), a.authorityPrepare(), a.authorityActivate(), a.authorityRotate(), a.authorityTaint(), a.authorityRevoke())
 }
 
 // authorityItem is an authority as commands print it.
@@ -295,12 +295,14 @@ type ending struct {
 
 func (a *app) authorityEnd(e ending) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   e.use + " x509|jwt|wit ID",
+		Use:   e.use + " x509|jwt|wit|upstream ID",
 		Short: e.short,
 		Long: e.long + "\n\nIt says first whom this concerns, as far as the server knows, and asks. Where nobody can\n" +
-			"be asked, it needs --yes.",
+			"be asked, it needs --yes.\n\n" +
+			"Of kind upstream are the roots of the authority above the server's, by their key IDs\n" +
+			"(\"hallmark authority show\").",
 		Example:           fmt.Sprintf("  hallmark authority %s x509 5b1a9c0e8d7f6a5b4c3d2e1f0a9b8c7d6e5f4a3b\n  hallmark authority %s --yes jwt 4hXrYcUq -o json", e.use, e.use),
-		Args:              arguments(2, 2, "x509, jwt or wit, and the ID that \"hallmark authority list\" shows"),
+		Args:              arguments(2, 2, "x509, jwt, wit or upstream, and the ID that \"hallmark authority list\" shows"),
 		ValidArgsFunction: a.completeAuthorities(e.from),
 	}
 	socket := socketFlag(cmd, serverSocket)
@@ -308,7 +310,7 @@ func (a *app) authorityEnd(e ending) *cobra.Command {
 	a.outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		kind, err := authorityKind(args[0])
-		if err != nil {
+		if err != nil && args[0] != "upstream" {
 			return err
 		}
 		c, err := a.admin(cmd.Context(), *socket)
@@ -316,6 +318,9 @@ func (a *app) authorityEnd(e ending) *cobra.Command {
 			return err
 		}
 		defer c.Close()
+		if args[0] == "upstream" {
+			return a.endUpstream(cmd.Context(), e, c, args[1], *yes)
+		}
 		what := fmt.Sprintf("%s the %s authority %s", e.use, args[0], args[1])
 		ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
 		x, err := c.authority(ctx, args[0], args[1])

@@ -45,7 +45,10 @@ func newFakeKeys() []fakeKey {
 func (s *fakeServer) ListAuthorities(context.Context, *hallmarkv1.ListAuthoritiesRequest) (*hallmarkv1.ListAuthoritiesResponse, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	resp := &hallmarkv1.ListAuthoritiesResponse{}
+	resp := &hallmarkv1.ListAuthoritiesResponse{Upstream: &hallmarkv1.Upstream{Kind: "vault", Address: "https://vault.example", Requests: []*hallmarkv1.UpstreamRequest{
+		{What: "sign", Failure: "it answered 503", FailingSince: time.Now().Add(-time.Minute).Unix(), NextTry: time.Now().Add(30 * time.Second).Unix()},
+		{What: "bundle", SucceededAt: time.Now().Unix()},
+	}}}
 	for _, k := range s.keys {
 		resp.Authorities = append(resp.Authorities, k.record)
 		resp.Uses = append(resp.Uses, k.use)
@@ -64,6 +67,14 @@ func (s *fakeServer) RotateAuthority(_ context.Context, r *hallmarkv1.RotateAuth
 type fakeAuthorities struct {
 	localauthorityv1.UnimplementedLocalAuthorityServer
 	*fakeServer
+}
+
+// TaintX509UpstreamAuthority knows the root beef.
+func (s fakeAuthorities) TaintX509UpstreamAuthority(_ context.Context, r *localauthorityv1.TaintX509UpstreamAuthorityRequest) (*localauthorityv1.TaintX509UpstreamAuthorityResponse, error) {
+	if r.SubjectKeyId != "beef" {
+		return nil, status.Error(codes.InvalidArgument, "unexpected authority ID")
+	}
+	return &localauthorityv1.TaintX509UpstreamAuthorityResponse{UpstreamAuthoritySubjectKeyId: r.SubjectKeyId}, nil
 }
 
 // change does something to an authority, if there is one.

@@ -90,7 +90,34 @@ func (s *adminService) ListAuthorities(context.Context, *hallmarkv1.ListAuthorit
 		resp.Authorities = append(resp.Authorities, rec)
 		resp.Uses = append(resp.Uses, use)
 	}
+	if own := view.Bundle(s.td); own != nil {
+		rec, err := own.Record()
+		if err != nil {
+			return nil, status(err)
+		}
+		resp.Roots = rec.X509Authorities
+	}
+	resp.Upstream = s.upstream()
 	return resp, nil
+}
+
+// upstream says how the authority above is doing; nil: there is none.
+func (s *adminService) upstream() *hallmarkv1.Upstream {
+	kind, address, asked := s.authorities.UpstreamState()
+	if kind == "" {
+		return nil
+	}
+	up := &hallmarkv1.Upstream{Kind: kind, Address: address}
+	for _, q := range asked {
+		r := &hallmarkv1.UpstreamRequest{
+			What: q.What, SucceededAt: timeToWire(q.SucceededAt), FailingSince: timeToWire(q.FailingSince), NextTry: timeToWire(q.NextTry),
+		}
+		if q.Failure != nil {
+			r.Failure = q.Failure.Error()
+		}
+		up.Requests = append(up.Requests, r)
+	}
+	return up
 }
 
 // authorityUses counts the agents that depend on each X.509 authority. Its cost
@@ -130,6 +157,9 @@ const (
 	// yet. Agents hand the bundle on to their workloads, which take it in some
 	// milliseconds later, if they are not busy.
 	rotateSettle = time.Second
+	// nestedLevels is how many servers a new authority passes, from one to the
+	// next, until all of a nested trust domain know it.
+	nestedLevels = 3
 )
 
 // RotateAuthority replaces the authority that signs by a new one, once every
@@ -160,7 +190,7 @@ func (s *adminService) RotateAuthority(ctx context.Context, req *hallmarkv1.Rota
 	case err != nil:
 		return nil, callErrorf(codes.DeadlineExceeded, "the new %s authority %s is prepared but does not sign: after %v, %v", kind, prepared.ID, wait, err)
 	}
-	settled := time.NewTimer(rotateSettle)
+	settled := time.NewTimer(s.settle(s.registry.View()))
 	defer settled.Stop()
 	select {
 	case <-settled.C:
@@ -168,6 +198,9 @@ func (s *adminService) RotateAuthority(ctx context.Context, req *hallmarkv1.Rota
 		return nil, status(ctx.Err())
 	}
 	active, err := s.authorities.Activate(ctx, kind, prepared.ID)
+	if now, _, _ := s.authorities.State(kind); err != nil && now != nil && now.ID == prepared.ID {
+		active, err = now, nil // its time had come anyway
+	}
 	if err != nil {
 		return nil, status(err)
 	}
@@ -176,6 +209,19 @@ func (s *adminService) RotateAuthority(ctx context.Context, req *hallmarkv1.Rota
 		return nil, status(err)
 	}
 	return &hallmarkv1.RotateAuthorityResponse{Activated: rec, Agents: int32(agents)}, nil
+}
+
+// settle is how long an authority that every agent of this server knows does not
+// sign yet. With servers above or below in the trust domain, it is until they
+// have followed, some levels of them.
+func (s *adminService) settle(view *registry.View) time.Duration {
+	nested := s.authorities.Publishes()
+	for e := range view.Entries("") {
+		if nested = nested || e.Downstream; nested {
+			return rotateSettle + nestedLevels*s.authorities.FollowWait()
+		}
+	}
+	return rotateSettle
 }
 
 // ListNodeAttestors says what each way to attest nodes is worth.

@@ -2,10 +2,13 @@ package api
 
 import (
 	"context"
+	"encoding/hex"
+	"strings"
 
 	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	"google.golang.org/grpc/codes"
 
+	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/registry"
 )
 
@@ -19,9 +22,6 @@ type authorityService struct {
 	localauthorityv1.UnsafeLocalAuthorityServer // every call is here: one that is missing does not compile
 	*API
 }
-
-// errNoUpstream answers the calls about authorities above this server's.
-var errNoUpstream = callErrorf(codes.FailedPrecondition, "this server has no upstream authority: its X.509 authorities are their own roots")
 
 // authorityState is an authority as the API has it.
 type authorityState = localauthorityv1.AuthorityState
@@ -56,14 +56,22 @@ func (s *authorityService) RevokeX509Authority(ctx context.Context, req *localau
 	return &localauthorityv1.RevokeX509AuthorityResponse{RevokedAuthority: stateToWire(revoked)}, status(err)
 }
 
-// TaintX509UpstreamAuthority is for a server with an authority above its own.
-func (s *authorityService) TaintX509UpstreamAuthority(context.Context, *localauthorityv1.TaintX509UpstreamAuthorityRequest) (*localauthorityv1.TaintX509UpstreamAuthorityResponse, error) {
-	return nil, errNoUpstream
+// TaintX509UpstreamAuthority marks a root of the authority above this server's:
+// agents replace what leads to it.
+func (s *authorityService) TaintX509UpstreamAuthority(ctx context.Context, req *localauthorityv1.TaintX509UpstreamAuthorityRequest) (*localauthorityv1.TaintX509UpstreamAuthorityResponse, error) {
+	if err := s.authorities.TaintUpstream(ctx, req.SubjectKeyId); err != nil {
+		return nil, status(err)
+	}
+	return &localauthorityv1.TaintX509UpstreamAuthorityResponse{UpstreamAuthoritySubjectKeyId: strings.ToLower(req.SubjectKeyId)}, nil
 }
 
-// RevokeX509UpstreamAuthority is for a server with an authority above its own.
-func (s *authorityService) RevokeX509UpstreamAuthority(context.Context, *localauthorityv1.RevokeX509UpstreamAuthorityRequest) (*localauthorityv1.RevokeX509UpstreamAuthorityResponse, error) {
-	return nil, errNoUpstream
+// RevokeX509UpstreamAuthority takes a tainted root of the authority above this
+// server's out of the bundle.
+func (s *authorityService) RevokeX509UpstreamAuthority(ctx context.Context, req *localauthorityv1.RevokeX509UpstreamAuthorityRequest) (*localauthorityv1.RevokeX509UpstreamAuthorityResponse, error) {
+	if err := s.authorities.RevokeUpstream(ctx, req.SubjectKeyId); err != nil {
+		return nil, status(err)
+	}
+	return &localauthorityv1.RevokeX509UpstreamAuthorityResponse{UpstreamAuthoritySubjectKeyId: strings.ToLower(req.SubjectKeyId)}, nil
 }
 
 // GetJWTAuthorityState returns this server's JWT authorities.
@@ -157,11 +165,25 @@ func (s *authorityService) states(kind registry.AuthorityKind) (active, prepared
 	if a == nil {
 		return nil, nil, nil, callErrorf(codes.Unavailable, "no %s authority is active yet; try again", kind)
 	}
-	active, prepared = stateToWire(a), stateToWire(p)
+	active, prepared = s.withRoot(a), s.withRoot(p)
 	if len(o) > 0 {
-		old = stateToWire(o[0])
+		old = s.withRoot(o[0])
 	}
 	return active, prepared, old, nil
+}
+
+// withRoot is an authority with the subject key ID of the upstream's root that
+// it leads to, if it is not its own root.
+func (s *authorityService) withRoot(a *registry.Authority) *authorityState {
+	state := stateToWire(a)
+	own := s.registry.View().Bundle(s.td)
+	if state == nil || a.Kind != registry.X509 || own == nil {
+		return state
+	}
+	if root := authority.RootOf(a, own); root != nil && !root.Equal(a.Chain[0]) {
+		state.UpstreamAuthoritySubjectKeyId = hex.EncodeToString(root.SubjectKeyId)
+	}
+	return state
 }
 
 func stateToWire(a *registry.Authority) *authorityState {

@@ -69,7 +69,11 @@ func (s *bundleService) PublishJWTAuthority(ctx context.Context, req *bundlev1.P
 	if err != nil {
 		return nil, invalidArgument("%s", err)
 	}
-	b, err := s.extend(ctx, &bundle.Bundle{JWTAuthorities: []bundle.JWTAuthority{a}})
+	var b *bundle.Bundle
+	err = s.authorities.Forward(ctx, registry.JWT, a, func(a bundle.JWTAuthority) (err error) {
+		b, err = s.extend(ctx, &bundle.Bundle{JWTAuthorities: []bundle.JWTAuthority{a}})
+		return err
+	})
 	if err != nil {
 		return nil, status(err)
 	}
@@ -90,7 +94,11 @@ func (s *bundleService) PublishWITAuthority(ctx context.Context, req *bundlev1.P
 	if err != nil {
 		return nil, invalidArgument("%s", err)
 	}
-	b, err := s.extend(ctx, &bundle.Bundle{WITAuthorities: []bundle.JWTAuthority{a}})
+	var b *bundle.Bundle
+	err = s.authorities.Forward(ctx, registry.WIT, a, func(a bundle.JWTAuthority) (err error) {
+		b, err = s.extend(ctx, &bundle.Bundle{WITAuthorities: []bundle.JWTAuthority{a}})
+		return err
+	})
 	if err != nil {
 		return nil, status(err)
 	}

@@ -25,6 +25,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/hallmark-id/hallmark/pkg/entry"
+	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store/badger"
 )
@@ -81,7 +82,7 @@ func newRecords(t testing.TB) *records {
 	go func() { defer close(done); w.registry.Run(ctx) }()
 	t.Cleanup(func() { cancel(); <-done })
 
-	a := &API{registry: w.registry, td: recordsTD, now: now, log: slog.New(slog.DiscardHandler)}
+	a := &API{registry: w.registry, authorities: new(authority.Authorities), td: recordsTD, now: now, log: slog.New(slog.DiscardHandler)}
 	w.service = &entryService{API: a}
 	server := grpc.NewServer(
 		grpc.WaitForHandlers(true),

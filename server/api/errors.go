@@ -68,6 +68,7 @@ func status(err error) error {
 		call     *callError
 		records  *registry.Error
 		issuance *issue.InvalidError
+		above    *authority.UpstreamError
 	)
 	switch {
 	case errors.As(err, &call):
@@ -80,6 +81,8 @@ func status(err error) error {
 		return &callError{code: codes.Unavailable, text: authority.ErrUnavailable.Error()}
 	case errors.Is(err, kms.ErrUnavailable): // the key manager has logged why
 		return &callError{code: codes.Unavailable, text: kms.ErrUnavailable.Error()}
+	case errors.As(err, &above):
+		return &callError{code: codes.Unavailable, text: err.Error()}
 	case errors.Is(err, attestors.ErrUnavailable):
 		return &callError{code: codes.Unavailable, text: attestors.ErrUnavailable.Error()}
 	case errors.Is(err, store.ErrTooLarge):

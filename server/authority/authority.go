@@ -28,12 +28,14 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.step.sm/crypto/kms/apiv1"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/hallmark-id/hallmark/server/registry"
 )
@@ -111,6 +113,11 @@ type Options struct {
 	// stay in the bundle until they expire.
 	JWTRS256 bool
 
+	Upstream Upstream // signs the X.509 authorities; nil: each is its own root
+	// Counts, if it is set, is called with each outcome of what the upstream is
+	// asked for: sign, bundle or publish.
+	Counts func(what string, err error)
+
 	Now func() time.Time // nil: time.Now
 	Log *slog.Logger     // nil: none
 }
@@ -124,6 +131,8 @@ type Authorities struct {
 	kinds    []registry.AuthorityKind // that it has
 	plans    map[registry.AuthorityKind]plan
 	certify  certify
+	upstream Upstream // nil: none
+	asked    requests // of the upstream
 	now      func() time.Time
 	log      *slog.Logger
 
@@ -132,6 +141,8 @@ type Authorities struct {
 	wit  atomic.Pointer[JWT]
 	rsa  atomic.Pointer[JWT] // of JWTRS256
 
+	following sync.Mutex // what the upstream says is read and applied in turn
+
 	wake chan struct{} // a signature found no authority to sign with
 
 	lock      chan struct{}                  // holds one token: one change at a time
@@ -139,6 +150,7 @@ type Authorities struct {
 	recorded  map[string]bool                // key names of own authorities, as of the last look; under lock
 	spare     map[registry.AuthorityKind]key // keys of authorities that were not published; under lock
 	collectAt time.Time                      // when to look for keys that no authority has; under lock
+	roots     []*x509.Certificate            // that the upstream named last; nil: none yet; under lock
 }
 
 // plan is how authorities of one kind are made.
@@ -149,7 +161,8 @@ type plan struct {
 
 // Open finds the authorities of this server again whose keys the key manager
 // still has, and makes and activates one of each kind where there is none that
-// can sign. The registry must be running. Authorities whose keys are gone stay
+// can sign. With an upstream that fails, they are made as soon as it does not.
+// The registry must be running. Authorities whose keys are gone stay
 // in the bundle, as old ones, until they expire.
 func Open(ctx context.Context, o Options) (*Authorities, error) {
 	if o.Server == "" || strings.Contains(o.Server, "/") {
@@ -170,14 +183,19 @@ func Open(ctx context.Context, o Options) (*Authorities, error) {
 			registry.X509: {cmp.Or(o.X509Lifetime, DefaultLifetime), o.X509KeyType},
 			registry.JWT:  {cmp.Or(o.JWTLifetime, DefaultLifetime), o.JWTKeyType},
 		},
-		certify: selfSigned,
-		now:     o.Now,
-		log:     o.Log,
-		wake:    make(chan struct{}, 1),
-		lock:    make(chan struct{}, 1),
-		signers: make(map[string]crypto.Signer),
-		spare:   make(map[registry.AuthorityKind]key),
+		certify:  selfSigned,
+		upstream: o.Upstream,
+		now:      o.Now,
+		log:      o.Log,
+		wake:     make(chan struct{}, 1),
+		lock:     make(chan struct{}, 1),
+		signers:  make(map[string]crypto.Signer),
+		spare:    make(map[registry.AuthorityKind]key),
 	}
+	if a.upstream != nil {
+		a.certify = a.certified
+	}
+	a.asked.counts = o.Counts
 	if a.now == nil {
 		a.now = time.Now
 	}
@@ -282,9 +300,19 @@ const (
 	retryWait = 5 * time.Second
 )
 
-// Run prepares, activates and prunes authorities on schedule, until the
+// Run prepares, activates and prunes authorities on schedule, and follows the
+// upstream, until the
 // context ends. It always returns an error, the context's.
 func (a *Authorities) Run(ctx context.Context) error {
+	running, ctx := errgroup.WithContext(ctx)
+	running.Go(func() error { return a.runRotate(ctx) })
+	if _, ok := a.upstream.(Follower); ok {
+		running.Go(func() error { return a.runFollow(ctx) })
+	}
+	return running.Wait()
+}
+
+func (a *Authorities) runRotate(ctx context.Context) error {
 	for {
 		next, err := a.Rotate(ctx)
 		wake := a.wake

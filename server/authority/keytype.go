@@ -96,8 +96,26 @@ func createKey(keys apiv1.KeyManager, name string, t KeyType) (key, error) {
 	return key{name: made.Name, signer: signer}, nil
 }
 
-// jwtAlgorithm returns the algorithm that a key signs JWTs with.
-func jwtAlgorithm(public crypto.PublicKey) (jose.SignatureAlgorithm, error) {
+// CheckSigner says what is wrong with a key for signing certificates, if anything
+// is.
+func CheckSigner(public crypto.PublicKey) error {
+	switch k := public.(type) {
+	case *ecdsa.PublicKey:
+		if n := k.Curve.Params().BitSize; n < minCurveBits {
+			return fmt.Errorf("the key is on a curve of %d bits; %d are the least", n, minCurveBits)
+		}
+		return nil
+	case *rsa.PublicKey:
+		if n := k.N.BitLen(); n < minRSABits {
+			return fmt.Errorf("the RSA key has %d bits; %d are the least", n, minRSABits)
+		}
+		return nil
+	}
+	return fmt.Errorf("a key of type %T does not sign for SPIFFE; RSA and ECDSA do", public)
+}
+
+// JWTAlgorithm returns the algorithm that a key signs JWTs with.
+func JWTAlgorithm(public crypto.PublicKey) (jose.SignatureAlgorithm, error) {
 	switch k := public.(type) {
 	case *ecdsa.PublicKey:
 		switch k.Curve {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/hallmark-id/hallmark/pkg/bundle"
 	"github.com/hallmark-id/hallmark/server/registry"
@@ -130,7 +131,12 @@ func (a *Authorities) retired(kind registry.AuthorityKind, id string, all []*reg
 	}
 	r := all[i]
 	why := ""
+	_, publishes := a.upstream.(Publisher)
 	switch {
+	case kind == registry.X509 && !isOwnRoot(r):
+		why = "it is no root: the upstream's that it leads to can be, \"hallmark authority show " + id + "\" names it"
+	case kind != registry.X509 && publishes && verb == "revoke":
+		why = fmt.Sprintf("the server above has published it to the whole trust domain, and has no way to take it back; it goes when it ends, at %s", r.ExpiresAt.UTC().Format(time.RFC3339))
 	case r.State == registry.Old:
 		return r, nil
 	case r.Server != a.server:

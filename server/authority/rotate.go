@@ -1,7 +1,6 @@
 package authority
 
 import (
-	"bytes"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -195,10 +194,20 @@ func (a *Authorities) advance(ctx context.Context, kind registry.AuthorityKind) 
 			}
 			active, warned = nil, true
 		}
-		if prepared != nil && !usable(prepared, own, now) {
+		if prepared != nil && (!usable(prepared, own, now) || a.misplaced(prepared)) {
 			prepared = nil
 		}
 		step, at := due(active, prepared)
+		if a.misplaced(active) { // the configuration has changed: not only when it ends
+			if at = now; step == activate {
+				at = prepared.CreatedAt.Add(Spread(active.ExpiresAt.Sub(active.CreatedAt)))
+			}
+		}
+		if step == prepare {
+			if retry := a.asked.next(a.asksFor(kind)); at.Before(retry) {
+				at = retry
+			}
+		}
 		if at.After(now) {
 			return at, nil
 		}
@@ -208,16 +217,28 @@ func (a *Authorities) advance(ctx context.Context, kind registry.AuthorityKind) 
 		} else {
 			_, err = a.activate(ctx, kind, prepared.ID)
 		}
+		if of := (*UpstreamError)(nil); errors.As(err, &of) {
+			return a.asked.next(of.what), nil // the others go on
+		}
 		if err != nil {
 			return time.Time{}, err
 		}
 	}
 }
 
+// asksFor returns what the upstream is asked for before an authority of a kind is
+// prepared.
+func (a *Authorities) asksFor(kind registry.AuthorityKind) string {
+	if kind == registry.X509 {
+		return askSign
+	}
+	return askPublish
+}
+
 // usable reports whether an authority may sign: it is valid now and verifiers
 // can know it.
 func usable(r *registry.Authority, own *bundle.Bundle, now time.Time) bool {
-	return now.Before(r.ExpiresAt) && !now.Before(r.CreatedAt.Add(-backdate)) && published(r, own)
+	return now.Before(r.ExpiresAt) && !now.Before(r.CreatedAt.Add(-Backdate)) && published(r, own)
 }
 
 // published reports whether what an authority signs verifies against a bundle.
@@ -347,7 +368,7 @@ func (a *Authorities) publish(ctx context.Context, kind registry.AuthorityKind, 
 			}
 		}
 	} else {
-		if _, err := jwtAlgorithm(r.PublicKey); err != nil {
+		if _, err := JWTAlgorithm(r.PublicKey); err != nil {
 			return nil, err
 		}
 		thumbprint, err := (&jose.JSONWebKey{Key: r.PublicKey}).Thumbprint(crypto.SHA256) // RFC 7638
@@ -355,6 +376,9 @@ func (a *Authorities) publish(ctx context.Context, kind registry.AuthorityKind, 
 			return nil, err
 		}
 		r.ID = idOf(thumbprint)
+		if err := a.announce(ctx, kind, bundle.JWTAuthority{KeyID: r.ID, PublicKey: r.PublicKey, ExpiresAt: r.ExpiresAt}); err != nil {
+			return nil, err
+		}
 	}
 
 	var replaced []*registry.Authority
@@ -371,7 +395,7 @@ func (a *Authorities) publish(ctx context.Context, kind registry.AuthorityKind, 
 		}
 		for _, root := range roots {
 			if !own.HasX509(root) {
-				own.X509Authorities = append(own.X509Authorities, bundle.X509Authority{Certificate: root})
+				own.X509Authorities = append(own.X509Authorities, bundle.X509Authority{Certificate: root, Upstream: a.upstream != nil})
 			}
 		}
 		if kind != registry.X509 {
@@ -504,7 +528,7 @@ func (a *Authorities) use(r *registry.Authority) error {
 		if now := active.Load(); now != nil && now.ID == r.ID {
 			return nil
 		}
-		algorithm, err := jwtAlgorithm(r.PublicKey)
+		algorithm, err := JWTAlgorithm(r.PublicKey)
 		if err != nil {
 			return fmt.Errorf("%s authority %s: %w", r.Kind, r.ID, err)
 		}
@@ -518,8 +542,8 @@ func (a *Authorities) use(r *registry.Authority) error {
 		return fmt.Errorf("x509 authority %s has no certificate", r.ID)
 	}
 	x := &X509{ID: r.ID, Certificate: r.Chain[0], Chain: r.Chain, Signer: signer, Remote: !isLocal(signer)}
-	if bytes.Equal(x.Certificate.RawIssuer, x.Certificate.RawSubject) {
-		x.Chain = nil // it is the root
+	if isOwnRoot(r) {
+		x.Chain = nil
 	}
 	a.x509.Store(x)
 	return nil
@@ -562,6 +586,7 @@ func (a *Authorities) expired(own *bundle.Bundle, all []*registry.Authority, now
 	own.X509Authorities = slices.DeleteFunc(own.X509Authorities, func(x bundle.X509Authority) bool {
 		return x.Certificate.NotAfter.Before(end)
 	})
+	a.dropUnneeded(own, all, now)
 	ended := func(k bundle.JWTAuthority) bool { return !k.ExpiresAt.IsZero() && k.ExpiresAt.Before(end) }
 	own.JWTAuthorities = slices.DeleteFunc(own.JWTAuthorities, ended)
 	own.WITAuthorities = slices.DeleteFunc(own.WITAuthorities, ended)

@@ -53,6 +53,17 @@ func ReadSecret(path string) (string, error) {
 	return string(text), nil
 }
 
+// CheckPrivate checks that nobody but a file's owner and its group can read it,
+// and that the owner is this user or root. The error names the file, and what it
+// is.
+func CheckPrivate(what, path string) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return private(what, path, info, 0o037, "600")
+}
+
 // private checks that a file or directory has none of some permissions for
 // others than its owner, and that the owner is this user or root.
 func private(what, path string, info fs.FileInfo, forbidden fs.FileMode, mode string) error {

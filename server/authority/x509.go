@@ -19,9 +19,9 @@ import (
 	"golang.org/x/crypto/cryptobyte/asn1"
 )
 
-// backdate is how much earlier than it was made an authority becomes valid:
+// Backdate is how much earlier than it was made an authority becomes valid:
 // for verifiers whose clock is behind.
-const backdate = 10 * time.Second
+const Backdate = 10 * time.Second
 
 // certify turns the key of a new authority and a template for its certificate
 // into its chain, own certificate first, and the roots to publish for it. The
@@ -56,7 +56,7 @@ func template(td spiffeid.TrustDomain, public crypto.PublicKey, created, end tim
 	return &x509.Certificate{
 		SerialNumber:          new(big.Int).SetBytes(Serial()),
 		Subject:               Name(td, keyID),
-		NotBefore:             created.Add(-backdate),
+		NotBefore:             created.Add(-Backdate),
 		NotAfter:              end,
 		URIs:                  []*url.URL{td.ID().URL()},
 		IsCA:                  true,

@@ -2,6 +2,7 @@ package kms
 
 import (
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
@@ -97,7 +98,7 @@ func openTransit(_ context.Context, o Options, u attributes) (service, error) {
 			trusted.AddCert(c)
 		}
 	}
-	t.api = cloud.APITrusting(trusted)
+	t.api = cloud.APIOver(&tls.Config{RootCAs: trusted})
 	if _, err := t.token(); err != nil {
 		return nil, err
 	}

@@ -22,6 +22,8 @@ type Metrics struct {
 	Issued         *prometheus.CounterVec // by kind and reason
 	TokenExchanges *prometheus.CounterVec // requests to the token endpoint, by issuer and outcome
 
+	UpstreamRequests *prometheus.CounterVec // by what the authority above is asked for, and outcome
+
 	Agents   prometheus.Gauge // connected
 	PushStep prometheus.Histogram
 
@@ -57,6 +59,10 @@ func New(r prometheus.Registerer) *Metrics {
 			Name: "hallmark_server_token_exchanges_total",
 			Help: "Requests to the token endpoint, by issuer of the token (unknown: none that is trusted, or none was reached) and outcome (OK, or the error of OAuth).",
 		}, []string{"issuer", "outcome"}),
+		UpstreamRequests: make.NewCounterVec(prometheus.CounterOpts{
+			Name: "hallmark_server_upstream_requests_total",
+			Help: "Requests to the authority above the server's, by what was asked for (sign: an X.509 authority's certificate, publish: a JWT or WIT authority, bundle: what is to be trusted) and outcome (ok, failed).",
+		}, []string{"request", "outcome"}),
 		Agents: make.NewGauge(prometheus.GaugeOpts{
 			Name: "hallmark_server_agents_connected",
 			Help: "Agents that hold a push stream.",
@@ -114,6 +120,9 @@ type State struct {
 	LiveSVIDs      int                  // issued by this server, and not ended
 	AgentsBehind   int                  // connected, and have not acknowledged all they were sent
 	AuthorityEnds  map[string]time.Time // of the active one, by kind
+	// UpstreamFailing is set if there is an authority above: whether what it was
+	// asked for last failed.
+	UpstreamFailing *bool
 }
 
 var (
@@ -122,6 +131,7 @@ var (
 	live      = prometheus.NewDesc("hallmark_server_svids_live", "X509-SVIDs and other certificates that this server issued and that have not ended, as its journal has them; some may have ended within a minute.", nil, nil)
 	revision  = prometheus.NewDesc("hallmark_server_revision", "Revision of the registry; it grows with each transaction.", nil, nil)
 	behind    = prometheus.NewDesc("hallmark_server_agents_behind", "Connected agents that have not yet acknowledged everything that was sent to them.", nil, nil)
+	failing   = prometheus.NewDesc("hallmark_server_upstream_failing", "1 while what the authority above the server's was asked for last failed, else 0. Not there without one.", nil, nil)
 	authority = prometheus.NewDesc("hallmark_server_authority_expiry_timestamp_seconds", "When the active authority expires, in seconds since 1970, by kind; subtract time() for what is left.", []string{"kind"}, nil)
 )
 
@@ -133,7 +143,7 @@ type state func() State
 
 // Describe implements [prometheus.Collector].
 func (state) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{entries, nodes, live, revision, behind, authority} {
+	for _, d := range []*prometheus.Desc{entries, nodes, live, revision, behind, failing, authority} {
 		ch <- d
 	}
 }
@@ -149,6 +159,13 @@ func (now state) Collect(ch chan<- prometheus.Metric) {
 	gauge(live, float64(s.LiveSVIDs))
 	gauge(revision, float64(s.Revision))
 	gauge(behind, float64(s.AgentsBehind))
+	if f := s.UpstreamFailing; f != nil {
+		value := 0.0
+		if *f {
+			value = 1
+		}
+		gauge(failing, value)
+	}
 	for kind, ends := range s.AuthorityEnds {
 		gauge(authority, float64(ends.Unix()), kind)
 	}

@@ -275,6 +275,9 @@ func (a *AWS) signedBy(r *http.Request, body []byte) string {
 		}
 	}
 	again.Header.Set("User-Agent", r.Header.Get("User-Agent"))
+	if target := r.Header.Get("X-Amz-Target"); target != "" { // of APIs of the JSON protocol
+		again.Header.Set("X-Amz-Target", target)
+	}
 	if err := v4.NewSigner().SignHTTP(r.Context(), known, again, hex.EncodeToString(sum[:]), service, region, when); err != nil || again.Header.Get("Authorization") != got {
 		return ""
 	}

@@ -286,7 +286,9 @@ func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
 type ListAuthoritiesResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Authorities   []*Authority           `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`
-	Uses          []*AuthorityUse        `protobuf:"bytes,2,rep,name=uses,proto3" json:"uses,omitempty"` // one for each authority, in the same order
+	Uses          []*AuthorityUse        `protobuf:"bytes,2,rep,name=uses,proto3" json:"uses,omitempty"`         // one for each authority, in the same order
+	Roots         []*X509Authority       `protobuf:"bytes,3,rep,name=roots,proto3" json:"roots,omitempty"`       // of the trust domain's bundle
+	Upstream      *Upstream              `protobuf:"bytes,4,opt,name=upstream,proto3" json:"upstream,omitempty"` // the authority above this server's; unset: there is none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -335,6 +337,161 @@ func (x *ListAuthoritiesResponse) GetUses() []*AuthorityUse {
 	return nil
 }
 
+func (x *ListAuthoritiesResponse) GetRoots() []*X509Authority {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+func (x *ListAuthoritiesResponse) GetUpstream() *Upstream {
+	if x != nil {
+		return x.Upstream
+	}
+	return nil
+}
+
+// Upstream is the authority above a server's X.509 authorities, and how it is
+// doing.
+type Upstream struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Kind    string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`       // as in the configuration
+	Address string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"` // where or what it is
+	// What it is asked for: "sign", "bundle", and, of JWT and WIT authorities that
+	// it publishes, "publish". Those that were asked for since the server's start.
+	Requests      []*UpstreamRequest `protobuf:"bytes,3,rep,name=requests,proto3" json:"requests,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Upstream) Reset() {
+	*x = Upstream{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Upstream) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Upstream) ProtoMessage() {}
+
+func (x *Upstream) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Upstream.ProtoReflect.Descriptor instead.
+func (*Upstream) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Upstream) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Upstream) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Upstream) GetRequests() []*UpstreamRequest {
+	if x != nil {
+		return x.Requests
+	}
+	return nil
+}
+
+// UpstreamRequest is one thing that an upstream is asked for.
+type UpstreamRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	What          string                 `protobuf:"bytes,1,opt,name=what,proto3" json:"what,omitempty"`
+	SucceededAt   int64                  `protobuf:"varint,2,opt,name=succeeded_at,json=succeededAt,proto3" json:"succeeded_at,omitempty"`    // Unix seconds of the last success; 0: none yet
+	Failure       string                 `protobuf:"bytes,3,opt,name=failure,proto3" json:"failure,omitempty"`                                // of the last try; empty: it succeeded
+	FailingSince  int64                  `protobuf:"varint,4,opt,name=failing_since,json=failingSince,proto3" json:"failing_since,omitempty"` // Unix seconds; 0: it is not
+	NextTry       int64                  `protobuf:"varint,5,opt,name=next_try,json=nextTry,proto3" json:"next_try,omitempty"`                // Unix seconds; 0: when the next one is due
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpstreamRequest) Reset() {
+	*x = UpstreamRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpstreamRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpstreamRequest) ProtoMessage() {}
+
+func (x *UpstreamRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpstreamRequest.ProtoReflect.Descriptor instead.
+func (*UpstreamRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *UpstreamRequest) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *UpstreamRequest) GetSucceededAt() int64 {
+	if x != nil {
+		return x.SucceededAt
+	}
+	return 0
+}
+
+func (x *UpstreamRequest) GetFailure() string {
+	if x != nil {
+		return x.Failure
+	}
+	return ""
+}
+
+func (x *UpstreamRequest) GetFailingSince() int64 {
+	if x != nil {
+		return x.FailingSince
+	}
+	return 0
+}
+
+func (x *UpstreamRequest) GetNextTry() int64 {
+	if x != nil {
+		return x.NextTry
+	}
+	return 0
+}
+
 // AuthorityUse says what an authority has signed that may still be in use, as
 // far as the server knows: what tainting and revoking it are about.
 type AuthorityUse struct {
@@ -354,7 +511,7 @@ type AuthorityUse struct {
 
 func (x *AuthorityUse) Reset() {
 	*x = AuthorityUse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[6]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -366,7 +523,7 @@ func (x *AuthorityUse) String() string {
 func (*AuthorityUse) ProtoMessage() {}
 
 func (x *AuthorityUse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[6]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -379,7 +536,7 @@ func (x *AuthorityUse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityUse.ProtoReflect.Descriptor instead.
 func (*AuthorityUse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *AuthorityUse) GetAgents() int32 {
@@ -429,7 +586,7 @@ type RotateAuthorityRequest struct {
 
 func (x *RotateAuthorityRequest) Reset() {
 	*x = RotateAuthorityRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[7]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -441,7 +598,7 @@ func (x *RotateAuthorityRequest) String() string {
 func (*RotateAuthorityRequest) ProtoMessage() {}
 
 func (x *RotateAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[7]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -454,7 +611,7 @@ func (x *RotateAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*RotateAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *RotateAuthorityRequest) GetKind() Authority_Kind {
@@ -481,7 +638,7 @@ type RotateAuthorityResponse struct {
 
 func (x *RotateAuthorityResponse) Reset() {
 	*x = RotateAuthorityResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[8]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -493,7 +650,7 @@ func (x *RotateAuthorityResponse) String() string {
 func (*RotateAuthorityResponse) ProtoMessage() {}
 
 func (x *RotateAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[8]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -506,7 +663,7 @@ func (x *RotateAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*RotateAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *RotateAuthorityResponse) GetActivated() *Authority {
@@ -531,7 +688,7 @@ type ListConnectionsRequest struct {
 
 func (x *ListConnectionsRequest) Reset() {
 	*x = ListConnectionsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[9]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -543,7 +700,7 @@ func (x *ListConnectionsRequest) String() string {
 func (*ListConnectionsRequest) ProtoMessage() {}
 
 func (x *ListConnectionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[9]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -556,7 +713,7 @@ func (x *ListConnectionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListConnectionsRequest.ProtoReflect.Descriptor instead.
 func (*ListConnectionsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 type ListConnectionsResponse struct {
@@ -568,7 +725,7 @@ type ListConnectionsResponse struct {
 
 func (x *ListConnectionsResponse) Reset() {
 	*x = ListConnectionsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[10]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -580,7 +737,7 @@ func (x *ListConnectionsResponse) String() string {
 func (*ListConnectionsResponse) ProtoMessage() {}
 
 func (x *ListConnectionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[10]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -593,7 +750,7 @@ func (x *ListConnectionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListConnectionsResponse.ProtoReflect.Descriptor instead.
 func (*ListConnectionsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListConnectionsResponse) GetConnections() []*Connection {
@@ -617,7 +774,7 @@ type Connection struct {
 
 func (x *Connection) Reset() {
 	*x = Connection{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[11]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -629,7 +786,7 @@ func (x *Connection) String() string {
 func (*Connection) ProtoMessage() {}
 
 func (x *Connection) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[11]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -642,7 +799,7 @@ func (x *Connection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Connection.ProtoReflect.Descriptor instead.
 func (*Connection) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Connection) GetAgentId() string {
@@ -696,7 +853,7 @@ type AwaitAgentsRequest struct {
 
 func (x *AwaitAgentsRequest) Reset() {
 	*x = AwaitAgentsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -708,7 +865,7 @@ func (x *AwaitAgentsRequest) String() string {
 func (*AwaitAgentsRequest) ProtoMessage() {}
 
 func (x *AwaitAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[12]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -721,7 +878,7 @@ func (x *AwaitAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitAgentsRequest.ProtoReflect.Descriptor instead.
 func (*AwaitAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AwaitAgentsRequest) GetWait() int32 {
@@ -741,7 +898,7 @@ type AwaitAgentsResponse struct {
 
 func (x *AwaitAgentsResponse) Reset() {
 	*x = AwaitAgentsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[13]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -753,7 +910,7 @@ func (x *AwaitAgentsResponse) String() string {
 func (*AwaitAgentsResponse) ProtoMessage() {}
 
 func (x *AwaitAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[13]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -766,7 +923,7 @@ func (x *AwaitAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitAgentsResponse.ProtoReflect.Descriptor instead.
 func (*AwaitAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *AwaitAgentsResponse) GetRevision() int64 {
@@ -791,7 +948,7 @@ type ListBundleFetchesRequest struct {
 
 func (x *ListBundleFetchesRequest) Reset() {
 	*x = ListBundleFetchesRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -803,7 +960,7 @@ func (x *ListBundleFetchesRequest) String() string {
 func (*ListBundleFetchesRequest) ProtoMessage() {}
 
 func (x *ListBundleFetchesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[14]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -816,7 +973,7 @@ func (x *ListBundleFetchesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBundleFetchesRequest.ProtoReflect.Descriptor instead.
 func (*ListBundleFetchesRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 type ListBundleFetchesResponse struct {
@@ -828,7 +985,7 @@ type ListBundleFetchesResponse struct {
 
 func (x *ListBundleFetchesResponse) Reset() {
 	*x = ListBundleFetchesResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -840,7 +997,7 @@ func (x *ListBundleFetchesResponse) String() string {
 func (*ListBundleFetchesResponse) ProtoMessage() {}
 
 func (x *ListBundleFetchesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[15]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -853,7 +1010,7 @@ func (x *ListBundleFetchesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBundleFetchesResponse.ProtoReflect.Descriptor instead.
 func (*ListBundleFetchesResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListBundleFetchesResponse) GetFetches() []*BundleFetch {
@@ -876,7 +1033,7 @@ type BundleFetch struct {
 
 func (x *BundleFetch) Reset() {
 	*x = BundleFetch{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -888,7 +1045,7 @@ func (x *BundleFetch) String() string {
 func (*BundleFetch) ProtoMessage() {}
 
 func (x *BundleFetch) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[16]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -901,7 +1058,7 @@ func (x *BundleFetch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleFetch.ProtoReflect.Descriptor instead.
 func (*BundleFetch) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *BundleFetch) GetTrustDomain() string {
@@ -947,7 +1104,7 @@ type GetJoinInfoRequest struct {
 
 func (x *GetJoinInfoRequest) Reset() {
 	*x = GetJoinInfoRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -959,7 +1116,7 @@ func (x *GetJoinInfoRequest) String() string {
 func (*GetJoinInfoRequest) ProtoMessage() {}
 
 func (x *GetJoinInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[17]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -972,7 +1129,7 @@ func (x *GetJoinInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJoinInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetJoinInfoRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 type GetJoinInfoResponse struct {
@@ -986,7 +1143,7 @@ type GetJoinInfoResponse struct {
 
 func (x *GetJoinInfoResponse) Reset() {
 	*x = GetJoinInfoResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -998,7 +1155,7 @@ func (x *GetJoinInfoResponse) String() string {
 func (*GetJoinInfoResponse) ProtoMessage() {}
 
 func (x *GetJoinInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[18]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1011,7 +1168,7 @@ func (x *GetJoinInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJoinInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetJoinInfoResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GetJoinInfoResponse) GetTrustDomain() string {
@@ -1043,7 +1200,7 @@ type ListNodeAttestorsRequest struct {
 
 func (x *ListNodeAttestorsRequest) Reset() {
 	*x = ListNodeAttestorsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1055,7 +1212,7 @@ func (x *ListNodeAttestorsRequest) String() string {
 func (*ListNodeAttestorsRequest) ProtoMessage() {}
 
 func (x *ListNodeAttestorsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1068,7 +1225,7 @@ func (x *ListNodeAttestorsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodeAttestorsRequest.ProtoReflect.Descriptor instead.
 func (*ListNodeAttestorsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 type ListNodeAttestorsResponse struct {
@@ -1080,7 +1237,7 @@ type ListNodeAttestorsResponse struct {
 
 func (x *ListNodeAttestorsResponse) Reset() {
 	*x = ListNodeAttestorsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1092,7 +1249,7 @@ func (x *ListNodeAttestorsResponse) String() string {
 func (*ListNodeAttestorsResponse) ProtoMessage() {}
 
 func (x *ListNodeAttestorsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1105,7 +1262,7 @@ func (x *ListNodeAttestorsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodeAttestorsResponse.ProtoReflect.Descriptor instead.
 func (*ListNodeAttestorsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListNodeAttestorsResponse) GetNodeAttestors() []*NodeAttestor {
@@ -1132,7 +1289,7 @@ type NodeAttestor struct {
 
 func (x *NodeAttestor) Reset() {
 	*x = NodeAttestor{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1144,7 +1301,7 @@ func (x *NodeAttestor) String() string {
 func (*NodeAttestor) ProtoMessage() {}
 
 func (x *NodeAttestor) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1157,7 +1314,7 @@ func (x *NodeAttestor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeAttestor.ProtoReflect.Descriptor instead.
 func (*NodeAttestor) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *NodeAttestor) GetName() string {
@@ -1213,7 +1370,7 @@ type SelectorForm struct {
 
 func (x *SelectorForm) Reset() {
 	*x = SelectorForm{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1225,7 +1382,7 @@ func (x *SelectorForm) String() string {
 func (*SelectorForm) ProtoMessage() {}
 
 func (x *SelectorForm) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1238,7 +1395,7 @@ func (x *SelectorForm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SelectorForm.ProtoReflect.Descriptor instead.
 func (*SelectorForm) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SelectorForm) GetForm() string {
@@ -1264,7 +1421,7 @@ type ExplainTokenRequest struct {
 
 func (x *ExplainTokenRequest) Reset() {
 	*x = ExplainTokenRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1276,7 +1433,7 @@ func (x *ExplainTokenRequest) String() string {
 func (*ExplainTokenRequest) ProtoMessage() {}
 
 func (x *ExplainTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1289,7 +1446,7 @@ func (x *ExplainTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainTokenRequest.ProtoReflect.Descriptor instead.
 func (*ExplainTokenRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ExplainTokenRequest) GetToken() string {
@@ -1316,7 +1473,7 @@ type ExplainTokenResponse struct {
 
 func (x *ExplainTokenResponse) Reset() {
 	*x = ExplainTokenResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1328,7 +1485,7 @@ func (x *ExplainTokenResponse) String() string {
 func (*ExplainTokenResponse) ProtoMessage() {}
 
 func (x *ExplainTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1341,7 +1498,7 @@ func (x *ExplainTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainTokenResponse.ProtoReflect.Descriptor instead.
 func (*ExplainTokenResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ExplainTokenResponse) GetIssuer() string {
@@ -1404,7 +1561,7 @@ type TokenCheck struct {
 
 func (x *TokenCheck) Reset() {
 	*x = TokenCheck{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1416,7 +1573,7 @@ func (x *TokenCheck) String() string {
 func (*TokenCheck) ProtoMessage() {}
 
 func (x *TokenCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1429,7 +1586,7 @@ func (x *TokenCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenCheck.ProtoReflect.Descriptor instead.
 func (*TokenCheck) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *TokenCheck) GetName() string {
@@ -1459,7 +1616,7 @@ type TokenMatch struct {
 
 func (x *TokenMatch) Reset() {
 	*x = TokenMatch{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1471,7 +1628,7 @@ func (x *TokenMatch) String() string {
 func (*TokenMatch) ProtoMessage() {}
 
 func (x *TokenMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1484,7 +1641,7 @@ func (x *TokenMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenMatch.ProtoReflect.Descriptor instead.
 func (*TokenMatch) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *TokenMatch) GetEntry() *Entry {
@@ -1523,7 +1680,7 @@ type LintIssuersRequest struct {
 
 func (x *LintIssuersRequest) Reset() {
 	*x = LintIssuersRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1535,7 +1692,7 @@ func (x *LintIssuersRequest) String() string {
 func (*LintIssuersRequest) ProtoMessage() {}
 
 func (x *LintIssuersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1548,7 +1705,7 @@ func (x *LintIssuersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LintIssuersRequest.ProtoReflect.Descriptor instead.
 func (*LintIssuersRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{27}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{29}
 }
 
 type LintIssuersResponse struct {
@@ -1561,7 +1718,7 @@ type LintIssuersResponse struct {
 
 func (x *LintIssuersResponse) Reset() {
 	*x = LintIssuersResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1573,7 +1730,7 @@ func (x *LintIssuersResponse) String() string {
 func (*LintIssuersResponse) ProtoMessage() {}
 
 func (x *LintIssuersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1586,7 +1743,7 @@ func (x *LintIssuersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LintIssuersResponse.ProtoReflect.Descriptor instead.
 func (*LintIssuersResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{28}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *LintIssuersResponse) GetFindings() []*IssuerFinding {
@@ -1617,7 +1774,7 @@ type IssuerFinding struct {
 
 func (x *IssuerFinding) Reset() {
 	*x = IssuerFinding{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[29]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1629,7 +1786,7 @@ func (x *IssuerFinding) String() string {
 func (*IssuerFinding) ProtoMessage() {}
 
 func (x *IssuerFinding) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[29]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1642,7 +1799,7 @@ func (x *IssuerFinding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuerFinding.ProtoReflect.Descriptor instead.
 func (*IssuerFinding) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{29}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *IssuerFinding) GetIssuer() string {
@@ -1693,7 +1850,7 @@ type RevokeSVIDsRequest struct {
 
 func (x *RevokeSVIDsRequest) Reset() {
 	*x = RevokeSVIDsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[30]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1705,7 +1862,7 @@ func (x *RevokeSVIDsRequest) String() string {
 func (*RevokeSVIDsRequest) ProtoMessage() {}
 
 func (x *RevokeSVIDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[30]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1718,7 +1875,7 @@ func (x *RevokeSVIDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeSVIDsRequest.ProtoReflect.Descriptor instead.
 func (*RevokeSVIDsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{30}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RevokeSVIDsRequest) GetRevocations() []*Revocation {
@@ -1748,7 +1905,7 @@ type RevokeSVIDsResponse struct {
 
 func (x *RevokeSVIDsResponse) Reset() {
 	*x = RevokeSVIDsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[31]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1760,7 +1917,7 @@ func (x *RevokeSVIDsResponse) String() string {
 func (*RevokeSVIDsResponse) ProtoMessage() {}
 
 func (x *RevokeSVIDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[31]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1773,7 +1930,7 @@ func (x *RevokeSVIDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeSVIDsResponse.ProtoReflect.Descriptor instead.
 func (*RevokeSVIDsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{31}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RevokeSVIDsResponse) GetRevision() int64 {
@@ -1825,7 +1982,7 @@ type RevocationCoverage struct {
 
 func (x *RevocationCoverage) Reset() {
 	*x = RevocationCoverage{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[32]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1837,7 +1994,7 @@ func (x *RevocationCoverage) String() string {
 func (*RevocationCoverage) ProtoMessage() {}
 
 func (x *RevocationCoverage) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[32]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1850,7 +2007,7 @@ func (x *RevocationCoverage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevocationCoverage.ProtoReflect.Descriptor instead.
 func (*RevocationCoverage) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{32}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RevocationCoverage) GetAuthorityId() string {
@@ -1900,7 +2057,7 @@ type ListSVIDsRequest struct {
 
 func (x *ListSVIDsRequest) Reset() {
 	*x = ListSVIDsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[33]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1912,7 +2069,7 @@ func (x *ListSVIDsRequest) String() string {
 func (*ListSVIDsRequest) ProtoMessage() {}
 
 func (x *ListSVIDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[33]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1925,7 +2082,7 @@ func (x *ListSVIDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSVIDsRequest.ProtoReflect.Descriptor instead.
 func (*ListSVIDsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{33}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListSVIDsRequest) GetSpiffeId() string {
@@ -1966,7 +2123,7 @@ type ListSVIDsResponse struct {
 
 func (x *ListSVIDsResponse) Reset() {
 	*x = ListSVIDsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[34]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1978,7 +2135,7 @@ func (x *ListSVIDsResponse) String() string {
 func (*ListSVIDsResponse) ProtoMessage() {}
 
 func (x *ListSVIDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[34]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1991,7 +2148,7 @@ func (x *ListSVIDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSVIDsResponse.ProtoReflect.Descriptor instead.
 func (*ListSVIDsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ListSVIDsResponse) GetSvids() []*IssuedSVID {
@@ -2025,7 +2182,7 @@ type IssuedSVID struct {
 
 func (x *IssuedSVID) Reset() {
 	*x = IssuedSVID{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[35]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2037,7 +2194,7 @@ func (x *IssuedSVID) String() string {
 func (*IssuedSVID) ProtoMessage() {}
 
 func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[35]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2050,7 +2207,7 @@ func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuedSVID.ProtoReflect.Descriptor instead.
 func (*IssuedSVID) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{35}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *IssuedSVID) GetSpiffeId() string {
@@ -2110,7 +2267,7 @@ type ListRevocationsRequest struct {
 
 func (x *ListRevocationsRequest) Reset() {
 	*x = ListRevocationsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[36]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2122,7 +2279,7 @@ func (x *ListRevocationsRequest) String() string {
 func (*ListRevocationsRequest) ProtoMessage() {}
 
 func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[36]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2135,7 +2292,7 @@ func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRevocationsRequest.ProtoReflect.Descriptor instead.
 func (*ListRevocationsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{36}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{38}
 }
 
 type ListRevocationsResponse struct {
@@ -2148,7 +2305,7 @@ type ListRevocationsResponse struct {
 
 func (x *ListRevocationsResponse) Reset() {
 	*x = ListRevocationsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[37]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2160,7 +2317,7 @@ func (x *ListRevocationsResponse) String() string {
 func (*ListRevocationsResponse) ProtoMessage() {}
 
 func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[37]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2173,7 +2330,7 @@ func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRevocationsResponse.ProtoReflect.Descriptor instead.
 func (*ListRevocationsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{37}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListRevocationsResponse) GetRevocations() []*Revocation {
@@ -2210,10 +2367,22 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\x04data\x18\x01 \x01(\fR\x04data\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x12\n" +
 	"\x04done\x18\x03 \x01(\bR\x04done\"\x18\n" +
-	"\x16ListAuthoritiesRequest\"\x82\x01\n" +
+	"\x16ListAuthoritiesRequest\"\xe7\x01\n" +
 	"\x17ListAuthoritiesResponse\x128\n" +
 	"\vauthorities\x18\x01 \x03(\v2\x16.hallmark.v1.AuthorityR\vauthorities\x12-\n" +
-	"\x04uses\x18\x02 \x03(\v2\x19.hallmark.v1.AuthorityUseR\x04uses\"\xb2\x01\n" +
+	"\x04uses\x18\x02 \x03(\v2\x19.hallmark.v1.AuthorityUseR\x04uses\x120\n" +
+	"\x05roots\x18\x03 \x03(\v2\x1a.hallmark.v1.X509AuthorityR\x05roots\x121\n" +
+	"\bupstream\x18\x04 \x01(\v2\x15.hallmark.v1.UpstreamR\bupstream\"r\n" +
+	"\bUpstream\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x128\n" +
+	"\brequests\x18\x03 \x03(\v2\x1c.hallmark.v1.UpstreamRequestR\brequests\"\xa2\x01\n" +
+	"\x0fUpstreamRequest\x12\x12\n" +
+	"\x04what\x18\x01 \x01(\tR\x04what\x12!\n" +
+	"\fsucceeded_at\x18\x02 \x01(\x03R\vsucceededAt\x12\x18\n" +
+	"\afailure\x18\x03 \x01(\tR\afailure\x12#\n" +
+	"\rfailing_since\x18\x04 \x01(\x03R\ffailingSince\x12\x19\n" +
+	"\bnext_try\x18\x05 \x01(\x03R\anextTry\"\xb2\x01\n" +
 	"\fAuthorityUse\x12\x16\n" +
 	"\x06agents\x18\x01 \x01(\x05R\x06agents\x12)\n" +
 	"\x10connected_agents\x18\x02 \x01(\x05R\x0fconnectedAgents\x12\x1f\n" +
@@ -2370,7 +2539,7 @@ func file_hallmark_v1_admin_proto_rawDescGZIP() []byte {
 	return file_hallmark_v1_admin_proto_rawDescData
 }
 
-var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*GetServerRequest)(nil),          // 0: hallmark.v1.GetServerRequest
 	(*GetServerResponse)(nil),         // 1: hallmark.v1.GetServerResponse
@@ -2378,97 +2547,103 @@ var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*BackupResponse)(nil),            // 3: hallmark.v1.BackupResponse
 	(*ListAuthoritiesRequest)(nil),    // 4: hallmark.v1.ListAuthoritiesRequest
 	(*ListAuthoritiesResponse)(nil),   // 5: hallmark.v1.ListAuthoritiesResponse
-	(*AuthorityUse)(nil),              // 6: hallmark.v1.AuthorityUse
-	(*RotateAuthorityRequest)(nil),    // 7: hallmark.v1.RotateAuthorityRequest
-	(*RotateAuthorityResponse)(nil),   // 8: hallmark.v1.RotateAuthorityResponse
-	(*ListConnectionsRequest)(nil),    // 9: hallmark.v1.ListConnectionsRequest
-	(*ListConnectionsResponse)(nil),   // 10: hallmark.v1.ListConnectionsResponse
-	(*Connection)(nil),                // 11: hallmark.v1.Connection
-	(*AwaitAgentsRequest)(nil),        // 12: hallmark.v1.AwaitAgentsRequest
-	(*AwaitAgentsResponse)(nil),       // 13: hallmark.v1.AwaitAgentsResponse
-	(*ListBundleFetchesRequest)(nil),  // 14: hallmark.v1.ListBundleFetchesRequest
-	(*ListBundleFetchesResponse)(nil), // 15: hallmark.v1.ListBundleFetchesResponse
-	(*BundleFetch)(nil),               // 16: hallmark.v1.BundleFetch
-	(*GetJoinInfoRequest)(nil),        // 17: hallmark.v1.GetJoinInfoRequest
-	(*GetJoinInfoResponse)(nil),       // 18: hallmark.v1.GetJoinInfoResponse
-	(*ListNodeAttestorsRequest)(nil),  // 19: hallmark.v1.ListNodeAttestorsRequest
-	(*ListNodeAttestorsResponse)(nil), // 20: hallmark.v1.ListNodeAttestorsResponse
-	(*NodeAttestor)(nil),              // 21: hallmark.v1.NodeAttestor
-	(*SelectorForm)(nil),              // 22: hallmark.v1.SelectorForm
-	(*ExplainTokenRequest)(nil),       // 23: hallmark.v1.ExplainTokenRequest
-	(*ExplainTokenResponse)(nil),      // 24: hallmark.v1.ExplainTokenResponse
-	(*TokenCheck)(nil),                // 25: hallmark.v1.TokenCheck
-	(*TokenMatch)(nil),                // 26: hallmark.v1.TokenMatch
-	(*LintIssuersRequest)(nil),        // 27: hallmark.v1.LintIssuersRequest
-	(*LintIssuersResponse)(nil),       // 28: hallmark.v1.LintIssuersResponse
-	(*IssuerFinding)(nil),             // 29: hallmark.v1.IssuerFinding
-	(*RevokeSVIDsRequest)(nil),        // 30: hallmark.v1.RevokeSVIDsRequest
-	(*RevokeSVIDsResponse)(nil),       // 31: hallmark.v1.RevokeSVIDsResponse
-	(*RevocationCoverage)(nil),        // 32: hallmark.v1.RevocationCoverage
-	(*ListSVIDsRequest)(nil),          // 33: hallmark.v1.ListSVIDsRequest
-	(*ListSVIDsResponse)(nil),         // 34: hallmark.v1.ListSVIDsResponse
-	(*IssuedSVID)(nil),                // 35: hallmark.v1.IssuedSVID
-	(*ListRevocationsRequest)(nil),    // 36: hallmark.v1.ListRevocationsRequest
-	(*ListRevocationsResponse)(nil),   // 37: hallmark.v1.ListRevocationsResponse
-	(*Authority)(nil),                 // 38: hallmark.v1.Authority
-	(Authority_Kind)(0),               // 39: hallmark.v1.Authority.Kind
-	(*Selector)(nil),                  // 40: hallmark.v1.Selector
-	(*Entry)(nil),                     // 41: hallmark.v1.Entry
-	(*Revocation)(nil),                // 42: hallmark.v1.Revocation
+	(*Upstream)(nil),                  // 6: hallmark.v1.Upstream
+	(*UpstreamRequest)(nil),           // 7: hallmark.v1.UpstreamRequest
+	(*AuthorityUse)(nil),              // 8: hallmark.v1.AuthorityUse
+	(*RotateAuthorityRequest)(nil),    // 9: hallmark.v1.RotateAuthorityRequest
+	(*RotateAuthorityResponse)(nil),   // 10: hallmark.v1.RotateAuthorityResponse
+	(*ListConnectionsRequest)(nil),    // 11: hallmark.v1.ListConnectionsRequest
+	(*ListConnectionsResponse)(nil),   // 12: hallmark.v1.ListConnectionsResponse
+	(*Connection)(nil),                // 13: hallmark.v1.Connection
+	(*AwaitAgentsRequest)(nil),        // 14: hallmark.v1.AwaitAgentsRequest
+	(*AwaitAgentsResponse)(nil),       // 15: hallmark.v1.AwaitAgentsResponse
+	(*ListBundleFetchesRequest)(nil),  // 16: hallmark.v1.ListBundleFetchesRequest
+	(*ListBundleFetchesResponse)(nil), // 17: hallmark.v1.ListBundleFetchesResponse
+	(*BundleFetch)(nil),               // 18: hallmark.v1.BundleFetch
+	(*GetJoinInfoRequest)(nil),        // 19: hallmark.v1.GetJoinInfoRequest
+	(*GetJoinInfoResponse)(nil),       // 20: hallmark.v1.GetJoinInfoResponse
+	(*ListNodeAttestorsRequest)(nil),  // 21: hallmark.v1.ListNodeAttestorsRequest
+	(*ListNodeAttestorsResponse)(nil), // 22: hallmark.v1.ListNodeAttestorsResponse
+	(*NodeAttestor)(nil),              // 23: hallmark.v1.NodeAttestor
+	(*SelectorForm)(nil),              // 24: hallmark.v1.SelectorForm
+	(*ExplainTokenRequest)(nil),       // 25: hallmark.v1.ExplainTokenRequest
+	(*ExplainTokenResponse)(nil),      // 26: hallmark.v1.ExplainTokenResponse
+	(*TokenCheck)(nil),                // 27: hallmark.v1.TokenCheck
+	(*TokenMatch)(nil),                // 28: hallmark.v1.TokenMatch
+	(*LintIssuersRequest)(nil),        // 29: hallmark.v1.LintIssuersRequest
+	(*LintIssuersResponse)(nil),       // 30: hallmark.v1.LintIssuersResponse
+	(*IssuerFinding)(nil),             // 31: hallmark.v1.IssuerFinding
+	(*RevokeSVIDsRequest)(nil),        // 32: hallmark.v1.RevokeSVIDsRequest
+	(*RevokeSVIDsResponse)(nil),       // 33: hallmark.v1.RevokeSVIDsResponse
+	(*RevocationCoverage)(nil),        // 34: hallmark.v1.RevocationCoverage
+	(*ListSVIDsRequest)(nil),          // 35: hallmark.v1.ListSVIDsRequest
+	(*ListSVIDsResponse)(nil),         // 36: hallmark.v1.ListSVIDsResponse
+	(*IssuedSVID)(nil),                // 37: hallmark.v1.IssuedSVID
+	(*ListRevocationsRequest)(nil),    // 38: hallmark.v1.ListRevocationsRequest
+	(*ListRevocationsResponse)(nil),   // 39: hallmark.v1.ListRevocationsResponse
+	(*Authority)(nil),                 // 40: hallmark.v1.Authority
+	(*X509Authority)(nil),             // 41: hallmark.v1.X509Authority
+	(Authority_Kind)(0),               // 42: hallmark.v1.Authority.Kind
+	(*Selector)(nil),                  // 43: hallmark.v1.Selector
+	(*Entry)(nil),                     // 44: hallmark.v1.Entry
+	(*Revocation)(nil),                // 45: hallmark.v1.Revocation
 }
 var file_hallmark_v1_admin_proto_depIdxs = []int32{
-	38, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
-	6,  // 1: hallmark.v1.ListAuthoritiesResponse.uses:type_name -> hallmark.v1.AuthorityUse
-	39, // 2: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
-	38, // 3: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
-	11, // 4: hallmark.v1.ListConnectionsResponse.connections:type_name -> hallmark.v1.Connection
-	16, // 5: hallmark.v1.ListBundleFetchesResponse.fetches:type_name -> hallmark.v1.BundleFetch
-	21, // 6: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
-	22, // 7: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
-	25, // 8: hallmark.v1.ExplainTokenResponse.checks:type_name -> hallmark.v1.TokenCheck
-	40, // 9: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
-	26, // 10: hallmark.v1.ExplainTokenResponse.matches:type_name -> hallmark.v1.TokenMatch
-	41, // 11: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
-	40, // 12: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
-	29, // 13: hallmark.v1.LintIssuersResponse.findings:type_name -> hallmark.v1.IssuerFinding
-	42, // 14: hallmark.v1.RevokeSVIDsRequest.revocations:type_name -> hallmark.v1.Revocation
-	32, // 15: hallmark.v1.RevokeSVIDsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
-	35, // 16: hallmark.v1.ListSVIDsResponse.svids:type_name -> hallmark.v1.IssuedSVID
-	42, // 17: hallmark.v1.ListRevocationsResponse.revocations:type_name -> hallmark.v1.Revocation
-	32, // 18: hallmark.v1.ListRevocationsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
-	0,  // 19: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
-	2,  // 20: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
-	4,  // 21: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
-	7,  // 22: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
-	9,  // 23: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
-	12, // 24: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
-	17, // 25: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
-	19, // 26: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
-	23, // 27: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
-	27, // 28: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
-	30, // 29: hallmark.v1.AdminService.RevokeSVIDs:input_type -> hallmark.v1.RevokeSVIDsRequest
-	33, // 30: hallmark.v1.AdminService.ListSVIDs:input_type -> hallmark.v1.ListSVIDsRequest
-	36, // 31: hallmark.v1.AdminService.ListRevocations:input_type -> hallmark.v1.ListRevocationsRequest
-	14, // 32: hallmark.v1.AdminService.ListBundleFetches:input_type -> hallmark.v1.ListBundleFetchesRequest
-	1,  // 33: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
-	3,  // 34: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
-	5,  // 35: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
-	8,  // 36: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
-	10, // 37: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
-	13, // 38: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
-	18, // 39: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
-	20, // 40: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
-	24, // 41: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
-	28, // 42: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
-	31, // 43: hallmark.v1.AdminService.RevokeSVIDs:output_type -> hallmark.v1.RevokeSVIDsResponse
-	34, // 44: hallmark.v1.AdminService.ListSVIDs:output_type -> hallmark.v1.ListSVIDsResponse
-	37, // 45: hallmark.v1.AdminService.ListRevocations:output_type -> hallmark.v1.ListRevocationsResponse
-	15, // 46: hallmark.v1.AdminService.ListBundleFetches:output_type -> hallmark.v1.ListBundleFetchesResponse
-	33, // [33:47] is the sub-list for method output_type
-	19, // [19:33] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	40, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
+	8,  // 1: hallmark.v1.ListAuthoritiesResponse.uses:type_name -> hallmark.v1.AuthorityUse
+	41, // 2: hallmark.v1.ListAuthoritiesResponse.roots:type_name -> hallmark.v1.X509Authority
+	6,  // 3: hallmark.v1.ListAuthoritiesResponse.upstream:type_name -> hallmark.v1.Upstream
+	7,  // 4: hallmark.v1.Upstream.requests:type_name -> hallmark.v1.UpstreamRequest
+	42, // 5: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
+	40, // 6: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
+	13, // 7: hallmark.v1.ListConnectionsResponse.connections:type_name -> hallmark.v1.Connection
+	18, // 8: hallmark.v1.ListBundleFetchesResponse.fetches:type_name -> hallmark.v1.BundleFetch
+	23, // 9: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
+	24, // 10: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
+	27, // 11: hallmark.v1.ExplainTokenResponse.checks:type_name -> hallmark.v1.TokenCheck
+	43, // 12: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
+	28, // 13: hallmark.v1.ExplainTokenResponse.matches:type_name -> hallmark.v1.TokenMatch
+	44, // 14: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
+	43, // 15: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
+	31, // 16: hallmark.v1.LintIssuersResponse.findings:type_name -> hallmark.v1.IssuerFinding
+	45, // 17: hallmark.v1.RevokeSVIDsRequest.revocations:type_name -> hallmark.v1.Revocation
+	34, // 18: hallmark.v1.RevokeSVIDsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
+	37, // 19: hallmark.v1.ListSVIDsResponse.svids:type_name -> hallmark.v1.IssuedSVID
+	45, // 20: hallmark.v1.ListRevocationsResponse.revocations:type_name -> hallmark.v1.Revocation
+	34, // 21: hallmark.v1.ListRevocationsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
+	0,  // 22: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
+	2,  // 23: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
+	4,  // 24: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
+	9,  // 25: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
+	11, // 26: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
+	14, // 27: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
+	19, // 28: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
+	21, // 29: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
+	25, // 30: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
+	29, // 31: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
+	32, // 32: hallmark.v1.AdminService.RevokeSVIDs:input_type -> hallmark.v1.RevokeSVIDsRequest
+	35, // 33: hallmark.v1.AdminService.ListSVIDs:input_type -> hallmark.v1.ListSVIDsRequest
+	38, // 34: hallmark.v1.AdminService.ListRevocations:input_type -> hallmark.v1.ListRevocationsRequest
+	16, // 35: hallmark.v1.AdminService.ListBundleFetches:input_type -> hallmark.v1.ListBundleFetchesRequest
+	1,  // 36: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
+	3,  // 37: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
+	5,  // 38: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
+	10, // 39: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
+	12, // 40: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
+	15, // 41: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
+	20, // 42: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
+	22, // 43: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
+	26, // 44: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
+	30, // 45: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
+	33, // 46: hallmark.v1.AdminService.RevokeSVIDs:output_type -> hallmark.v1.RevokeSVIDsResponse
+	36, // 47: hallmark.v1.AdminService.ListSVIDs:output_type -> hallmark.v1.ListSVIDsResponse
+	39, // 48: hallmark.v1.AdminService.ListRevocations:output_type -> hallmark.v1.ListRevocationsResponse
+	17, // 49: hallmark.v1.AdminService.ListBundleFetches:output_type -> hallmark.v1.ListBundleFetchesResponse
+	36, // [36:50] is the sub-list for method output_type
+	22, // [22:36] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_hallmark_v1_admin_proto_init() }
@@ -2483,7 +2658,7 @@ func file_hallmark_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_admin_proto_rawDesc), len(file_hallmark_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   38,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -643,6 +643,7 @@ type X509Authority struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Asn1          []byte                 `protobuf:"bytes,1,opt,name=asn1,proto3" json:"asn1,omitempty"` // one DER certificate
 	Tainted       bool                   `protobuf:"varint,2,opt,name=tainted,proto3" json:"tainted,omitempty"`
+	Upstream      bool                   `protobuf:"varint,3,opt,name=upstream,proto3" json:"upstream,omitempty"` // of the authority above: it goes when that has it no more
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -691,6 +692,13 @@ func (x *X509Authority) GetTainted() bool {
 	return false
 }
 
+func (x *X509Authority) GetUpstream() bool {
+	if x != nil {
+		return x.Upstream
+	}
+	return false
+}
+
 // JWTAuthority is one key of a bundle that signs JWTs: JWT-SVIDs or WIT-SVIDs.
 type JWTAuthority struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -698,6 +706,7 @@ type JWTAuthority struct {
 	PublicKey     []byte                 `protobuf:"bytes,2,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`  // PKIX DER
 	ExpiresAt     int64                  `protobuf:"varint,3,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"` // Unix seconds; 0 means never
 	Tainted       bool                   `protobuf:"varint,4,opt,name=tainted,proto3" json:"tainted,omitempty"`
+	Upstream      bool                   `protobuf:"varint,5,opt,name=upstream,proto3" json:"upstream,omitempty"` // of the authority above: it goes when that has it no more
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -756,6 +765,13 @@ func (x *JWTAuthority) GetExpiresAt() int64 {
 func (x *JWTAuthority) GetTainted() bool {
 	if x != nil {
 		return x.Tainted
+	}
+	return false
+}
+
+func (x *JWTAuthority) GetUpstream() bool {
+	if x != nil {
+		return x.Upstream
 	}
 	return false
 }
@@ -1256,17 +1272,19 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"\x0fjwt_authorities\x18\x03 \x03(\v2\x19.hallmark.v1.JWTAuthorityR\x0ejwtAuthorities\x12'\n" +
 	"\x0fsequence_number\x18\x04 \x01(\x04R\x0esequenceNumber\x12!\n" +
 	"\frefresh_hint\x18\x05 \x01(\x03R\vrefreshHint\x12B\n" +
-	"\x0fwit_authorities\x18\x06 \x03(\v2\x19.hallmark.v1.JWTAuthorityR\x0ewitAuthorities\"=\n" +
+	"\x0fwit_authorities\x18\x06 \x03(\v2\x19.hallmark.v1.JWTAuthorityR\x0ewitAuthorities\"Y\n" +
 	"\rX509Authority\x12\x12\n" +
 	"\x04asn1\x18\x01 \x01(\fR\x04asn1\x12\x18\n" +
-	"\atainted\x18\x02 \x01(\bR\atainted\"}\n" +
+	"\atainted\x18\x02 \x01(\bR\atainted\x12\x1a\n" +
+	"\bupstream\x18\x03 \x01(\bR\bupstream\"\x99\x01\n" +
 	"\fJWTAuthority\x12\x15\n" +
 	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1d\n" +
 	"\n" +
 	"public_key\x18\x02 \x01(\fR\tpublicKey\x12\x1d\n" +
 	"\n" +
 	"expires_at\x18\x03 \x01(\x03R\texpiresAt\x12\x18\n" +
-	"\atainted\x18\x04 \x01(\bR\atainted\"\x95\x04\n" +
+	"\atainted\x18\x04 \x01(\bR\atainted\x12\x1a\n" +
+	"\bupstream\x18\x05 \x01(\bR\bupstream\"\x95\x04\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12/\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1b.hallmark.v1.Authority.KindR\x04kind\x122\n" +
