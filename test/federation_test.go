@@ -84,7 +84,7 @@ func federatedCall(peer, address string) error {
 	}
 	defer tokens.Close()
 	config := tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(spiffeid.RequireFromString(peer)))
-	return keepCalling(ctx, source, func() error {
+	return keepCalling(ctx, source, 50*time.Millisecond, func() error {
 		token, err := tokens.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience})
 		if err != nil {
 			return err

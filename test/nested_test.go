@@ -195,7 +195,7 @@ func TestNested_X12_ThreeLevelsOfServersAreOneTrustDomain(t *testing.T) {
 					tokens.Add(1)
 				}
 				select {
-				case <-time.After(50 * time.Millisecond):
+				case <-time.After(200 * time.Millisecond):
 				case <-ctx.Done():
 				}
 			}

@@ -86,7 +86,9 @@ func underLoad(t *testing.T, d *harness.Domain, served identity, each func(ctx c
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		for last := ""; ctx.Err() == nil; {
+		pace := time.NewTicker(50 * time.Millisecond)
+		defer pace.Stop()
+		for last := ""; ctx.Err() == nil; <-pace.C {
 			now, err := each(ctx)
 			if ctx.Err() != nil {
 				return

@@ -131,14 +131,15 @@ func call(peer, address string) error {
 	}
 	defer source.Close()
 	config := tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(spiffeid.RequireFromString(peer)))
-	return keepCalling(ctx, source, func() error { return ping(config, address) })
+	return keepCalling(ctx, source, 10*time.Millisecond, func() error { return ping(config, address) })
 }
 
-// keepCalling makes one call after another, and prints what has come of them.
-func keepCalling(ctx context.Context, source *workloadapi.X509Source, once func() error) error {
+// keepCalling makes one call after another, at a pace, and prints what has come of
+// them.
+func keepCalling(ctx context.Context, source *workloadapi.X509Source, pace time.Duration, once func() error) error {
 	var n tally
 	serials, issuers := map[string]bool{}, map[string]bool{}
-	tick := time.NewTicker(10 * time.Millisecond)
+	tick := time.NewTicker(pace)
 	defer tick.Stop()
 	for i := 0; ctx.Err() == nil; i++ {
 		svid, err := source.GetX509SVID()
@@ -155,7 +156,7 @@ func keepCalling(ctx context.Context, source *workloadapi.X509Source, once func(
 			}
 		}
 		n.SVIDs, n.Issuers = len(serials), len(issuers)
-		if i%10 == 0 {
+		if i%10 == 0 || pace > 10*time.Millisecond {
 			if err := json.NewEncoder(os.Stdout).Encode(n); err != nil {
 				return err
 			}

@@ -1,10 +1,13 @@
 package harness
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 )
 
@@ -52,7 +55,15 @@ func Systemd(t testing.TB, units map[string]string, started []string, shared ...
 	}
 	booted := Command{Path: "/usr/bin/systemd-nspawn", Args: args}.Start(t)
 	t.Cleanup(func() {
-		booted.Stop(t)
+		Eventually(t, "the end of the container", func(context.Context) error {
+			booted.Signal(syscall.SIGTERM) // one halts it, another does not wait for that
+			select {
+			case <-booted.Done():
+				return nil
+			default:
+				return errors.New("it runs")
+			}
+		})
 		left, _ := filepath.Glob("/sys/fs/cgroup/*/payload")
 		more, _ := filepath.Glob("/sys/fs/cgroup/*/supervisor")
 		for _, group := range append(left, more...) {
