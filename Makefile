@@ -55,6 +55,10 @@ relying-parties: test-deps ## libraries of Node take our tokens; needs node 20 a
 	npm ci --prefix bin/relyingparty --no-audit --no-fund --ignore-scripts
 	HALLMARK_RELYING_PARTIES=$(CURDIR)/bin/relyingparty $(GO) test -count=1 -run 'TestLibrariesOfNode' -v ./test/relyingparty
 
+.PHONY: bridges
+bridges: test-deps ## three levels of servers; haproxy and PostgreSQL under load (as root)
+	HALLMARK_LONG=1 $(GO) test -count=1 -timeout 14m -run 'TestNested|TestServersThat|TestPostgreSQL|TestFederation' -v ./test
+
 .PHONY: soak
 soak: build test-deps ## ten minutes of one-minute SVIDs under mTLS, with crashes
 	HALLMARK_SOAK=10m $(GO) test -count=1 -timeout 20m -run 'TestSeparateProcesses' -v ./test

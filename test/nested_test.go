@@ -151,6 +151,7 @@ func (l *level) rootKey(t *testing.T) string {
 // revoked.
 func TestNested_X12_ThreeLevelsOfServersAreOneTrustDomain(t *testing.T) {
 	t.Parallel()
+	harness.Long(t)
 	root := layLevel(t, "root", nil)
 	root.start(t)
 	region := layLevel(t, "region", root)

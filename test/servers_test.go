@@ -193,6 +193,9 @@ func TestServersThatReadFilesServeWithSVIDsAndFollowTheirRotation(t *testing.T) 
 	for i, s := range webServers {
 		t.Run(s.name, func(t *testing.T) {
 			t.Parallel()
+			if s.name != "nginx" {
+				harness.Long(t)
+			}
 			harness.NeedCommand(t, s.program)
 			d := harness.NewDomain(t, harness.Settings{})
 			d.StartServer(t)
@@ -268,6 +271,7 @@ func (l longLived) GetX509SVID() (*x509svid.SVID, error) { return l.svid, nil }
 // user is the first DNS name.
 func TestPostgreSQLServesWithSVIDsAndFollowsTheirRotation(t *testing.T) {
 	t.Parallel()
+	harness.Long(t)
 	harness.NeedCommand(t, "psql")
 	bins, err := filepath.Glob("/usr/lib/postgresql/*/bin")
 	if err != nil || len(bins) == 0 {

@@ -117,6 +117,15 @@ func NeedCommand(t testing.TB, name string) {
 	}
 }
 
+// Long skips a test that takes a minute of a machine's time, unless it is asked
+// for: "make bridges" does.
+func Long(t testing.TB) {
+	t.Helper()
+	if os.Getenv("HALLMARK_LONG") == "" {
+		t.Skip("it is long; make bridges runs it")
+	}
+}
+
 // Skip skips the test for a reason; in CI (CI=true) it fails it.
 func Skip(t testing.TB, why string) {
 	t.Helper()
