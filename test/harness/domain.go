@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -110,6 +111,11 @@ func (p *Process) WaitReady(t testing.TB, args ...string) {
 		case <-p.done:
 			t.Fatalf("%s ended: %v\nstderr:\n%s", strings.Join(p.cmd.Args, " "), p.failure, tail(p.Stderr()))
 		default:
+		}
+		if i := slices.Index(args, "--admin-socket"); i >= 0 { // to ask costs more than to look
+			if _, err := os.Stat(args[i+1]); err != nil {
+				return err
+			}
 		}
 		if out, errOut, code := (Command{Args: args, UID: p.UID}).Try(t); code != 0 {
 			return fmt.Errorf("exit status %d: %s%s", code, out, errOut)
