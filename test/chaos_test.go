@@ -507,7 +507,6 @@ func (w *writers) run(ctx context.Context, name string, conn *grpc.ClientConn) {
 		if halted {
 			return
 		}
-		conn.ResetConnectBackoff() // a server that is away answers at once
 		if len(mine) < kept {
 			id, node := fmt.Sprintf("%s-%06d", name, i), nodePath(i%chaosAgents)
 			if createAt(ctx, client, id, node) == nil {

@@ -14,7 +14,6 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/hallmark-id/hallmark/pkg/join"
 	"github.com/hallmark-id/hallmark/test/harness"
@@ -126,12 +125,7 @@ func (s *servers) entries(t *testing.T, name string) map[string]bool {
 
 func (s *servers) dial(t *testing.T, name string) *grpc.ClientConn {
 	t.Helper()
-	conn, err := grpc.NewClient("unix:"+s.socket(name), grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	return conn
+	return harness.Dial(t, s.socket(name))
 }
 
 func create(ctx context.Context, client entryv1.EntryClient, id string) error {

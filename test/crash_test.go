@@ -12,9 +12,7 @@ import (
 
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/hallmark-id/hallmark/test/harness"
 )
@@ -37,12 +35,7 @@ func TestKilledServerLosesNothingAcknowledged(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	client := entryv1.NewEntryClient(conn)
+	client := entryv1.NewEntryClient(harness.Dial(t, socket))
 
 	var mu sync.Mutex
 	want := map[string]string{} // entry ID → hint, as last acknowledged
@@ -53,7 +46,6 @@ func TestKilledServerLosesNothingAcknowledged(t *testing.T) {
 		server := harness.Command{Args: []string{"server", "run", "-c", config}}.Start(t)
 		server.WaitReady(t, "server", "health", "--admin-socket", socket)
 		harness.Eventually(t, "reconnect", func(ctx context.Context) error {
-			conn.ResetConnectBackoff()
 			_, err := client.CountEntries(ctx, &entryv1.CountEntriesRequest{})
 			return err
 		})

@@ -66,12 +66,7 @@ func TestAnOversizedCallOfTheAgentsAdminSocketIsRefused(t *testing.T) {
 	t.Parallel()
 	dir := devDir(t)
 	startDev(t, dir)
-	conn, err := grpc.NewClient("unix://"+filepath.Join(dir, "agent.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	admin := hallmarkv1.NewAgentAdminServiceClient(conn)
+	admin := hallmarkv1.NewAgentAdminServiceClient(harness.Dial(t, filepath.Join(dir, "agent.sock")))
 	large := strings.Repeat("x", 128<<10)
 	req := &hallmarkv1.GetStatusRequest{}
 	req.ProtoReflect().SetUnknown(append([]byte{0xfa, 0x3f, 0x80, 0x80, 0x08}, large...)) // field 1023, 128 KiB

@@ -26,7 +26,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -50,12 +49,7 @@ func startSPIREServer(t testing.TB) *spireServer {
 	}
 	harness.Command{Args: []string{"server", "run", "-c", config}}.Start(t).
 		WaitReady(t, "server", "health", "--admin-socket", socket)
-	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	s.admin = conn
+	s.admin = harness.Dial(t, socket)
 	return s
 }
 

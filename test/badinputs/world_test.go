@@ -18,7 +18,6 @@ import (
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
 
@@ -43,16 +42,8 @@ func newHouse(t testing.TB) *house {
 	h := &house{dir: dir, address: harness.FreeAddress(t), admin: filepath.Join(dir, "admin.sock"), socket: filepath.Join(dir, "workload.sock")}
 	p := harness.Command{Args: []string{"dev", "--dir", dir, "--listen", h.address}}.Start(t)
 	p.WaitOutput(t, "export SPIFFE_ENDPOINT_SOCKET=")
-	h.server, h.agent = dial(t, h.admin), dial(t, h.socket)
+	h.server, h.agent = harness.Dial(t, h.admin), harness.Dial(t, h.socket)
 	return h
-}
-
-func dial(t testing.TB, path string) *grpc.ClientConn {
-	t.Helper()
-	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	must(t, err)
-	t.Cleanup(func() { conn.Close() })
-	return conn
 }
 
 // serves fails the test if the server or the Workload API does not answer.

@@ -15,7 +15,6 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/hallmark-id/hallmark/test/harness"
 )
@@ -28,12 +27,7 @@ func startServer(b *testing.B) (*harness.Domain, *grpc.ClientConn) {
 		Agent:  "limits: {calls_per_second: 1000000}\nlog: {level: warn}\n",
 	})
 	d.StartServer(b)
-	conn, err := grpc.NewClient("unix:"+d.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { conn.Close() })
-	return d, conn
+	return d, harness.Dial(b, d.AdminSocket)
 }
 
 // BenchmarkMintX509 is an X509-SVID minted on the admin socket. floor-ratio is
