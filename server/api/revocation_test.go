@@ -1,6 +1,7 @@
 package api_test
 
 import (
+	"bytes"
 	"encoding/hex"
 	"math/big"
 	"testing"
@@ -88,6 +89,7 @@ func TestRevokeSaysWhatItCannotRevoke(t *testing.T) {
 	}{
 		{&hallmarkv1.Revocation{SerialNumber: []byte{1}}, codes.NotFound, "issued no SVID with serial number 1"},
 		{&hallmarkv1.Revocation{SerialNumber: []byte{1}, AuthorityId: "00"}, codes.NotFound, "no X.509 authority 00"},
+		{&hallmarkv1.Revocation{SerialNumber: bytes.Repeat([]byte{0xaa}, 20)}, codes.NotFound, "status list aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa, which this trust domain does not have"},
 		{&hallmarkv1.Revocation{SpiffeId: "spiffe://example.org/spire/server"}, codes.InvalidArgument, "replace the authority"},
 		{&hallmarkv1.Revocation{NodeId: "spiffe://example.org/web"}, codes.InvalidArgument, "not an agent's"},
 		{&hallmarkv1.Revocation{SpiffeId: "web"}, codes.InvalidArgument, "scheme"},

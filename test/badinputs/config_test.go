@@ -72,6 +72,12 @@ var configs = []struct {
 	{"agent", "plugin by a relative path", "trust_domain: a\nserver: b:1\nworkload_attestors: {plugins: {acme: {command: x}}}\n", []string{"plugin acme", "no absolute path"}},
 	{"agent", "two plugins for one node", "trust_domain: a\nserver: b:1\nnode_attestor: {plugins: {p: {command: /x, insecure_no_checksum: true}, q: {command: /x, insecure_no_checksum: true}}}\n", []string{"names 2 attestors", "by one"}},
 
+	{"server", "status lists nowhere", "trust_domain: a\nstatus_list_endpoint: {url: 'https://status.example'}\n", []string{"status_list_endpoint has no listen", "0.0.0.0:8446"}},
+	{"server", "status lists without a URL", "trust_domain: a\nstatus_list_endpoint: {listen: ':8446'}\n", []string{"has no url", "https://status.example.org"}},
+	{"server", "status lists over HTTP", "trust_domain: a\nstatus_list_endpoint: {listen: ':8446', url: 'http://status.example'}\n", []string{"is not https", "relying parties refuse it"}},
+	{"server", "status lists by a URL with a path", "trust_domain: a\nstatus_list_endpoint: {listen: ':8446', url: 'https://status.example/x'}\n", []string{"none of a host alone"}},
+	{"server", "status lists where CRLs are", "trust_domain: a\ncrl_endpoint: {listen: ':8080'}\nstatus_list_endpoint: {listen: ':8080', url: 'https://status.example'}\n", []string{"where crl_endpoint is", "choose another port"}},
+	{"server", "status lists held for a day", "trust_domain: a\nstatus_list_endpoint: {listen: ':8446', url: 'https://status.example', ttl: 24h}\n", []string{"ttl is 24h0m0s", "between 1s and 1h"}},
 	{"server", "CRLs nowhere", "trust_domain: a\ncrl_endpoint: {url: 'http://crl.example'}\n", []string{"crl_endpoint has no listen", "0.0.0.0:8080"}},
 	{"server", "CRLs where agents are", "trust_domain: a\nlisten: ':8081'\ncrl_endpoint: {listen: ':8081'}\n", []string{"where agents are served", "choose another port"}},
 	{"server", "CRLs where the bundle is", "trust_domain: a\nbundle_endpoint: {listen: ':8443'}\ncrl_endpoint: {listen: ':8443'}\n", []string{"where bundle_endpoint is", "choose another port"}},
