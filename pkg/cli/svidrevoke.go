@@ -285,19 +285,22 @@ func (a *app) coverageTable(items []coverageItem, lists []statusItem) string {
 		}
 		return painted(a.style.red, "lacks some of it")
 	}
-	t := table{style: a.style, header: []string{"AUTHORITY", "SERVER", "REVOKED", "CRL"}}
-	for _, x := range items {
-		t.add(text(x.AuthorityID), text(x.Server), text(fmt.Sprint(x.Revoked)), state(x.Covered))
+	var tables []string
+	if len(items) > 0 {
+		t := table{style: a.style, header: []string{"AUTHORITY", "SERVER", "REVOKED", "CRL"}}
+		for _, x := range items {
+			t.add(text(x.AuthorityID), text(x.Server), text(fmt.Sprint(x.Revoked)), state(x.Covered))
+		}
+		tables = append(tables, t.String())
 	}
-	out := t.String()
-	if len(lists) == 0 {
-		return out
+	if len(lists) > 0 {
+		t := table{style: a.style, header: []string{"STATUS LISTS", "SERVER", "REVOKED", "STATE"}}
+		for _, x := range lists {
+			t.add(text(fmt.Sprint(x.Lists)), text(x.Server), text(fmt.Sprint(x.Revoked)), state(x.Covered))
+		}
+		tables = append(tables, t.String())
 	}
-	t = table{style: a.style, header: []string{"STATUS LISTS", "SERVER", "REVOKED", "STATE"}}
-	for _, x := range lists {
-		t.add(text(fmt.Sprint(x.Lists)), text(x.Server), text(fmt.Sprint(x.Revoked)), state(x.Covered))
-	}
-	return out + "\n" + t.String()
+	return strings.Join(tables, "\n")
 }
 
 // revoke makes the call and prints what came of it.
@@ -317,7 +320,7 @@ func (a *app) revoke(ctx context.Context, c *admin, req *hallmarkv1.RevokeSVIDsR
 		item.Covered = item.Covered && x.Covered
 	}
 	err = a.print(item, func(w io.Writer) {
-		fmt.Fprintf(w, "revoked; %s of this server %s the CRLs, after %v\n", count(int(item.Agents), "agent", "agents"),
+		fmt.Fprintf(w, "revoked; %s of this server %s it after %v\n", count(int(item.Agents), "agent", "agents"),
 			map[bool]string{true: "has", false: "have"}[item.Agents == 1], (time.Duration(item.ElapsedMicroseconds) * time.Microsecond).Round(time.Millisecond))
 		io.WriteString(w, a.coverageTable(item.Authorities, item.StatusLists))
 	})
@@ -329,7 +332,7 @@ func (a *app) revoke(ctx context.Context, c *admin, req *hallmarkv1.RevokeSVIDsR
 			remedy: "Start the servers that are away. If one is gone for good, or its key is, taint and\nrevoke its authority: hallmark authority taint x509 ID, hallmark authority revoke x509 ID."}
 	}
 	if item.AgentsMissing {
-		return &failure{code: exitFailed, err: errors.New("not all agents have acknowledged the CRLs"), remedy: "\"hallmark node list\" shows how far each is; they get them once they are connected."}
+		return &failure{code: exitFailed, err: errors.New("not all agents have acknowledged it"), remedy: "\"hallmark node list\" shows how far each is; they get them once they are connected."}
 	}
 	return nil
 }

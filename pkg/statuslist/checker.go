@@ -29,6 +29,8 @@ const (
 	fetchTimeout = 5 * time.Second
 	// retryAfter is how long a failure stands before another attempt.
 	retryAfter = 2 * time.Second
+	// maxRedirects is how many are followed for one list. TSL §8.1.
+	maxRedirects = 3
 	// defaultTTL is how long a list is held that does not say.
 	defaultTTL = time.Minute
 )
@@ -46,8 +48,8 @@ var (
 // Options of [NewChecker].
 type Options struct {
 	// Hosts are those from which lists are fetched, host or host:port as the URIs in
-	// tokens have them. A token that names another is refused: what is in a token
-	// decides nothing about who is called. At least one.
+	// tokens have them. A token that names another is refused, and a redirect to
+	// another: what is in a token decides nothing about who is called. At least one.
 	Hosts []string
 	// Bundles returns the bundle of a trust domain, or nil if it is not trusted. It
 	// is required.
@@ -101,14 +103,17 @@ func NewChecker(o Options) (*Checker, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	return &Checker{
-		o: o,
-		client: http.Client{Transport: o.Transport, CheckRedirect: func(*http.Request, []*http.Request) error {
-			return errors.New("it answers with a redirect, which is not followed")
-		}},
-		tickets: make(chan struct{}, maxFetches),
-		held:    make(map[where]*list.Element),
-	}, nil
+	c := &Checker{o: o, tickets: make(chan struct{}, maxFetches), held: make(map[where]*list.Element)}
+	c.client = http.Client{Transport: o.Transport, CheckRedirect: func(to *http.Request, via []*http.Request) error {
+		if len(via) > maxRedirects {
+			return fmt.Errorf("it redirects more than %d times", maxRedirects)
+		}
+		if err := c.allowed(to.URL.String()); err != nil {
+			return fmt.Errorf("it redirects, and %w", err)
+		}
+		return nil
+	}}
+	return c, nil
 }
 
 // Check fails if a token that is valid by itself was revoked, or is not known not
@@ -144,18 +149,18 @@ func (c *Checker) Check(ctx context.Context, td spiffeid.TrustDomain, claims map
 	return nil
 }
 
-// allowed checks a URI that a token names.
+// allowed checks a URI that a token names, or that one leads to.
 func (c *Checker) allowed(uri string) error {
 	u, err := url.Parse(uri)
 	switch {
 	case err != nil || u.Host == "" || u.User != nil || u.Opaque != "" || u.Fragment != "":
-		return errors.New("the token's status list is at no URL of a host")
+		return errors.New("the status list is at no URL of a host")
 	case !slices.Contains(c.o.Hosts, u.Host):
-		return fmt.Errorf("the token's status list is at host %.200q, which is none of those allowed", u.Host)
+		return fmt.Errorf("the status list is at host %.200q, which is none of those allowed", u.Host)
 	case u.Scheme == "https":
 	case u.Scheme == "http" && c.o.AllowLoopback && isLoopback(u.Hostname()):
 	default:
-		return errors.New("the token's status list is not at an https URL")
+		return errors.New("the status list is not at an https URL")
 	}
 	return nil
 }

@@ -262,9 +262,6 @@ func list(bits int, compressed []byte) map[string]any {
 
 func TestStatusList_SL04_SL09_AnswersThatAreNoListAreRefused(t *testing.T) {
 	for name, answer := range map[string]func(h *house) func(*http.Request) (*http.Response, error){
-		"a redirect": func(h *house) func(*http.Request) (*http.Response, error) {
-			return response(302, statuslist.MediaType, h.token(nil, nil))
-		},
 		"not found": func(h *house) func(*http.Request) (*http.Response, error) {
 			return response(404, statuslist.MediaType, h.token(nil, nil))
 		},
@@ -299,6 +296,38 @@ func TestStatusList_SL04_SL09_AnswersThatAreNoListAreRefused(t *testing.T) {
 			h.add(3 * time.Second)
 			if err := h.check(valid); err != nil {
 				t.Errorf("it does not recover: %v", err)
+			}
+		})
+	}
+}
+
+func TestStatusList_SL09_RedirectsAreFollowedALittleAndToAllowedHosts(t *testing.T) {
+	for name, c := range map[string]struct {
+		to      []string // by request; then the list
+		refused string
+		fetches int
+	}{
+		"another path":  {[]string{"/a"}, "", 2},
+		"another host":  {[]string{"https://mirror.example.org/a", "https://status.example.org/b", "/c"}, "", 4},
+		"a strange one": {[]string{"https://169.254.169.254/a"}, "none of those allowed", 1},
+		"without TLS":   {[]string{"http://status.example.org/a"}, "not at an https URL", 1},
+		"too many":      {[]string{"/a", "/b", "/c", "/d"}, "more than 3 times", 4},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHouse(t, func(o *statuslist.Options) { o.Hosts = append(o.Hosts, "mirror.example.org") })
+			h.answers(func(r *http.Request) (*http.Response, error) {
+				n := h.fetches() - 1
+				if n >= len(c.to) {
+					return response(200, statuslist.MediaType, h.token(nil, nil))(r)
+				}
+				return &http.Response{StatusCode: 302, Header: http.Header{"Location": {c.to[n]}}, Body: http.NoBody, Request: r}, nil
+			})
+			err := h.check(valid)
+			if c.refused == "" && err != nil || c.refused != "" && (!errors.Is(err, statuslist.ErrUnavailable) || !strings.Contains(err.Error(), c.refused)) {
+				t.Errorf("got %v, want %q", err, c.refused)
+			}
+			if n := h.fetches(); n != c.fetches {
+				t.Errorf("%d requests were made, want %d: %q", n, c.fetches, h.asked)
 			}
 		})
 	}

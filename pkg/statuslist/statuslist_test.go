@@ -5,6 +5,7 @@ import (
 	"compress/zlib"
 	"encoding/base64"
 	"encoding/json"
+	"math"
 	"strings"
 	"testing"
 
@@ -148,6 +149,16 @@ func TestStatusList_SL01_ReferencesThatCannotBeReadAreErrors(t *testing.T) {
 	ref, ok, err := statuslist.ReferenceOf(decode(`{"status":{"status_list":{"idx":0,"uri":"https://a/1"}}}`))
 	if err != nil || !ok || ref != (statuslist.Reference{URI: "https://a/1"}) {
 		t.Errorf("a good one: %v, %v, %v", ref, ok, err)
+	}
+	floats := map[string]any{"status": map[string]any{"status_list": map[string]any{"idx": 8388607.0, "uri": "https://a/1"}}}
+	if ref, ok, err := statuslist.ReferenceOf(floats); err != nil || !ok || ref.Index != 8388607 {
+		t.Errorf("one with numbers as float64: %v, %v, %v", ref, ok, err)
+	}
+	for _, idx := range []float64{-1, 1.5, 8388608, 1e300, math.Inf(1), math.NaN()} {
+		floats["status"].(map[string]any)["status_list"].(map[string]any)["idx"] = idx
+		if _, ok, err := statuslist.ReferenceOf(floats); ok || err == nil {
+			t.Errorf("idx %v: it was taken", idx)
+		}
 	}
 	for _, text := range []string{`{}`, `{"status":{}}`, `{"status":{"other":1}}`} {
 		if _, ok, err := statuslist.ReferenceOf(decode(text)); ok || err != nil {

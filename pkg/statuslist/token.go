@@ -38,7 +38,7 @@ type Reference struct {
 }
 
 // ReferenceOf returns the reference in a token's claims, as encoding/json decodes
-// them with numbers as json.Number. It returns false if the token has no claim
+// them, with numbers as json.Number or float64 (go-spiffe's). It returns false if the token has no claim
 // status, or none that is a status list, and fails if that cannot be read.
 func ReferenceOf(claims map[string]any) (Reference, bool, error) {
 	status, ok := claims["status"]
@@ -61,12 +61,23 @@ func ReferenceOf(claims map[string]any) (Reference, bool, error) {
 	if uri == "" || len(uri) > maxURI {
 		return Reference{}, false, fmt.Errorf("claim status: uri is missing, no string, or longer than %d bytes", maxURI)
 	}
-	number, _ := list["idx"].(json.Number)
-	index, err := strconv.Atoi(number.String())
-	if err != nil || index < 0 || index > maxIndex {
+	index, ok := integer(list["idx"])
+	if !ok || index < 0 || index > maxIndex {
 		return Reference{}, false, fmt.Errorf("claim status: idx is missing or no integer from 0 to %d", maxIndex)
 	}
 	return Reference{uri, index}, true, nil
+}
+
+// integer returns a number of a claim that is one, and false for all else.
+func integer(value any) (int, bool) {
+	switch n := value.(type) {
+	case json.Number:
+		i, err := strconv.Atoi(n.String())
+		return i, err == nil
+	case float64: // exact, for what maxIndex allows
+		return int(n), n == math.Trunc(n) && math.Abs(n) <= maxIndex
+	}
+	return 0, false
 }
 
 // Token is a status list token that was good when it was read.
@@ -150,9 +161,8 @@ func listOf(claims map[string]any) (*List, error) {
 	if !ok {
 		return nil, errors.New("claim status_list is missing or no object")
 	}
-	number, _ := object["bits"].(json.Number)
-	bits, err := strconv.Atoi(number.String())
-	if err != nil {
+	bits, ok := integer(object["bits"])
+	if !ok {
 		return nil, errors.New("claim status_list: bits is missing or no integer")
 	}
 	text, ok := object["lst"].(string)

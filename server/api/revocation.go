@@ -55,11 +55,13 @@ func (s *adminService) RevokeSVIDs(ctx context.Context, req *hallmarkv1.RevokeSV
 	defer cancel()
 	view, revision := s.awaitRevoked(waiting, all)
 	for _, a := range view.IssuedBy(s.now()) {
-		if slices.ContainsFunc(all, func(x *registry.Revocation) bool { return x.AuthorityID == "" || x.AuthorityID == a.ID }) {
+		if slices.ContainsFunc(all, func(x *registry.Revocation) bool { return len(x.SerialNumber) == 0 || x.AuthorityID == a.ID }) {
 			resp.Authorities = append(resp.Authorities, coverage(view, a, all, revision))
 		}
 	}
-	resp.StatusLists = statusCoverage(view, s.now(), all, func(*registry.Revocation) store.Revision { return revision })
+	if slices.ContainsFunc(all, func(x *registry.Revocation) bool { return x.AuthorityID == "" }) { // else all are certificates
+		resp.StatusLists = statusCoverage(view, s.now(), all, func(*registry.Revocation) store.Revision { return revision })
+	}
 	agents, err := s.feed.WaitAcked(waiting, view.Revision())
 	resp.Agents, resp.AgentsMissing = int32(agents), err != nil
 	resp.ElapsedMicroseconds = s.now().Sub(began).Microseconds()

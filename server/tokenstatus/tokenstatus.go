@@ -325,6 +325,8 @@ func (l *Lists) revokedTokens(view *registry.View) (work pending) {
 			work.tokens[id] = append(work.tokens[id], index)
 		}
 	}
+	// Until when what was issued is meant, Unix seconds, by identity and by agent.
+	ids, nodes := make(map[string]int64), make(map[string]int64)
 	for r := range view.Revocations() {
 		work.applied = max(work.applied, r.Revision())
 		switch {
@@ -337,13 +339,20 @@ func (l *Lists) revokedTokens(view *registry.View) (work pending) {
 			if r.Revision() > l.began {
 				before = 1<<63 - 1
 			}
-			id, node := r.SPIFFEID.String(), r.Node.String()
-			for _, v := range l.o.Journal.Find(func(v *journal.SVID) bool {
-				return statuslist.IsSerial(v.Serial[:]) && v.IssuedAt <= before && (!r.SPIFFEID.IsZero() && v.ID == id || !r.Node.IsZero() && v.Node == node)
-			}) {
-				add(v.Serial[:])
+			of, name := ids, r.SPIFFEID.String()
+			if !r.Node.IsZero() {
+				of, name = nodes, r.Node.String()
 			}
+			of[name] = max(of[name], before)
 		}
+	}
+	if len(ids)+len(nodes) == 0 {
+		return work
+	}
+	for _, v := range l.o.Journal.Find(func(v *journal.SVID) bool { // once for all: it looks at each
+		return statuslist.IsSerial(v.Serial[:]) && (v.IssuedAt <= ids[v.ID] || v.IssuedAt <= nodes[v.Node])
+	}) {
+		add(v.Serial[:])
 	}
 	return work
 }

@@ -297,11 +297,10 @@ func TestStatusList_SL08_AListIsFollowedByAnother(t *testing.T) {
 	defer end()
 	seen := make(map[[20]byte]bool)
 	expires := time.Now().Add(time.Minute)
-	for range registry.StatusListSize {
+	for range registry.StatusListSize/4*3 + 1 { // so many are not of one list
 		p, err := h.lists.Take(t.Context(), expires)
-		must(t, err)
-		if seen[p.Serial] {
-			t.Fatalf("%x is given out twice", p.Serial)
+		if err != nil || seen[p.Serial] {
+			t.Fatalf("%x is given out twice, or %v", p.Serial, err)
 		}
 		seen[p.Serial] = true
 	}
@@ -312,7 +311,7 @@ func TestStatusList_SL08_AListIsFollowedByAnother(t *testing.T) {
 			t.Errorf("%+v", l)
 		}
 	}
-	if n < 2 || n > 3 {
+	if n != 2 {
 		t.Errorf("there are %d lists", n)
 	}
 }
