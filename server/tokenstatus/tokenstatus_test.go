@@ -9,9 +9,11 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -506,18 +508,60 @@ func BenchmarkTake(b *testing.B) {
 	}
 }
 
-// BenchmarkWorkloadJWT compares with that of package issue, which has no status.
-func BenchmarkWorkloadJWT(b *testing.B) {
-	db := memoryStore(b)
-	defer db.Close()
-	h, end := open(b, db, authority.NewMemoryKeys(), newJournal(b), "one")
-	defer end()
-	e := &entry.Entry{ID: "a", SPIFFEID: spiffeid.RequireFromPath(td, "/web"), ParentID: spiffeid.RequireFromPath(td, "/spire/agent/a"), Selectors: selector.Set{{Type: "unix", Value: "uid:1"}}}
-	audience := []string{"spiffe://example.org/db"}
-	b.ReportAllocs()
+// BenchmarkAMillionTokens is what a million tokens that have not ended cost: the
+// heap, the journal's share of it included, and the lists in the store.
+func BenchmarkAMillionTokens(b *testing.B) {
+	const tokens = 1_000_000
+	heap := func() float64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return float64(m.HeapAlloc)
+	}
 	for b.Loop() {
-		if _, err := h.issuer.WorkloadJWT(context.Background(), e, audience); err != nil {
-			b.Fatal(err)
+		db, issued := memoryStore(b), newJournal(b)
+		h, end := open(b, db, authority.NewMemoryKeys(), issued, "one")
+		expires := time.Now().Add(5 * time.Minute)
+		before := heap()
+		for range tokens {
+			p, err := h.lists.Take(context.Background(), expires)
+			if err != nil {
+				b.Fatal(err)
+			}
+			issued.Add(journal.SVID{Serial: p.Serial, ID: "spiffe://example.org/web", Authority: "a", IssuedAt: expires.Unix() - 300, ExpiresAt: expires.Unix()})
 		}
+		b.ReportMetric((heap()-before)/tokens, "heap-B/token")
+		lists := 0
+		for range h.registry.View().StatusLists() {
+			lists++
+		}
+		b.ReportMetric(float64(lists), "lists")
+		end()
+		must(b, db.Close())
+	}
+}
+
+// BenchmarkWorkloadJWT is what a status costs, with a journal on the disk.
+func BenchmarkWorkloadJWT(b *testing.B) {
+	e := &entry.Entry{ID: "a", SPIFFEID: spiffeid.RequireFromPath(td, "/web"), ParentID: spiffeid.RequireFromPath(td, "/spire/agent/a"), Selectors: selector.Set{{Type: "unix", Value: "uid:1"}}}
+	for _, status := range []bool{false, true} {
+		b.Run(fmt.Sprintf("status=%v", status), func(b *testing.B) {
+			db := memoryStore(b)
+			defer db.Close()
+			issued, err := journal.Open(b.TempDir(), nil, nil)
+			must(b, err)
+			h, end := open(b, db, authority.NewMemoryKeys(), issued, "one")
+			defer end()
+			issuer := h.issuer
+			if !status {
+				issuer = issue.New(issue.Options{TrustDomain: td, Authorities: h.authorities, Journal: issued})
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := issuer.WorkloadJWT(context.Background(), e, []string{"api"}); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
