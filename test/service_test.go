@@ -111,8 +111,8 @@ func echo(peer string) error {
 	}
 }
 
-// tally is what a caller has seen so far; it prints one JSON line of it a
-// change of minute or of serial, and at least ten a second.
+// tally is what a caller has seen so far; it prints a JSON line of
+// it after each call.
 type tally struct {
 	Requests int      `json:"requests"`
 	Failures int      `json:"failures"`
@@ -131,7 +131,7 @@ func call(peer, address string) error {
 	}
 	defer source.Close()
 	config := tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(spiffeid.RequireFromString(peer)))
-	return keepCalling(ctx, source, 10*time.Millisecond, func() error { return ping(config, address) })
+	return keepCalling(ctx, source, 30*time.Millisecond, func() error { return ping(config, address) })
 }
 
 // keepCalling makes one call after another, at a pace, and prints what has come of
@@ -141,7 +141,7 @@ func keepCalling(ctx context.Context, source *workloadapi.X509Source, pace time.
 	serials, issuers := map[string]bool{}, map[string]bool{}
 	tick := time.NewTicker(pace)
 	defer tick.Stop()
-	for i := 0; ctx.Err() == nil; i++ {
+	for ctx.Err() == nil {
 		svid, err := source.GetX509SVID()
 		if err == nil {
 			serials[svid.Certificates[0].SerialNumber.String()] = true
@@ -156,10 +156,8 @@ func keepCalling(ctx context.Context, source *workloadapi.X509Source, pace time.
 			}
 		}
 		n.SVIDs, n.Issuers = len(serials), len(issuers)
-		if i%10 == 0 || pace > 10*time.Millisecond {
-			if err := json.NewEncoder(os.Stdout).Encode(n); err != nil {
-				return err
-			}
+		if err := json.NewEncoder(os.Stdout).Encode(n); err != nil {
+			return err
 		}
 		<-tick.C
 	}

@@ -121,10 +121,14 @@ func NeedCommand(t testing.TB, name string) {
 // for: "make bridges" does.
 func Long(t testing.TB) {
 	t.Helper()
-	if os.Getenv("HALLMARK_LONG") == "" {
+	if !IsLong() {
 		t.Skip("it is long; make bridges runs it")
 	}
 }
+
+// IsLong reports whether tests shall take the time that it takes to show all:
+// "make bridges" and "make soak" have them do so.
+func IsLong() bool { return os.Getenv("HALLMARK_LONG") != "" }
 
 // Skip skips the test for a reason; in CI (CI=true) it fails it.
 func Skip(t testing.TB, why string) {
@@ -310,15 +314,16 @@ func Eventually(t testing.TB, what string, try func(ctx context.Context) error) 
 	// In a cleanup the test's own context has ended.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), patience)
 	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
 	for {
+		began := time.Now()
 		err := try(ctx)
 		if err == nil {
 			return
 		}
 		select {
-		case <-tick.C:
+		// A try that runs a command costs a tenth of a second of a processor: one
+		// that waits leaves as much time to what it waits for.
+		case <-time.After(max(20*time.Millisecond, time.Since(began))):
 		case <-ctx.Done():
 			t.Fatalf("%s: %v", what, err)
 		}
