@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -62,25 +61,7 @@ func startService(t testing.TB, uid int, socket string, env ...string) *harness.
 // startServiceIn does so in a network; nil: that of the test.
 func startServiceIn(t testing.TB, network *harness.Network, uid int, socket string, env ...string) *harness.Process {
 	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	program, err := os.ReadFile(self)
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir, err := os.MkdirTemp("", "hallmark-service-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	path := filepath.Join(dir, "service")
-	harness.WriteProgram(t, path, program)
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	return harness.Command{Path: path, UID: uid, Network: network, Env: append(env, "SPIFFE_ENDPOINT_SOCKET=unix://"+socket)}.Start(t)
+	return harness.Command{Path: harness.Self(t), UID: uid, Network: network, Env: append(env, "SPIFFE_ENDPOINT_SOCKET=unix://"+socket)}.Start(t)
 }
 
 // echo accepts mTLS connections from one SPIFFE ID and sends back what comes.
