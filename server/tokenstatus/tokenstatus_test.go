@@ -173,7 +173,7 @@ func (h *house) status(ref statuslist.Reference) byte {
 	if rec.Code != http.StatusOK {
 		h.t.Fatalf("GET %s: %d %s", ref.URI, rec.Code, rec.Body)
 	}
-	object, err := jose.ParseSigned(rec.Body.String(), []jose.SignatureAlgorithm{jose.ES256})
+	object, err := jose.ParseSignedCompact(rec.Body.String(), []jose.SignatureAlgorithm{jose.ES256})
 	must(h.t, err)
 	payload, err := object.Verify(h.registry.View().Bundle(td).JWTKey(object.Signatures[0].Header.KeyID))
 	must(h.t, err)
