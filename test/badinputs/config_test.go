@@ -167,6 +167,8 @@ var seenByValidateOnly = map[string]bool{
 	"server OIDC issuer nowhere": true, "server OIDC issuer without a certificate": true, "server OIDC issuer with TLS and without": true,
 	"server OIDC issuer without a URL": true, "server OIDC issuer over http": true, "server OIDC issuer that no token names": true,
 	"server CRLs nowhere": true, "server CRLs where agents are": true, "server CRLs where the bundle is": true, "server CRLs by a URL with a path": true,
+	"server status lists nowhere": true, "server status lists without a URL": true, "server status lists over HTTP": true,
+	"server status lists by a URL with a path": true, "server status lists where CRLs are": true, "server status lists held for a day": true,
 	"server OIDC issuer where the bundle is": true, "server OIDC issuer beside an endpoint that browsers cannot verify": true, "server profile for nobody": true,
 	"server profile that another key signs": true, "server profile that changes the subject": true, "server profile with half a claim": true,
 	"server token exchange nowhere": true, "server token exchange without issuers": true, "server token exchange over http": true,
