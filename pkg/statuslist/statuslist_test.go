@@ -225,3 +225,28 @@ func FuzzDecompress(f *testing.F) {
 		}
 	})
 }
+
+func FuzzReferenceOf(f *testing.F) {
+	f.Add([]byte(`{"status":{"status_list":{"idx":0,"uri":"https://a/status/b0c7a0ee5f9ee1b2a9c5f3bdb1a0e2a1"}}}`), true)
+	f.Add([]byte(`{"status":{"status_list":{"idx":1e3,"uri":"https://a/1"}}}`), false)
+	f.Add([]byte(`{"status":{}}`), true)
+	f.Fuzz(func(t *testing.T, text []byte, numbers bool) {
+		d := json.NewDecoder(bytes.NewReader(text))
+		if numbers {
+			d.UseNumber()
+		}
+		var claims map[string]any
+		if d.Decode(&claims) != nil {
+			return
+		}
+		ref, ok, err := statuslist.ReferenceOf(claims)
+		if ok != (ref != statuslist.Reference{}) || ok && (err != nil || ref.URI == "" || ref.Index < 0 || ref.Index >= 8*statuslist.MaxSize) {
+			t.Fatalf("got %+v, %v, %v", ref, ok, err)
+		}
+		if serial, named := ref.Serial(); named {
+			if id, index, is := statuslist.Place(serial[:]); !is || index != ref.Index || !strings.EqualFold(ref.URI[len(ref.URI)-32:], id) && !strings.HasSuffix(ref.URI, "/") {
+				t.Fatalf("the serial number of %+v is of list %s, index %d", ref, id, index)
+			}
+		}
+	})
+}
