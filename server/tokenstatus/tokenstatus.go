@@ -280,7 +280,9 @@ func (l *Lists) publish(ctx context.Context, view *registry.View, now time.Time)
 			}
 		case fresh != nil && fresh.Revoked > list.Revoked:
 			l.o.Log.Info("tokens were revoked", "list", list.ID, "revoked", fresh.Revoked-list.Revoked, "in_list", fresh.Revoked)
-			revoked += fresh.Revoked - list.Revoked
+			if own {
+				revoked += fresh.Revoked - list.Revoked
+			}
 		}
 		if own {
 			lists++
