@@ -42,10 +42,10 @@ KUBERNETES_FLAGS = -s -w -X k8s.io/component-base/version.gitVersion=$(KUBERNETE
 	-X k8s.io/component-base/version.gitMinor=$(word 2,$(subst ., ,$(KUBERNETES_VERSION:v%=%)))
 
 .PHONY: kubernetes
-kubernetes: test-deps ## pods and nodes of a real Kubernetes; builds that first (as root)
+kubernetes: test-deps ## pods, nodes and users of a real Kubernetes; builds that first (as root)
 	@mkdir -p bin/kubernetes
 	$(GO) -C tools/kubernetes build -trimpath -ldflags='$(KUBERNETES_FLAGS)' -o $(CURDIR)/bin/kubernetes/ \
-		k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubelet
+		k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubelet k8s.io/kubernetes/cmd/kubectl
 	HALLMARK_KUBERNETES=$(CURDIR)/bin/kubernetes $(GO) test -count=1 -timeout 10m -run 'TestAReal' -v ./test
 
 .PHONY: relying-parties

@@ -188,6 +188,19 @@ type ACMEConfig struct {
 	// CAPath is a PEM file of the authorities that verify the directory. Default:
 	// the system's.
 	CAPath string `yaml:"ca_path" env:"expand"`
+	// ExternalAccount is the account with the authority that the server's is bound
+	// to (RFC 8555 §7.3.4), where the authority wants one. Default: none.
+	ExternalAccount *ExternalAccountConfig `yaml:"external_account"`
+}
+
+// ExternalAccountConfig is an account with an authority, by what the authority
+// gives its customers to prove it with.
+type ExternalAccountConfig struct {
+	// KeyID names the key. It is required.
+	KeyID string `yaml:"key_id" env:"expand"`
+	// KeyFile is the path of a file with the key (HMAC), in base64url as
+	// authorities show it, which only the server's user may read. It is required.
+	KeyFile string `yaml:"key_file" env:"expand"`
 }
 
 // StoreConfig says where the registry is kept: one of its fields is set.

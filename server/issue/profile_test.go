@@ -133,7 +133,7 @@ func TestAProfileCannotTouchWhatSaysWhoseATokenIs(t *testing.T) {
 		many[c] = c
 	}
 	bad = append(bad, issue.ProfileConfig{}, issue.ProfileConfig{Audience: strings.Repeat("x", 3000)}, issue.ProfileConfig{Audience: "\xff"},
-		issue.ProfileConfig{Audience: "a", Algorithm: "ES384"}, issue.ProfileConfig{Audience: "a", Issuer: "\xff"},
+		issue.ProfileConfig{Audience: "a", Algorithm: "ES384"}, issue.ProfileConfig{Audience: "a", Issuer: "\xff"}, issue.ProfileConfig{Audience: "a", Issuer: strings.Repeat("x", 3000)},
 		issue.ProfileConfig{Audience: "a", MaxLifetime: config.Duration(time.Millisecond)}, issue.ProfileConfig{Audience: "a", MaxLifetime: -config.Duration(time.Second)},
 		issue.ProfileConfig{Audience: "a", Claims: many}, issue.ProfileConfig{Audience: "a", ListClaims: map[string][]string{"x": slices.Repeat([]string{"x"}, 33)}},
 		issue.ProfileConfig{Audience: "a", Claims: map[string]string{"x": "x"}, ListClaims: map[string][]string{"x": {"x"}}})

@@ -7,9 +7,12 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"encoding/binary"
 	"errors"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -44,6 +47,7 @@ type house struct {
 	authorities *authority.Authorities
 	journal     *journal.Journal
 	issuer      *issue.Issuer
+	log         chan string // errors of the publisher
 }
 
 func memoryStore(t testing.TB) store.Store {
@@ -66,7 +70,11 @@ func open(t testing.TB, db store.Store, keys apiv1.KeyManager, issued *journal.J
 		t: t, registry: reg, authorities: authorities, journal: issued,
 		issuer: issue.New(issue.Options{TrustDomain: td, Authorities: authorities, Journal: issued}),
 	}
-	p := revocation.New(revocation.Options{Registry: reg, Authorities: authorities, Journal: issued, Always: always})
+	h.log = make(chan string, 100)
+	p := revocation.New(revocation.Options{
+		Registry: reg, Authorities: authorities, Journal: issued, Always: always,
+		Log: slog.New(slog.NewTextHandler(lines(h.log), &slog.HandlerOptions{Level: slog.LevelError})),
+	})
 	go func() { _ = p.Run(ctx); done <- struct{}{} }()
 	return h, func() { cancel(); <-done; <-done }
 }
@@ -300,6 +308,47 @@ func TestRevocationsInOneCallAreBounded(t *testing.T) {
 	if _, err := h.registry.Revoke(t.Context(), many[:50]); err != nil {
 		t.Errorf("50 in one call: %v", err)
 	}
+}
+
+func TestTheCRLOfAnAuthorityIsBounded(t *testing.T) {
+	db := memoryStore(t)
+	h, end := open(t, db, newKeys(), newJournal(t, ""), "main", false)
+	defer db.Close()
+	defer end()
+	one := h.issue("/one", "")
+	before := h.revoke(&registry.Revocation{SerialNumber: one.SerialNumber.Bytes(), AuthorityID: h.active().ID})
+	now := time.Now()
+	many := spiffeid.RequireFromPath(td, "/many")
+	for i := range revocation.MaxRevoked { // with the one, too many
+		v := journal.SVID{ID: many.String(), Authority: h.active().ID, IssuedAt: now.Unix(), ExpiresAt: now.Add(time.Hour).Unix()}
+		binary.BigEndian.PutUint32(v.Serial[16:], uint32(i+1))
+		h.journal.Add(v)
+	}
+	if _, err := h.registry.Revoke(t.Context(), []*registry.Revocation{{SPIFFEID: many, RevokedAt: now, EndsAt: now.Add(time.Hour)}}); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case line := <-h.log:
+		if !strings.Contains(line, "10001 of its certificates") || !strings.Contains(line, "replace the authority") {
+			t.Errorf("it is logged: %s", line)
+		}
+	case <-t.Context().Done():
+		t.Fatal("nothing is logged")
+	}
+	if c := h.crl(); !bytes.Equal(c.DER, before.DER) || !has(c, one) {
+		t.Error("the CRL of before is not as it was")
+	}
+}
+
+// lines are those of a log.
+type lines chan string
+
+func (l lines) Write(b []byte) (int, error) {
+	select {
+	case l <- string(b):
+	default:
+	}
+	return len(b), nil
 }
 
 func TestTheEndpointServesCRLs(t *testing.T) {

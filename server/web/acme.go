@@ -25,11 +25,12 @@ const (
 
 // ACMEOptions are what an [ACME] needs. Domains, Dir and Log are required.
 type ACMEOptions struct {
-	Domains   []string       // that the endpoint has certificates for, lower case
-	Directory string         // URL; empty: Let's Encrypt's
-	Roots     *x509.CertPool // verify the directory; nil: the system's
-	Email     string         // whom the authority may write to; empty: nobody
-	Dir       string         // where account and certificates are kept, for this user alone
+	Domains   []string                     // that the endpoint has certificates for, lower case
+	Directory string                       // URL; empty: Let's Encrypt's
+	Roots     *x509.CertPool               // verify the directory; nil: the system's
+	Email     string                       // whom the authority may write to; empty: nobody
+	Account   *acme.ExternalAccountBinding // with the authority, that this one is bound to (RFC 8555 §7.3.4); nil: none
+	Dir       string                       // where account and certificates are kept, for this user alone
 	Log       *slog.Logger
 }
 
@@ -52,6 +53,8 @@ func NewACME(o ACMEOptions) *ACME {
 		Cache:      autocert.DirCache(o.Dir),
 		HostPolicy: autocert.HostWhitelist(o.Domains...),
 		Email:      o.Email,
+
+		ExternalAccountBinding: o.Account,
 		Client: &acme.Client{
 			DirectoryURL: o.Directory, UserAgent: "hallmark",
 			HTTPClient: &http.Client{Transport: transport, Timeout: acmeAnswer},

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"fmt"
 	"io"
 	"log"
@@ -24,6 +25,7 @@ import (
 	"github.com/letsencrypt/pebble/v2/va"
 	"github.com/letsencrypt/pebble/v2/wfe"
 	"github.com/miekg/dns"
+	"golang.org/x/crypto/acme"
 
 	"github.com/hallmark-id/hallmark/server/web"
 	"github.com/hallmark-id/hallmark/test/harness"
@@ -41,7 +43,9 @@ type directory struct {
 	asked atomic.Int64   // requests
 }
 
-func newDirectory(t *testing.T, l net.Listener) *directory {
+// newDirectory starts one. With an account, it takes those alone that are bound to
+// it.
+func newDirectory(t *testing.T, l net.Listener, account *acme.ExternalAccountBinding) *directory {
 	t.Helper()
 	t.Setenv("PEBBLE_VA_NOSLEEP", "1")
 	d := &directory{roots: x509.NewCertPool(), root: x509.NewCertPool()}
@@ -50,8 +54,11 @@ func newDirectory(t *testing.T, l net.Listener) *directory {
 	tlsPort, err := strconv.Atoi(port)
 	must(t, err)
 	quiet, memory := log.New(io.Discard, "", 0), db.NewMemoryStore()
+	if account != nil {
+		must(t, memory.AddExternalAccountKeyByID(account.KID, base64.RawURLEncoding.EncodeToString(account.Key)))
+	}
 	issuer := ca.New(quiet, memory, "", "ecdsa", 0, 1, map[string]ca.Profile{"default": {Description: "default"}})
-	front := wfe.New(quiet, memory, va.New(quiet, 1, tlsPort, true, d.serveDNS(t), memory), issuer, []string{"pebble.example"}, true, false, 0, 0)
+	front := wfe.New(quiet, memory, va.New(quiet, 1, tlsPort, true, d.serveDNS(t), memory), issuer, []string{"pebble.example"}, true, account != nil, 0, 0)
 	handler := front.Handler()
 	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		d.asked.Add(1)
@@ -110,11 +117,11 @@ func (l *lines) String() string {
 }
 
 // endpoint serves "hello" with a certificate by ACME.
-func endpoint(t *testing.T, l net.Listener, d *directory, dir string) (said *lines, stop func()) {
+func endpoint(t *testing.T, l net.Listener, d *directory, dir string, account *acme.ExternalAccountBinding) (said *lines, stop func()) {
 	t.Helper()
 	said = &lines{}
 	logger := slog.New(slog.NewTextHandler(said, nil))
-	obtained := web.NewACME(web.ACMEOptions{Domains: []string{domain}, Directory: d.url, Roots: d.roots, Email: "ops@example.org", Dir: dir, Log: logger})
+	obtained := web.NewACME(web.ACMEOptions{Domains: []string{domain}, Directory: d.url, Roots: d.roots, Email: "ops@example.org", Account: account, Dir: dir, Log: logger})
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan struct{})
 	go func() {
@@ -154,10 +161,10 @@ func TestFederation_F17_F18_ACertificateOfTheWebPKIIsHadByACME(t *testing.T) {
 		return l
 	}
 	l := listen("127.0.0.1:0")
-	d := newDirectory(t, l)
+	d := newDirectory(t, l, nil)
 	d.names.Store(domain+".", "127.0.0.1")
 	dir := t.TempDir()
-	said, stop := endpoint(t, l, d, dir)
+	said, stop := endpoint(t, l, d, dir, nil)
 	harness.Eventually(t, "a certificate, before anybody has come", func(context.Context) error {
 		if log := said.String(); !strings.Contains(log, "an endpoint has a certificate by ACME") {
 			return fmt.Errorf("the log is\n%s", log)
@@ -183,7 +190,7 @@ func TestFederation_F17_F18_ACertificateOfTheWebPKIIsHadByACME(t *testing.T) {
 		stop()
 		before := d.asked.Load()
 		again := listen(l.Addr().String())
-		endpoint(t, again, d, dir)
+		endpoint(t, again, d, dir, nil)
 		_, second, err := get(t, again, d.root, domain)
 		must(t, err)
 		if !second.Equal(first) || d.asked.Load() != before {
@@ -192,11 +199,43 @@ func TestFederation_F17_F18_ACertificateOfTheWebPKIIsHadByACME(t *testing.T) {
 	})
 }
 
+func TestFederation_F17_AnAccountByACMEIsBoundToOneOfTheAuthoritys(t *testing.T) {
+	account := &acme.ExternalAccountBinding{KID: "customer-7", Key: []byte("a key of thirty-two bytes or more")}
+	const had = "an endpoint has a certificate by ACME"
+	for name, test := range map[string]struct {
+		shown *acme.ExternalAccountBinding
+		want  string
+	}{
+		"its own":       {account, had},
+		"none":          {nil, "externalAccountRequired"},
+		"a wrong key":   {&acme.ExternalAccountBinding{KID: account.KID, Key: []byte("another key of as many bytes, or so")}, "no certificate can be had by ACME"},
+		"an unknown ID": {&acme.ExternalAccountBinding{KID: "customer-8", Key: account.Key}, "no certificate can be had by ACME"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			must(t, err)
+			d := newDirectory(t, l, account)
+			d.names.Store(domain+".", "127.0.0.1")
+			said, stop := endpoint(t, l, d, t.TempDir(), test.shown)
+			defer stop()
+			harness.Eventually(t, "what comes of it", func(context.Context) error {
+				if log := said.String(); !strings.Contains(log, test.want) {
+					return fmt.Errorf("the log is\n%s", log)
+				}
+				return nil
+			})
+			if log := said.String(); test.want != had && strings.Contains(log, had) {
+				t.Errorf("it has a certificate all the same:\n%s", log)
+			}
+		})
+	}
+}
+
 func TestThatNoCertificateCanBeHadIsSaidAndEndsNothing(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
-	d := newDirectory(t, l) // the name is not in the DNS
-	said, stop := endpoint(t, l, d, t.TempDir())
+	d := newDirectory(t, l, nil) // the name is not in the DNS
+	said, stop := endpoint(t, l, d, t.TempDir(), nil)
 	harness.Eventually(t, "a complaint", func(context.Context) error {
 		if log := said.String(); !strings.Contains(log, "no certificate can be had by ACME; will try again") || !strings.Contains(log, domain) {
 			return fmt.Errorf("the log is\n%s", log)

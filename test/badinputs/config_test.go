@@ -87,6 +87,8 @@ var configs = []struct {
 	{"server", "ACME without its terms accepted", "trust_domain: a\nbundle_endpoint: {listen: ':8443', https_web: {acme: {domains: [id.example]}}}\n", []string{"accept_terms: true"}},
 	{"server", "ACME for a wildcard", "trust_domain: a\nbundle_endpoint: {listen: ':8443', https_web: {acme: {domains: ['*.example'], accept_terms: true}}}\n", []string{"*.example", "not the name of a host"}},
 	{"server", "ACME over HTTP", "trust_domain: a\nbundle_endpoint: {listen: ':8443', https_web: {acme: {domains: [id.example], accept_terms: true, directory: 'http://ca.example/'}}}\n", []string{"not an https URL"}},
+	{"server", "ACME for half an account", "trust_domain: a\nbundle_endpoint: {listen: ':8443', https_web: {acme: {domains: [id.example], accept_terms: true, external_account: {key_id: x}}}}\n", []string{"external_account needs key_id and key_file"}},
+	{"server", "ACME for an account whose key is nowhere", "trust_domain: a\nbundle_endpoint: {listen: ':8443', https_web: {acme: {domains: [id.example], accept_terms: true, external_account: {key_id: x, key_file: /nowhere}}}}\n", []string{"external_account.key_file", "/nowhere"}},
 	{"server", "ACME and files", "trust_domain: a\nbundle_endpoint: {listen: ':8443', https_web: {certificate: /x, key: /y, acme: {domains: [id.example], accept_terms: true}}}\n", []string{"acme and files", "choose one"}},
 	{"server", "OIDC issuer without a certificate", "trust_domain: a\njwt: {issuer: 'https://id.example'}\noidc_issuer: {listen: ':8445', urls: ['https://id.example']}\n", []string{"no https_web", "set its certificate and key, or plain_http"}},
 	{"server", "OIDC issuer with TLS and without", "trust_domain: a\njwt: {issuer: 'https://id.example'}\noidc_issuer: {listen: ':8445', urls: ['https://id.example'], plain_http: true, https_web: {certificate: /x, key: /y}}\n", []string{"https_web and plain_http", "choose one"}},
@@ -149,7 +151,8 @@ func TestBadConfigurationIsExplainedAndChangesNothing(t *testing.T) {
 // is named; or what is missing may come from a flag.
 var seenByValidateOnly = map[string]bool{
 	"server ACME without domains": true, "server ACME without its terms accepted": true, "server ACME for a wildcard": true,
-	"server ACME over HTTP": true, "server ACME and files": true,
+	"server ACME over HTTP": true, "server ACME and files": true, "server ACME for half an account": true,
+	"server ACME for an account whose key is nowhere": true,
 	"server empty": true, "agent empty": true, "agent no server": true, // flags may give it
 	"server capital trust domain": true, "server trust domain with scheme": true, "server trust domain too long": true,
 	"server listen without port": true, "server listen on a large port": true, "server advertise everything": true,

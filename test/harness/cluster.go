@@ -40,9 +40,9 @@ const adminToken = "admin-token"
 // ClusterIssuer is the issuer of its tokens.
 const ClusterIssuer = "https://kubernetes.default.svc"
 
-// StartCluster starts an API server. It skips the test if HALLMARK_KUBERNETES
-// does not name the directory of its binaries.
-func StartCluster(t testing.TB) *Cluster {
+// StartCluster starts an API server, with more flags if there are any. It skips
+// the test if HALLMARK_KUBERNETES does not name the directory of its binaries.
+func StartCluster(t testing.TB, flags ...string) *Cluster {
 	t.Helper()
 	c := &Cluster{bin: os.Getenv("HALLMARK_KUBERNETES"), Node: "node-7"}
 	if c.bin == "" {
@@ -52,7 +52,7 @@ func StartCluster(t testing.TB) *Cluster {
 	c.dir, c.Authority = shortDir(t), NewAuthority(t)
 	must(t, os.Chmod(c.dir, 0o755))
 	c.Address, c.Kubelet = FreeAddress(t), FreeAddress(t)
-	c.startAPIServer(t)
+	c.startAPIServer(t, flags)
 	return c
 }
 
@@ -67,16 +67,22 @@ func (c *Cluster) file(t testing.TB, name, text string) string {
 // KubeconfigFor writes a kubeconfig with a token, and returns its path.
 func (c *Cluster) KubeconfigFor(t testing.TB, user, token string) string {
 	t.Helper()
-	return c.file(t, user+".kubeconfig", fmt.Sprintf(`apiVersion: v1
+	return c.KubeconfigOf(t, user, "{token: "+token+"}")
+}
+
+// KubeconfigOf writes a kubeconfig whose user is as the YAML says.
+func (c *Cluster) KubeconfigOf(t testing.TB, name, user string) string {
+	t.Helper()
+	return c.file(t, name+".kubeconfig", fmt.Sprintf(`apiVersion: v1
 kind: Config
 current-context: test
 contexts: [{name: test, context: {cluster: c, user: u}}]
 clusters: [{name: c, cluster: {server: 'https://%s', certificate-authority: %s}}]
-users: [{name: u, user: {token: %s}}]
-`, c.Address, c.Path, token))
+users: [{name: u, user: %s}]
+`, c.Address, c.Path, user))
 }
 
-func (c *Cluster) startAPIServer(t testing.TB) {
+func (c *Cluster) startAPIServer(t testing.TB, flags []string) {
 	t.Helper()
 	etcd, peer := FreeAddress(t), FreeAddress(t)
 	store := Command{Path: "/usr/bin/etcd", Args: []string{"--data-dir", filepath.Join(c.dir, "etcd"), "--unsafe-no-fsync",
@@ -88,12 +94,12 @@ func (c *Cluster) startAPIServer(t testing.TB) {
 	tokens := c.file(t, "tokens.csv", fmt.Sprintf("%s,admin,admin,system:masters\nkubelet-token,system:node:%s,node,system:nodes\n", adminToken, c.Node))
 	_, port, err := net.SplitHostPort(c.Address)
 	must(t, err)
-	server := Command{Path: filepath.Join(c.bin, "kube-apiserver"), Args: []string{
+	server := Command{Path: filepath.Join(c.bin, "kube-apiserver"), Args: append([]string{
 		"--etcd-servers=http://" + etcd, "--bind-address=127.0.0.1", "--secure-port=" + port, "--endpoint-reconciler-type=none",
 		"--tls-cert-file=" + cert, "--tls-private-key-file=" + key, "--token-auth-file=" + tokens, "--authorization-mode=Node,RBAC",
 		"--service-account-issuer=" + ClusterIssuer, "--service-account-key-file=" + public, "--service-account-signing-key-file=" + signing,
 		"--service-cluster-ip-range=10.0.0.0/24", "--cert-dir=" + c.dir,
-	}}.Start(t)
+	}, flags...)}.Start(t)
 	t.Cleanup(func() { server.Stop(t) })
 	kubeconfig, err := kube.Kubeconfig(c.KubeconfigFor(t, "admin", adminToken))
 	must(t, err)
@@ -274,6 +280,11 @@ func (c *Cluster) ask(ctx context.Context, method, path string, body any) (answe
 		return err
 	})
 	return answer, err
+}
+
+// Kubectl is kubectl with a kubeconfig.
+func (c *Cluster) Kubectl(kubeconfig string, args ...string) Command {
+	return Command{Path: filepath.Join(c.bin, "kubectl"), Args: append([]string{"--kubeconfig", kubeconfig}, args...)}
 }
 
 // Do asks the API server, as an administrator.
