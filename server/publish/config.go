@@ -37,6 +37,7 @@ type Config struct {
 	Issuers []IssuerConfig `yaml:"issuers"`
 
 	Directory *DirectoryConfig `yaml:"directory"` // files, which a web server serves
+	S3        *S3Config        `yaml:"s3"`        // a bucket of Amazon S3, or of what speaks its API
 }
 
 // IssuerConfig is an issuer of JWT-SVIDs whose documents are published.
@@ -75,6 +76,9 @@ type place interface {
 func (c *Config) places() (all []place, names []string) {
 	if c.Directory != nil {
 		all, names = append(all, c.Directory), append(names, "directory")
+	}
+	if c.S3 != nil {
+		all, names = append(all, c.S3), append(names, "s3")
 	}
 	return all, names
 }
@@ -124,7 +128,7 @@ func (c *Config) check() (path string, err error) {
 	places, kinds := c.places()
 	switch {
 	case len(kinds) == 0:
-		return "", errors.New("the target names no place; set directory")
+		return "", errors.New("the target names no place; set directory or s3")
 	case len(kinds) > 1:
 		return "", fmt.Errorf("the target names %s; choose one, or make two targets", strings.Join(kinds, " and "))
 	case c.Bundle == "" && len(c.Issuers) == 0:
