@@ -25,6 +25,14 @@ var clouds = map[string]func(t *testing.T, b *harness.Bucket) publish.Config{
 		t.Setenv("AWS_CONFIG_FILE", filepath.Join(t.TempDir(), "none"))
 		return publish.Config{S3: &publish.S3Config{Bucket: "ids", Region: "eu-central-1", Prefix: "tenant", Endpoint: server.URL}}
 	},
+	"gcs": func(t *testing.T, b *harness.Bucket) publish.Config {
+		google := harness.NewGCP(t, harness.GCPInstance{})
+		tokens, server := httptest.NewServer(google.API()), httptest.NewServer(b.GCS())
+		t.Cleanup(tokens.Close)
+		t.Cleanup(server.Close)
+		t.Setenv("GOOGLE_APPLICATION_CREDENTIALS", google.AccountFile(t, tokens.URL+"/token"))
+		return publish.Config{GCS: &publish.GCSConfig{Bucket: "ids", Prefix: "tenant", Endpoint: server.URL}}
+	},
 }
 
 // everyCloud runs a test with each.
@@ -238,6 +246,8 @@ func TestBucketsAreNamedAsTheirCloudsNameThem(t *testing.T) {
 		{S3: &publish.S3Config{Bucket: "ids", Region: "eu-central-1.evil.example/"}},
 		{S3: &publish.S3Config{Bucket: "ids"}},
 		{S3: &publish.S3Config{Bucket: "ids", Region: "eu-central-1", Prefix: "../x"}},
+		{GCS: &publish.GCSConfig{Bucket: "ids/../x"}},
+		{GCS: &publish.GCSConfig{Bucket: "ids", Prefix: "/x"}},
 		{S3: &publish.S3Config{Bucket: "ids", Region: "eu-central-1", Endpoint: "http://s3.example"}},
 	} {
 		if got := mistakes(everything(c)); got == "" {

@@ -38,6 +38,7 @@ type Config struct {
 
 	Directory *DirectoryConfig `yaml:"directory"` // files, which a web server serves
 	S3        *S3Config        `yaml:"s3"`        // a bucket of Amazon S3, or of what speaks its API
+	GCS       *GCSConfig       `yaml:"gcs"`       // a bucket of Google Cloud Storage
 }
 
 // IssuerConfig is an issuer of JWT-SVIDs whose documents are published.
@@ -79,6 +80,9 @@ func (c *Config) places() (all []place, names []string) {
 	}
 	if c.S3 != nil {
 		all, names = append(all, c.S3), append(names, "s3")
+	}
+	if c.GCS != nil {
+		all, names = append(all, c.GCS), append(names, "gcs")
 	}
 	return all, names
 }
@@ -128,7 +132,7 @@ func (c *Config) check() (path string, err error) {
 	places, kinds := c.places()
 	switch {
 	case len(kinds) == 0:
-		return "", errors.New("the target names no place; set directory or s3")
+		return "", errors.New("the target names no place; set directory, s3 or gcs")
 	case len(kinds) > 1:
 		return "", fmt.Errorf("the target names %s; choose one, or make two targets", strings.Join(kinds, " and "))
 	case c.Bundle == "" && len(c.Issuers) == 0:

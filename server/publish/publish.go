@@ -3,7 +3,8 @@
 // It is for servers that relying parties cannot reach.
 //
 // A [Publisher], made by [New], has targets ([Config]): a directory that a web
-// server serves, or a bucket of Amazon S3. [Publisher.Run] publishes at the start and at each change of the
+// server serves, a bucket of Amazon S3 or of
+// Google Cloud Storage. [Publisher.Run] publishes at the start and at each change of the
 // bundle, and looks now and then whether all is still there as it was written.
 //
 // All servers of a trust domain publish. Each document has the sequence number of

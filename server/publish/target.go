@@ -48,7 +48,8 @@ var errChanged = errors.New("another server writes there all the time; it is tri
 type store interface {
 	// String names the place, for people.
 	String() string
-	// read returns an object; nil: there is none.
+	// read returns an object; nil: there is none. The error is [errChanged] if it has
+	// changed meanwhile.
 	read(ctx context.Context, name string) (*object, error)
 	// write puts an object in the place of the one that was read, or of none (nil).
 	// The error is [errChanged] if there is another by now.
@@ -278,7 +279,10 @@ func (e *newerError) Error() string {
 func (t *target) put(ctx context.Context, d document, sequence uint64) error {
 	for range maxRaces {
 		was, err := t.store.read(ctx, d.name)
-		if err != nil {
+		switch {
+		case errors.Is(err, errChanged):
+			continue
+		case err != nil:
 			return err
 		}
 		known := t.has[d.name]
