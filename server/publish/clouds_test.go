@@ -33,7 +33,24 @@ var clouds = map[string]func(t *testing.T, b *harness.Bucket) publish.Config{
 		t.Setenv("GOOGLE_APPLICATION_CREDENTIALS", google.AccountFile(t, tokens.URL+"/token"))
 		return publish.Config{GCS: &publish.GCSConfig{Bucket: "ids", Prefix: "tenant", Endpoint: server.URL}}
 	},
+	"azure": func(t *testing.T, b *harness.Bucket) publish.Config {
+		azure.Do(func() { // tokens are kept for the life of the process
+			azureCloud = harness.NewAzure(t, harness.AzureMachine{Tenant: "t", Principal: "p"}, "127.0.0.1:1")
+			azureIdentity = httptest.NewServer(azureCloud.Identity(t))
+		})
+		server := httptest.NewServer(b.Azure(azureCloud))
+		t.Cleanup(server.Close)
+		t.Setenv("IDENTITY_ENDPOINT", azureIdentity.URL+"/msi/token")
+		t.Setenv("IDENTITY_HEADER", harness.AzureIdentityHeader)
+		return publish.Config{AzureBlob: &publish.AzureBlobConfig{Account: "account", Container: "ids", Prefix: "tenant", Endpoint: server.URL}}
+	},
 }
+
+var (
+	azure         sync.Once
+	azureCloud    *harness.Azure
+	azureIdentity *httptest.Server
+)
 
 // everyCloud runs a test with each.
 func everyCloud(t *testing.T, test func(t *testing.T, b *harness.Bucket, c publish.Config)) {
@@ -246,6 +263,8 @@ func TestBucketsAreNamedAsTheirCloudsNameThem(t *testing.T) {
 		{S3: &publish.S3Config{Bucket: "ids", Region: "eu-central-1.evil.example/"}},
 		{S3: &publish.S3Config{Bucket: "ids"}},
 		{S3: &publish.S3Config{Bucket: "ids", Region: "eu-central-1", Prefix: "../x"}},
+		{AzureBlob: &publish.AzureBlobConfig{Account: "evil.example/", Container: "ids"}},
+		{AzureBlob: &publish.AzureBlobConfig{Account: "account", Container: "$logs"}},
 		{GCS: &publish.GCSConfig{Bucket: "ids/../x"}},
 		{GCS: &publish.GCSConfig{Bucket: "ids", Prefix: "/x"}},
 		{S3: &publish.S3Config{Bucket: "ids", Region: "eu-central-1", Endpoint: "http://s3.example"}},

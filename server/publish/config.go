@@ -36,9 +36,10 @@ type Config struct {
 	// Default: none.
 	Issuers []IssuerConfig `yaml:"issuers"`
 
-	Directory *DirectoryConfig `yaml:"directory"` // files, which a web server serves
-	S3        *S3Config        `yaml:"s3"`        // a bucket of Amazon S3, or of what speaks its API
-	GCS       *GCSConfig       `yaml:"gcs"`       // a bucket of Google Cloud Storage
+	Directory *DirectoryConfig `yaml:"directory"`  // files, which a web server serves
+	S3        *S3Config        `yaml:"s3"`         // a bucket of Amazon S3, or of what speaks its API
+	GCS       *GCSConfig       `yaml:"gcs"`        // a bucket of Google Cloud Storage
+	AzureBlob *AzureBlobConfig `yaml:"azure_blob"` // a container of Azure Blob Storage
 }
 
 // IssuerConfig is an issuer of JWT-SVIDs whose documents are published.
@@ -83,6 +84,9 @@ func (c *Config) places() (all []place, names []string) {
 	}
 	if c.GCS != nil {
 		all, names = append(all, c.GCS), append(names, "gcs")
+	}
+	if c.AzureBlob != nil {
+		all, names = append(all, c.AzureBlob), append(names, "azure_blob")
 	}
 	return all, names
 }
@@ -132,7 +136,7 @@ func (c *Config) check() (path string, err error) {
 	places, kinds := c.places()
 	switch {
 	case len(kinds) == 0:
-		return "", errors.New("the target names no place; set directory, s3 or gcs")
+		return "", errors.New("the target names no place; set directory, s3, gcs or azure_blob")
 	case len(kinds) > 1:
 		return "", fmt.Errorf("the target names %s; choose one, or make two targets", strings.Join(kinds, " and "))
 	case c.Bundle == "" && len(c.Issuers) == 0:

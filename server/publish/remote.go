@@ -1,6 +1,7 @@
 package publish
 
 import (
+	"bytes"
 	"encoding/json"
 	"encoding/xml"
 	"errors"
@@ -45,7 +46,7 @@ func refused(err error) error {
 		}
 	}
 	switch {
-	case xml.Unmarshal(status.Body, &asXML) == nil:
+	case xml.Unmarshal(bytes.TrimPrefix(status.Body, []byte("\xef\xbb\xbf")), &asXML) == nil: // Azure begins with a mark of the byte order
 		r.code = asXML.Code
 	case json.Unmarshal(status.Body, &asJSON) == nil && len(asJSON.Error.Errors) > 0:
 		r.code = asJSON.Error.Errors[0].Reason
