@@ -60,8 +60,8 @@ bridges: test-deps ## three levels of servers; haproxy and PostgreSQL under load
 	HALLMARK_LONG=1 $(GO) test -count=1 -timeout 14m -run 'TestNested|TestServersThat|TestPostgreSQL|TestFederation' -v ./test
 
 .PHONY: soak
-soak: build test-deps ## ten minutes of one-minute SVIDs under mTLS, with crashes
-	HALLMARK_SOAK=10m $(GO) test -count=1 -timeout 20m -run 'TestSeparateProcesses' -v ./test
+soak: build test-deps ## ten minutes of one-minute SVIDs under mTLS, with crashes; fifty killed servers
+	HALLMARK_LONG=1 HALLMARK_SOAK=10m $(GO) test -count=1 -timeout 20m -run 'TestSeparateProcesses|TestKilledServer' -v ./test
 
 .PHONY: chaos
 chaos: build test-deps ## three servers, and all that happens to servers, twenty times (as root)

@@ -180,7 +180,10 @@ func (s *server) connect() error {
 	}
 	var err error
 	s.conn, err = grpc.NewClient("unix:"+s.socket, grpc.WithTransportCredentials(insecure.NewCredentials()), // the kernel says who is at the other end
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: startPoll, Multiplier: 1, MaxDelay: startPoll}}),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: startPoll, Multiplier: 1, MaxDelay: startPoll},
+			MinConnectTimeout: time.Minute, // unless told, a connection gets no longer than the backoff
+		}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)))
 	if err != nil || s.cmd != nil {
 		return err

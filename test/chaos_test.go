@@ -32,7 +32,7 @@ import (
 
 const (
 	chaosAgents   = 2
-	chaosPace     = 40 * time.Millisecond // between the writes of one writer
+	chaosPace     = 60 * time.Millisecond // between the writes of one writer
 	chaosLifetime = 30                    // seconds, of the workloads' SVIDs
 	chaosPatience = 2 * time.Minute       // until a server writes again
 	chaosDisk     = "size=2g"             // of each server

@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -62,25 +61,7 @@ func startService(t testing.TB, uid int, socket string, env ...string) *harness.
 // startServiceIn does so in a network; nil: that of the test.
 func startServiceIn(t testing.TB, network *harness.Network, uid int, socket string, env ...string) *harness.Process {
 	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	program, err := os.ReadFile(self)
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir, err := os.MkdirTemp("", "hallmark-service-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	path := filepath.Join(dir, "service")
-	harness.WriteProgram(t, path, program)
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	return harness.Command{Path: path, UID: uid, Network: network, Env: append(env, "SPIFFE_ENDPOINT_SOCKET=unix://"+socket)}.Start(t)
+	return harness.Command{Path: harness.Self(t), UID: uid, Network: network, Env: append(env, "SPIFFE_ENDPOINT_SOCKET=unix://"+socket)}.Start(t)
 }
 
 // echo accepts mTLS connections from one SPIFFE ID and sends back what comes.
@@ -111,8 +92,8 @@ func echo(peer string) error {
 	}
 }
 
-// tally is what a caller has seen so far; it prints one JSON line of it a
-// change of minute or of serial, and at least ten a second.
+// tally is what a caller has seen so far; it prints a JSON line of
+// it after each call.
 type tally struct {
 	Requests int      `json:"requests"`
 	Failures int      `json:"failures"`
@@ -131,7 +112,7 @@ func call(peer, address string) error {
 	}
 	defer source.Close()
 	config := tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(spiffeid.RequireFromString(peer)))
-	return keepCalling(ctx, source, 10*time.Millisecond, func() error { return ping(config, address) })
+	return keepCalling(ctx, source, 30*time.Millisecond, func() error { return ping(config, address) })
 }
 
 // keepCalling makes one call after another, at a pace, and prints what has come of
@@ -141,7 +122,7 @@ func keepCalling(ctx context.Context, source *workloadapi.X509Source, pace time.
 	serials, issuers := map[string]bool{}, map[string]bool{}
 	tick := time.NewTicker(pace)
 	defer tick.Stop()
-	for i := 0; ctx.Err() == nil; i++ {
+	for ctx.Err() == nil {
 		svid, err := source.GetX509SVID()
 		if err == nil {
 			serials[svid.Certificates[0].SerialNumber.String()] = true
@@ -156,10 +137,8 @@ func keepCalling(ctx context.Context, source *workloadapi.X509Source, pace time.
 			}
 		}
 		n.SVIDs, n.Issuers = len(serials), len(issuers)
-		if i%10 == 0 || pace > 10*time.Millisecond {
-			if err := json.NewEncoder(os.Stdout).Encode(n); err != nil {
-				return err
-			}
+		if err := json.NewEncoder(os.Stdout).Encode(n); err != nil {
+			return err
 		}
 		<-tick.C
 	}

@@ -112,7 +112,7 @@ func (c *credentials) ofInstance(ctx context.Context) (*keys, error) {
 	if err != nil {
 		return nil, err
 	}
-	if name = strings.TrimSpace(name); !roleForm.MatchString(name) || strings.Contains(name, "/") {
+	if name = strings.TrimSpace(name); !isRole(name) || strings.Contains(name, "/") {
 		return nil, errors.New("the metadata service named no role")
 	}
 	data, err := c.imds.get(ctx, session, path+url.PathEscape(name), maxCredentials)

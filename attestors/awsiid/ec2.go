@@ -51,7 +51,13 @@ const (
 	contentType  = "application/x-www-form-urlencoded; charset=utf-8"
 )
 
-var roleForm = regexp.MustCompile(`^[A-Za-z0-9+=,.@_/-]{1,512}$`)
+var roleForm = regexp.MustCompile(`^[A-Za-z0-9+=,.@_-][A-Za-z0-9+=,.@_/-]*$`)
+
+// maxRoleName is the length of a role's name with its path, in bytes.
+const maxRoleName = 512
+
+// isRole reports whether a name is that of a role, with its path or without.
+func isRole(name string) bool { return len(name) <= maxRoleName && roleForm.MatchString(name) }
 
 // ec2 asks AWS's APIs about an instance.
 type ec2 struct {
@@ -62,7 +68,7 @@ type ec2 struct {
 }
 
 func newEC2(c DescribeConfig, now func() time.Time) (*ec2, error) {
-	if c.AssumeRole != "" && (!roleForm.MatchString(c.AssumeRole) || strings.HasPrefix(c.AssumeRole, "/")) {
+	if c.AssumeRole != "" && !isRole(c.AssumeRole) {
 		return nil, fmt.Errorf("assume_role is %q; write the role's name, without its ARN", c.AssumeRole)
 	}
 	if c.Endpoint != "" {

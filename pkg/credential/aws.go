@@ -35,8 +35,11 @@ type AWSCredentials struct {
 var (
 	regionForm  = regexp.MustCompile(`^[a-z0-9-]{1,32}$`)
 	sessionForm = regexp.MustCompile(`^[\w+=,.@-]{2,64}$`) // API of AWS STS, AssumeRoleWithWebIdentity
-	roleForm    = regexp.MustCompile(`^arn:[a-z0-9-]+:iam::\d{12}:role/[\x21-\x7e]{1,576}$`)
+	roleForm    = regexp.MustCompile(`^arn:[a-z0-9-]+:iam::\d{12}:role/[\x21-\x7e]+$`)
 )
+
+// maxRoleARN is the length of a role's ARN, in bytes (API of AWS STS).
+const maxRoleARN = 2048
 
 // STSEndpoint returns where STS of a region is; of none, where the global one is.
 func STSEndpoint(region string) (string, error) {
@@ -73,7 +76,7 @@ func (a AWS) Check() error {
 	switch {
 	case err != nil:
 		return err
-	case !roleForm.MatchString(a.RoleARN):
+	case len(a.RoleARN) > maxRoleARN || !roleForm.MatchString(a.RoleARN):
 		return fmt.Errorf("%.100q is no ARN of a role, such as arn:aws:iam::123456789012:role/web", a.RoleARN)
 	case a.SessionName != "" && !sessionForm.MatchString(a.SessionName):
 		return fmt.Errorf("%.100q is no name of a session: 2 to 64 letters, digits and +=,.@_-", a.SessionName)

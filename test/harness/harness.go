@@ -24,7 +24,7 @@ const patience = time.Minute
 var built struct {
 	sync.Mutex
 	dir      string
-	programs map[string]string // path by package
+	programs map[string]string // path by package or name
 }
 
 // Binary builds the hallmark binary, static, once, and returns its path. Any
@@ -38,9 +38,33 @@ func Binary(t testing.TB) string {
 // package.
 func Program(t testing.TB, pkg string) string {
 	t.Helper()
+	return program(t, pkg, func(out string) {
+		cmd := exec.Command("go", "build", "-ldflags=-w", "-o", out, pkg)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if said, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("go build %s: %v\n%s", pkg, err, said)
+		}
+	})
+}
+
+// Self returns the path of a copy of the test binary that any user may run.
+func Self(t testing.TB) string {
+	t.Helper()
+	return program(t, "self", func(out string) {
+		self, err := os.Executable()
+		must(t, err)
+		b, err := os.ReadFile(self)
+		must(t, err)
+		WriteProgram(t, out, b)
+	})
+}
+
+// program makes a program once, and returns its path.
+func program(t testing.TB, name string, write func(out string)) string {
+	t.Helper()
 	built.Lock()
 	defer built.Unlock()
-	if path, ok := built.programs[pkg]; ok {
+	if path, ok := built.programs[name]; ok {
 		return path
 	}
 	if built.dir == "" {
@@ -53,13 +77,9 @@ func Program(t testing.TB, pkg string) string {
 			t.Fatal(err)
 		}
 	}
-	out := filepath.Join(built.dir, path.Base(pkg))
-	cmd := exec.Command("go", "build", "-ldflags=-w", "-o", out, pkg)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if said, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("go build %s: %v\n%s", pkg, err, said)
-	}
-	built.programs[pkg] = out
+	out := filepath.Join(built.dir, path.Base(name))
+	write(out)
+	built.programs[name] = out
 	return out
 }
 
@@ -121,10 +141,14 @@ func NeedCommand(t testing.TB, name string) {
 // for: "make bridges" does.
 func Long(t testing.TB) {
 	t.Helper()
-	if os.Getenv("HALLMARK_LONG") == "" {
+	if !IsLong() {
 		t.Skip("it is long; make bridges runs it")
 	}
 }
+
+// IsLong reports whether tests shall take the time that it takes to show all:
+// "make bridges" and "make soak" have them do so.
+func IsLong() bool { return os.Getenv("HALLMARK_LONG") != "" }
 
 // Skip skips the test for a reason; in CI (CI=true) it fails it.
 func Skip(t testing.TB, why string) {
@@ -310,15 +334,16 @@ func Eventually(t testing.TB, what string, try func(ctx context.Context) error) 
 	// In a cleanup the test's own context has ended.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), patience)
 	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
 	for {
+		began := time.Now()
 		err := try(ctx)
 		if err == nil {
 			return
 		}
 		select {
-		case <-tick.C:
+		// A try that runs a command costs a tenth of a second of a processor: one
+		// that waits leaves as much time to what it waits for.
+		case <-time.After(max(20*time.Millisecond, time.Since(began))):
 		case <-ctx.Done():
 			t.Fatalf("%s: %v", what, err)
 		}
