@@ -3,18 +3,18 @@
 // It is for servers that relying parties cannot reach.
 //
 // A [Publisher], made by [New], has targets ([Config]): a directory that a web
-// server serves, a bucket of Amazon S3 or of
-// Google Cloud Storage, or a container of Azure Blob Storage. [Publisher.Run] publishes at the start and at each change of the
-// bundle, and looks now and then whether all is still there as it was written.
+// server serves, a bucket of Amazon S3 or of Google Cloud Storage, or a container of
+// Azure Blob Storage. [Publisher.Run] publishes at the start and at each change of
+// the bundle, and looks now and then whether all is still there as it was written.
 //
 // All servers of a trust domain publish. Each document has the sequence number of
 // the bundle that it is made of; a server reads what is there, leaves what is newer,
 // and writes in the place of what it has read or not at all, so that none puts an
 // older document over a newer one.
 //
-// Clouds are asked over plain HTTP, by two requests each, with credentials of
-// [cloudauth]: measured with go 1.26, service/s3 and azblob would add 7 MB each to
-// the binary, and cloud.google.com/go/storage 30 MB and 36 modules.
+// Clouds are asked without their clients for storage, by a few requests of HTTP, with
+// the credentials of package cloudauth: service/s3 and azblob add 7 MB each to a
+// binary, cloud.google.com/go/storage 30 MB and 36 modules.
 //
 // An authority is to be published before it signs: package authority asks
 // [Publisher.Ready] before it activates one.
