@@ -103,6 +103,10 @@ type Config struct {
 	// Default: agents and workloads have them alone.
 	CRLEndpoint *CRLEndpointConfig `yaml:"crl_endpoint"`
 
+	// StatusListEndpoint has JWT-SVIDs and WIT-SVIDs say where it is told whether
+	// they were revoked, and serves that. Default: they end by themselves.
+	StatusListEndpoint *StatusListEndpointConfig `yaml:"status_list_endpoint"`
+
 	// Limits bound what callers can make the server do. SIGHUP reloads them.
 	Limits LimitsConfig `yaml:"limits"`
 
@@ -498,6 +502,7 @@ func (s *settings) check(src config.Source) error {
 	s.checkOIDC(wrong)
 	s.checkPublish(wrong)
 	s.checkCRLEndpoint(wrong)
+	s.checkStatusListEndpoint(wrong)
 	s.Telemetry.Check(func(key, format string, args ...any) { wrong("telemetry."+key, format, args...) })
 	s.checkLifetimes(wrong)
 	s.checkAttestors(wrong)

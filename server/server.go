@@ -38,6 +38,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
 	"github.com/hallmark-id/hallmark/server/store/etcd"
+	"github.com/hallmark-id/hallmark/server/tokenstatus"
 	"github.com/hallmark-id/hallmark/server/upstream"
 	"github.com/hallmark-id/hallmark/server/web"
 )
@@ -117,6 +118,14 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		defer revoked.Listener.Close()
 	}
 
+	statuses, err := s.listenStatusListEndpoint(log)
+	if err != nil {
+		return err
+	}
+	if statuses != nil {
+		defer statuses.Listener.Close()
+	}
+
 	name, err := s.serverName()
 	if err != nil {
 		return err
@@ -172,11 +181,12 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 
 	var served *api.API // whose rates hold for the token endpoint too
 	var issuer *issue.Issuer
+	lists := s.newStatusLists(name, reg, issued, log, counted)
 	var endpoint *exchange.Exchange
 	documents := s.newDocuments(name, reg, log, counted)
 	authorities, err := s.openAuthorities(serving, name, reg, keys, above, documents, log, counted)
 	if err == nil {
-		issuer = s.newIssuer(authorities, issued, log, counted)
+		issuer = s.newIssuer(authorities, issued, lists, log, counted)
 		endpoint, err = s.newExchange(reg, issuer, func() *api.API { return served }, log, counted)
 	}
 	if err == nil {
@@ -185,6 +195,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		publisher := s.newPublisher(reg, authorities, issued, log, counted)
 		below.Go(func() error { return publisher.Run(base) })
 		below.Go(func() error { return documents.Run(base) })
+		below.Go(func() error { return lists.Run(base) })
 		pushes := feed.New(feed.Options{
 			Registry: reg, X509TTL: time.Duration(s.X509.SVIDLifetime), JWTTTL: time.Duration(s.JWT.SVIDLifetime),
 			Log: log, Metrics: counted,
@@ -205,6 +216,9 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		}
 		if revoked != nil {
 			below.Go(func() error { return s.serveCRLs(base, *revoked, reg) })
+		}
+		if statuses != nil {
+			below.Go(func() error { return s.serveStatusLists(base, *statuses, reg, authorities, issuer) })
 		}
 		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities, issued) })
 		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities) })
@@ -282,8 +296,12 @@ func (s *settings) openUpstream() (upstream.Upstream, error) {
 	return upstream.New(*s.Upstream, upstream.Options{TrustDomain: s.td})
 }
 
-func (s *settings) newIssuer(authorities *authority.Authorities, issued *journal.Journal, log *slog.Logger, counted *metrics.Metrics) *issue.Issuer {
+func (s *settings) newIssuer(authorities *authority.Authorities, issued *journal.Journal, lists *tokenstatus.Lists, log *slog.Logger, counted *metrics.Metrics) *issue.Issuer {
+	if s.StatusListEndpoint == nil {
+		lists = nil
+	}
 	return issue.New(issue.Options{
+		Status:      lists,
 		TrustDomain: s.td,
 		Authorities: authorities,
 		Log:         log,

@@ -208,7 +208,7 @@ func (f *Feed) hello(agent spiffeid.ID) *hallmarkv1.FollowRequest {
 	if len(v) > maxVersion {
 		v = v[:maxVersion]
 	}
-	hello := &hallmarkv1.FollowRequest{AgentVersion: v, TakesCrls: true}
+	hello := &hallmarkv1.FollowRequest{AgentVersion: v, TakesCrls: true, TakesStatusLists: true}
 	if agent == f.agent && !f.whole { // what another agent was authorized for is no base
 		hello.Revision = f.o.Held.Revision()
 		sum := f.digest()

@@ -36,7 +36,8 @@ type step struct {
 // cannot be read (a newer server's entry, say, or a foreign certificate that
 // this agent's Go refuses) does not keep the rest from the node.
 func (s *step) add(r *hallmarkv1.FollowResponse) error {
-	s.records += len(r.Entries) + len(r.GoneEntries) + len(r.Bundles) + len(r.GoneBundles) + len(r.Crls) + len(r.GoneCrls)
+	s.records += len(r.Entries) + len(r.GoneEntries) + len(r.Bundles) + len(r.GoneBundles) + len(r.Crls) + len(r.GoneCrls) +
+		len(r.RevokedTokens) + len(r.GoneRevokedTokens)
 	s.bytes += proto.Size(r)
 	switch {
 	case s.records > maxRecords:
@@ -84,6 +85,14 @@ func (s *step) add(r *hallmarkv1.FollowResponse) error {
 		c.CRLs = append(c.CRLs, crl)
 	}
 	c.GoneCRLs = append(c.GoneCRLs, r.GoneCrls...)
+	for _, record := range r.RevokedTokens {
+		l, err := held.NewStatusList(record.ListId, record.Revision, record.Bits)
+		if err != nil {
+			s.errors = append(s.errors, err)
+		}
+		c.StatusLists = append(c.StatusLists, l)
+	}
+	c.GoneStatusLists = append(c.GoneStatusLists, r.GoneRevokedTokens...)
 	if d := r.Defaults; d != nil {
 		c.X509TTL = time.Duration(d.X509SvidTtl) * time.Second
 		c.JWTTTL = time.Duration(d.JwtSvidTtl) * time.Second

@@ -40,6 +40,7 @@ func (h *Held) Apply(c Change) {
 		h.putBundle(b)
 	}
 	h.takeCRLs(c)
+	h.takeStatusLists(c)
 	for v := range rematch {
 		h.rematch(v, now)
 		v.changed()
@@ -217,7 +218,7 @@ func (h *Held) bundleChanged(td spiffeid.TrustDomain, b *bundle.Bundle) {
 		v.changed()
 	}
 	h.trust = trustIn(b)
-	h.jwts.recheck(h.trust)
+	h.jwts.recheck(h)
 	h.recheck()
 }
 

@@ -107,5 +107,8 @@ func (h *Held) distrusts(s svid) bool {
 			}
 		}
 	}
+	if w, ok := s.(*WITSVID); ok && h.revoked(w.status) {
+		return true
+	}
 	return s.distrusted(h.trust)
 }

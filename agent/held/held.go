@@ -97,14 +97,16 @@ type Change struct {
 	Complete bool
 	Revision int64 // of the state after this change
 
-	Entries     []*entry.Entry // new and changed
-	GoneEntries []string       // IDs
-	Bundles     []*bundle.Bundle
-	GoneBundles []spiffeid.TrustDomain
-	CRLs        []*CRL        // new and changed
-	GoneCRLs    []string      // IDs of authorities
-	X509TTL     time.Duration // the trust domain's default lifetimes, for the log; 0 if not told
-	JWTTTL      time.Duration
+	Entries         []*entry.Entry // new and changed
+	GoneEntries     []string       // IDs
+	Bundles         []*bundle.Bundle
+	GoneBundles     []spiffeid.TrustDomain
+	CRLs            []*CRL        // new and changed
+	GoneCRLs        []string      // IDs of authorities
+	StatusLists     []*StatusList // new and changed
+	GoneStatusLists []string      // IDs
+	X509TTL         time.Duration // the trust domain's default lifetimes, for the log; 0 if not told
+	JWTTTL          time.Duration
 }
 
 // Held holds the entries, bundles and SVIDs of this node. Make one with [New];
@@ -136,6 +138,7 @@ type Held struct {
 	watches  map[*BundleWatch]struct{}
 	trust    *trust // of the own bundle
 	crls     crls
+	lists    map[string]*StatusList // by ID
 	views    views
 	jwts     jwtCache
 
@@ -160,6 +163,7 @@ func New(o Options) *Held {
 		bundles:     make(map[spiffeid.TrustDomain]*bundle.Bundle),
 		watches:     make(map[*BundleWatch]struct{}),
 		crls:        crls{all: make(map[string]*CRL)},
+		lists:       make(map[string]*StatusList),
 	}
 	if h.limit <= 0 {
 		h.limit = DefaultLimit
@@ -181,8 +185,8 @@ func New(o Options) *Held {
 	return h
 }
 
-// Digest returns the digest of the entries, bundles and CRLs held, as package digest
-// defines it: 16 bytes.
+// Digest returns the digest of the entries, bundles, CRLs and status lists held, as package
+// digest defines it: 16 bytes.
 func (h *Held) Digest() []byte {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -3,13 +3,10 @@ package held
 import (
 	"container/list"
 	"context"
-	"encoding/base64"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"strings"
 	"time"
 
 	"go.opentelemetry.io/otel/trace"
@@ -37,7 +34,7 @@ type jwt struct {
 	s         *slot
 	audience  string // key in s.jwts
 	result    JWTResult
-	keyID     string
+	signature signature
 	renewAt   time.Time
 	place     *list.Element // in jwtCache; nil while there is no result
 	flight    *flight       // nil: none is being signed
@@ -73,12 +70,12 @@ func (c *jwtCache) remove(j *jwt) {
 	}
 }
 
-// recheck forgets the JWT-SVIDs whose key is distrusted.
-func (c *jwtCache) recheck(t *trust) {
+// recheck forgets the JWT-SVIDs that were revoked, or whose key is distrusted.
+func (c *jwtCache) recheck(h *Held) {
 	for e := c.order.Front(); e != nil; {
 		j := e.Value.(*jwt)
 		e = e.Next()
-		if t.distrustsKey(j.keyID) {
+		if h.distrustsSigned(j.signature) {
 			c.remove(j)
 		}
 	}
@@ -228,8 +225,8 @@ func (h *Held) fly(j *jwt, e *entry.Entry, audience []string, asker trace.SpanCo
 }
 
 func (h *Held) cacheJWT(j *jwt, result JWTResult, now time.Time) {
-	j.keyID = keyID(result.Token)
-	if h.trust.distrustsKey(j.keyID) {
+	j.signature = signatureOf(result.Token)
+	if h.distrustsSigned(j.signature) {
 		h.jwts.remove(j)
 		return // good for those who wait, not for others
 	}
@@ -275,8 +272,8 @@ func (h *Held) signJWT(ctx context.Context, e *entry.Entry, audience []string) (
 	defer cancel()
 	result, err := h.signer.SignJWT(ctx, e.ID, audience)
 	if err == nil && h.distrustsJWT(result.Token) {
-		// Its key was tainted or revoked while it was under way; another one
-		// signs now.
+		// It was revoked, or its key was tainted or revoked, while it was under way;
+		// another is good, and signed by another key.
 		result, err = h.signer.SignJWT(ctx, e.ID, audience)
 	}
 	if err != nil {
@@ -289,10 +286,15 @@ func (h *Held) signJWT(ctx context.Context, e *entry.Entry, audience []string) (
 }
 
 func (h *Held) distrustsJWT(token string) bool {
-	kid := keyID(token)
+	signed := signatureOf(token)
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.trust.distrustsKey(kid)
+	return h.distrustsSigned(signed)
+}
+
+// distrustsSigned reports whether a JWT-SVID is not to be handed out again.
+func (h *Held) distrustsSigned(s signature) bool {
+	return h.trust.distrustsKey(s.keyID) || h.revoked(s.status)
 }
 
 func audienceKey(audience []string) string {
@@ -301,20 +303,4 @@ func audienceKey(audience []string) string {
 		b = append(binary.AppendUvarint(b, uint64(len(a))), a...)
 	}
 	return string(b)
-}
-
-// keyID returns the kid of a token's header, or "" if there is none.
-func keyID(token string) string {
-	encoded, _, _ := strings.Cut(token, ".")
-	raw, err := base64.RawURLEncoding.DecodeString(encoded)
-	if err != nil {
-		return ""
-	}
-	var header struct {
-		KeyID string `json:"kid"`
-	}
-	if json.Unmarshal(raw, &header) != nil {
-		return ""
-	}
-	return header.KeyID
 }

@@ -9,6 +9,8 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/exp/svid/witsvid"
+
+	"github.com/hallmark-id/hallmark/pkg/statuslist"
 )
 
 // witAlgorithm is what a workload signs proofs with: that of the keys made here.
@@ -33,7 +35,8 @@ type WITSVID struct {
 	Key       string // a private JWK, as the Workload API carries it
 	ExpiresAt time.Time
 
-	keyID string // of the authority
+	keyID  string // of the authority
+	status statuslist.Reference
 }
 
 func (w *WITSVID) ends() time.Time { return w.ExpiresAt }
@@ -84,5 +87,5 @@ func newWITSVID(j job, token string) answer {
 	if err != nil {
 		return fail("encode the key of the WIT-SVID: %w", err)
 	}
-	return answer{svid: &WITSVID{Token: token, Key: string(key), ExpiresAt: svid.Expiry, keyID: svid.KeyID}}
+	return answer{svid: &WITSVID{Token: token, Key: string(key), ExpiresAt: svid.Expiry, keyID: svid.KeyID, status: signatureOf(token).status}}
 }

@@ -24,7 +24,7 @@ import (
 func (a *app) svidCommand() *cobra.Command {
 	return noun("svid", "see, revoke and mint SVIDs",
 		"Processes get their SVIDs from an agent. For what no agent can reach, an administrator\n"+
-			"may mint one. X509-SVIDs can be taken back before their end.",
+			"may mint one. X509-SVIDs, and tokens with a status, can be taken back before their end.",
 		"  hallmark svid list\n  hallmark svid revoke --spiffe-id /web\n  hallmark svid mint jwt --spiffe-id /ci --audience registry.internal",
 		a.svidList(), a.svidShow(), a.svidRevoke(), a.svidRevocations(),
 		noun("mint", "mint an SVID",

@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/pem"
 	"errors"
@@ -14,7 +15,10 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 
+	"github.com/hallmark-id/hallmark/pkg/internal/jwt"
+	"github.com/hallmark-id/hallmark/pkg/statuslist"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 )
 
@@ -38,30 +42,35 @@ func reasonName(n int32) string {
 const revokeMargin = 10 * time.Second
 
 func (a *app) svidRevoke() *cobra.Command {
-	var serial, authority, id, node, reason string
+	var serial, authority, token, jti, id, node, reason string
 	var wait duration
 	cmd := &cobra.Command{
 		Use:   "revoke [CERTIFICATE.pem...]",
-		Short: "take X509-SVIDs back before their end",
+		Short: "take SVIDs back before their end",
 		Long: "Revoke puts X509-SVIDs on the CRL of the authority that signed them, on whichever server\n" +
-			"that is, and waits until all have it: from then on peers that honour CRLs refuse them.\n" +
-			"Agents replace a revoked SVID of a workload that is still entitled to one at once, with\n" +
-			"another key; delete the entry of one that is not to have any. An agent whose SVID is\n" +
-			"revoked has to attest again.\n\n" +
-			"What is revoked: the certificate of a PEM file; a serial number; all that was issued of an\n" +
-			"identity until now; or an agent's SVID and all that was issued through it until now.\n\n" +
-			"The exit status is 1 if an authority's CRL does not have all of it: its server is away, or\n" +
-			"its key is gone. What was revoked stays so, and is put on the CRL when the server is back.",
-		Example: "  hallmark svid revoke leaked.pem --reason keyCompromise\n  hallmark svid revoke --serial 5847273541\n" +
+			"that is, and JWT-SVIDs and WIT-SVIDs that have a status (status_list_endpoint) into their\n" +
+			"status list, and waits until all have it: from then on peers that honour CRLs, and relying\n" +
+			"parties that honour status lists, refuse them. Agents replace a revoked SVID of a workload\n" +
+			"that is still entitled to one at once, with another key; delete the entry of one that is\n" +
+			"not to have any. An agent whose SVID is revoked has to attest again.\n\n" +
+			"What is revoked: the certificate of a PEM file; the token of a file, or that with a jti; a\n" +
+			"serial number, of either; all that was issued of an identity until now; or an agent's SVID\n" +
+			"and all that was issued through it until now.\n\n" +
+			"The exit status is 1 if a CRL or status list does not have all of it: its server is away,\n" +
+			"or its key is gone. What was revoked stays so, and is put there when the server is back.",
+		Example: "  hallmark svid revoke leaked.pem --reason keyCompromise\n  hallmark svid revoke --token leaked.jwt\n" +
+			"  hallmark svid revoke --serial 5847273541\n" +
 			"  hallmark svid revoke --spiffe-id /web\n  hallmark svid revoke --node join_token/4f1c -o json",
 		Args: arguments(0, -1, "a file"),
 	}
 	cmd.Flags().StringVar(&serial, "serial", "", "serial `number`, decimal, or hexadecimal after 0x")
-	cmd.Flags().StringVar(&authority, "authority", "", "with --serial: `ID` of the authority, if another server issued it")
+	cmd.Flags().StringVar(&authority, "authority", "", "with --serial of a certificate: `ID` of the authority, if another server issued it")
+	cmd.Flags().StringVar(&token, "token", "", "the JWT-SVID or WIT-SVID in this `FILE`; - reads it from the standard input")
+	cmd.Flags().StringVar(&jti, "jti", "", "the token with this claim `jti`, if it has a status")
 	cmd.Flags().StringVar(&id, "spiffe-id", "", "all of this identity: `SPIFFE-ID` or just /PATH")
 	cmd.Flags().StringVar(&node, "node", "", "this `AGENT`'s SVID, and all that was issued through it")
-	cmd.Flags().StringVar(&reason, "reason", "unspecified", "`reason` in the CRL: unspecified, keyCompromise, affiliationChanged, superseded,\ncessationOfOperation or privilegeWithdrawn")
-	cmd.Flags().Var(&wait, "wait", "`time` to wait for CRLs and agents (default 10s)")
+	cmd.Flags().StringVar(&reason, "reason", "unspecified", "`reason` in a CRL: unspecified, keyCompromise, affiliationChanged, superseded,\ncessationOfOperation or privilegeWithdrawn")
+	cmd.Flags().Var(&wait, "wait", "`time` to wait for CRLs, status lists and agents (default 10s)")
 	socket := socketFlag(cmd, serverSocket)
 	yes := yesFlag(cmd)
 	a.outputFlag(cmd)
@@ -98,6 +107,20 @@ func (a *app) svidRevoke() *cobra.Command {
 			add(fmt.Sprintf("the certificate in %s, serial number %v", file, cert.SerialNumber),
 				&hallmarkv1.Revocation{SerialNumber: cert.SerialNumber.Bytes(), AuthorityId: hex.EncodeToString(cert.AuthorityKeyId)})
 		}
+		if token != "" {
+			number, err := a.tokenSerial(ctx, c, token)
+			if err != nil {
+				return err
+			}
+			add(fmt.Sprintf("the token in %s, serial number %v", token, new(big.Int).SetBytes(number)), &hallmarkv1.Revocation{SerialNumber: number})
+		}
+		if jti != "" {
+			number, err := base64.RawURLEncoding.DecodeString(jti)
+			if err != nil || !statuslist.IsSerial(number) {
+				return usageError(fmt.Errorf("--jti %.60q is none of a token with a status; \"hallmark svid list\" shows the serial numbers of all that can be revoked", jti))
+			}
+			add(fmt.Sprintf("the token with jti %s, serial number %v", jti, new(big.Int).SetBytes(number)), &hallmarkv1.Revocation{SerialNumber: number})
+		}
 		if serial != "" {
 			n, ok := new(big.Int).SetString(serial, 0)
 			if !ok || n.Sign() <= 0 || n.BitLen() > 160 {
@@ -122,7 +145,7 @@ func (a *app) svidRevoke() *cobra.Command {
 			add("the SVID of "+idText(of)+" and all issued through it until now; the agent has to attest again", &hallmarkv1.Revocation{NodeId: idText(of)})
 		}
 		if len(what) == 0 {
-			return usageError(errors.New("nothing to revoke was named: give a certificate's file, --serial, --spiffe-id or --node"))
+			return usageError(errors.New("nothing to revoke was named: give a certificate's file, --token, --jti, --serial, --spiffe-id or --node"))
 		}
 		if err := a.confirm(*yes, false, "This will revoke:\n"+indent(strings.Join(what, "\n"), "  ")+"\nIt cannot be undone."); err != nil {
 			return err
@@ -130,6 +153,57 @@ func (a *app) svidRevoke() *cobra.Command {
 		return a.revoke(ctx, c, req)
 	}
 	return cmd
+}
+
+// tokenSerial returns the serial number of the token in a file, which must be
+// one that this trust domain has signed: its status is where it says.
+func (a *app) tokenSerial(ctx context.Context, c *admin, file string) ([]byte, error) {
+	source := a.in
+	if file != "-" {
+		f, err := os.Open(file)
+		if err != nil {
+			return nil, err
+		}
+		defer f.Close()
+		source = f
+	}
+	text, err := io.ReadAll(io.LimitReader(source, maxToken))
+	if err != nil {
+		return nil, err
+	}
+	t, err := jwt.Parse(strings.TrimSpace(string(text)))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	b, err := c.bundles().GetBundle(ctx, &bundlev1.GetBundleRequest{})
+	if err != nil {
+		return nil, rpcError("get the bundle", err)
+	}
+	keys := make(map[string][]byte)
+	for _, k := range b.JwtAuthorities {
+		keys[k.KeyId] = k.PublicKey
+	}
+	for _, k := range b.WitAuthorities {
+		keys[k.KeyId] = k.PublicKey
+	}
+	kid, _ := t.HeaderText("kid")
+	key, err := x509.ParsePKIXPublicKey(keys[kid])
+	if err == nil {
+		err = t.Verify(key)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: no JWT or WIT authority of this trust domain has signed this token", file)
+	}
+	ref, ok, err := statuslist.ReferenceOf(t.Claims)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	serial, is := ref.Serial()
+	if !ok || !is {
+		return nil, &failure{code: exitFailed, err: fmt.Errorf("%s: the token has no status list: it is good until it ends", file),
+			remedy: "Set status_list_endpoint on the server, and later ones have. To end this one now, taint and\nrevoke the authority that signed it: hallmark authority taint jwt ID, hallmark authority revoke jwt ID."}
+	}
+	return serial[:], nil
 }
 
 // certificateOf reads the first certificate of a PEM file.
@@ -163,9 +237,10 @@ func certificateOf(file string) (*x509.Certificate, error) {
 // revokedItem is what came of a revocation, as commands print it.
 type revokedItem struct {
 	Revision            int64          `json:"revision"`
-	Covered             bool           `json:"covered"` // by the CRLs of all authorities that it concerns
+	Covered             bool           `json:"covered"` // by all CRLs and status lists that it concerns
 	Authorities         []coverageItem `json:"authorities"`
-	Agents              int32          `json:"agents"`         // of this server that have the CRLs
+	StatusLists         []statusItem   `json:"status_lists"`
+	Agents              int32          `json:"agents"`         // of this server that have them
 	AgentsMissing       bool           `json:"agents_missing"` // others did not acknowledge in time
 	ElapsedMicroseconds int64          `json:"elapsed_microseconds"`
 }
@@ -179,6 +254,22 @@ type coverageItem struct {
 	Revoked     int32  `json:"revoked"` // certificates in its CRL
 }
 
+// statusItem is how far the status lists of a server are.
+type statusItem struct {
+	Server  string `json:"server"`
+	Lists   int32  `json:"lists"`   // whose tokens have not all ended
+	Revoked int32  `json:"revoked"` // tokens in them
+	Covered bool   `json:"covered"`
+}
+
+func statusOf(all []*hallmarkv1.StatusCoverage) []statusItem {
+	items := make([]statusItem, len(all))
+	for i, c := range all {
+		items[i] = statusItem{c.Server, c.Lists, c.Revoked, c.Covered}
+	}
+	return items
+}
+
 func coverageOf(all []*hallmarkv1.RevocationCoverage) []coverageItem {
 	items := make([]coverageItem, len(all))
 	for i, c := range all {
@@ -187,16 +278,29 @@ func coverageOf(all []*hallmarkv1.RevocationCoverage) []coverageItem {
 	return items
 }
 
-func (a *app) coverageTable(items []coverageItem) string {
-	t := table{style: a.style, header: []string{"AUTHORITY", "SERVER", "REVOKED", "CRL"}}
-	for _, x := range items {
-		paint, state := a.style.green, "has all of it"
-		if !x.Covered {
-			paint, state = a.style.red, "lacks some of it"
+func (a *app) coverageTable(items []coverageItem, lists []statusItem) string {
+	state := func(covered bool) cell {
+		if covered {
+			return painted(a.style.green, "has all of it")
 		}
-		t.add(text(x.AuthorityID), text(x.Server), text(fmt.Sprint(x.Revoked)), painted(paint, state))
+		return painted(a.style.red, "lacks some of it")
 	}
-	return t.String()
+	var tables []string
+	if len(items) > 0 {
+		t := table{style: a.style, header: []string{"AUTHORITY", "SERVER", "REVOKED", "CRL"}}
+		for _, x := range items {
+			t.add(text(x.AuthorityID), text(x.Server), text(fmt.Sprint(x.Revoked)), state(x.Covered))
+		}
+		tables = append(tables, t.String())
+	}
+	if len(lists) > 0 {
+		t := table{style: a.style, header: []string{"STATUS LISTS", "SERVER", "REVOKED", "STATE"}}
+		for _, x := range lists {
+			t.add(text(fmt.Sprint(x.Lists)), text(x.Server), text(fmt.Sprint(x.Revoked)), state(x.Covered))
+		}
+		tables = append(tables, t.String())
+	}
+	return strings.Join(tables, "\n")
 }
 
 // revoke makes the call and prints what came of it.
@@ -206,171 +310,36 @@ func (a *app) revoke(ctx context.Context, c *admin, req *hallmarkv1.RevokeSVIDsR
 		return rpcError("revoke", err)
 	}
 	item := revokedItem{
-		Revision: resp.Revision, Covered: true, Authorities: coverageOf(resp.Authorities),
+		Revision: resp.Revision, Covered: true, Authorities: coverageOf(resp.Authorities), StatusLists: statusOf(resp.StatusLists),
 		Agents: resp.Agents, AgentsMissing: resp.AgentsMissing, ElapsedMicroseconds: resp.ElapsedMicroseconds,
 	}
 	for _, x := range item.Authorities {
 		item.Covered = item.Covered && x.Covered
 	}
+	for _, x := range item.StatusLists {
+		item.Covered = item.Covered && x.Covered
+	}
 	err = a.print(item, func(w io.Writer) {
-		fmt.Fprintf(w, "revoked; %s of this server %s the CRLs, after %v\n", count(int(item.Agents), "agent", "agents"),
+		fmt.Fprintf(w, "revoked; %s of this server %s it after %v\n", count(int(item.Agents), "agent", "agents"),
 			map[bool]string{true: "has", false: "have"}[item.Agents == 1], (time.Duration(item.ElapsedMicroseconds) * time.Microsecond).Round(time.Millisecond))
-		io.WriteString(w, a.coverageTable(item.Authorities))
+		io.WriteString(w, a.coverageTable(item.Authorities, item.StatusLists))
 	})
 	if err != nil {
 		return err
 	}
 	if !item.Covered {
-		return &failure{code: exitFailed, err: errors.New("not all CRLs have it yet"),
+		return &failure{code: exitFailed, err: errors.New("not all CRLs and status lists have it yet"),
 			remedy: "Start the servers that are away. If one is gone for good, or its key is, taint and\nrevoke its authority: hallmark authority taint x509 ID, hallmark authority revoke x509 ID."}
 	}
 	if item.AgentsMissing {
-		return &failure{code: exitFailed, err: errors.New("not all agents have acknowledged the CRLs"), remedy: "\"hallmark node list\" shows how far each is; they get them once they are connected."}
+		return &failure{code: exitFailed, err: errors.New("not all agents have acknowledged it"), remedy: "\"hallmark node list\" shows how far each is; they get them once they are connected."}
 	}
 	return nil
 }
 
-// issuedItem is an SVID that was issued, as commands print it.
-type issuedItem struct {
-	SPIFFEID     string     `json:"spiffe_id"`
-	SerialNumber string     `json:"serial_number"`
-	State        string     `json:"state"` // valid or revoked
-	IssuedAt     *time.Time `json:"issued_at"`
-	ExpiresAt    *time.Time `json:"expires_at"`
-	Node         string     `json:"node,omitempty"` // the agent that asked for it
-	AuthorityID  string     `json:"authority_id"`
-}
-
-func issuedOf(all []*hallmarkv1.IssuedSVID) []issuedItem {
-	items := make([]issuedItem, len(all))
-	for i, s := range all {
-		items[i] = issuedItem{s.SpiffeId, s.SerialNumber, "valid", timestamp(s.IssuedAt), timestamp(s.ExpiresAt), s.NodeId, s.AuthorityId}
-		if s.Revoked {
-			items[i].State = "revoked"
-		}
-	}
-	return items
-}
-
-func (a *app) paintSVID(state string) func(string) string {
-	if state == "revoked" {
-		return a.style.red
-	}
-	return a.style.green
-}
-
-func (a *app) svidList() *cobra.Command {
-	var id, node string
-	var limit int32
-	cmd := &cobra.Command{
-		Use:   "list",
-		Short: "list what this server issued that has not ended",
-		Long: "List prints the X509-SVIDs and other certificates that this server has issued and that have\n" +
-			"not ended, the newest first. Each server of a cluster lists its own.",
-		Example: "  hallmark svid list\n  hallmark svid list --spiffe-id /web\n  hallmark svid list --node join_token/4f1c -o json",
-		Args:    noArguments,
-	}
-	cmd.Flags().StringVar(&id, "spiffe-id", "", "only of this identity: `SPIFFE-ID` or just /PATH")
-	cmd.Flags().StringVar(&node, "node", "", "only of this `AGENT` and through it")
-	cmd.Flags().Int32Var(&limit, "limit", 1000, "at most so many, up to 10000")
-	socket := socketFlag(cmd, serverSocket)
-	a.outputFlag(cmd)
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
-		defer cancel()
-		c, err := a.admin(ctx, *socket)
-		if err != nil {
-			return err
-		}
-		defer c.Close()
-		req := &hallmarkv1.ListSVIDsRequest{Limit: limit}
-		if id != "" {
-			of, err := c.id(ctx, "--spiffe-id", id)
-			if err != nil {
-				return err
-			}
-			req.SpiffeId = idText(of)
-		}
-		if node != "" {
-			of, err := c.node(ctx, node)
-			if err != nil {
-				return err
-			}
-			req.NodeId = idText(of)
-		}
-		resp, err := c.server().ListSVIDs(ctx, req)
-		if err != nil {
-			return rpcError("list SVIDs", err)
-		}
-		items := issuedOf(resp.Svids)
-		if len(items) == 0 && a.output == outputTable {
-			a.remark("This server has issued none that has not ended.")
-			return nil
-		}
-		return a.print(items, func(w io.Writer) {
-			t := table{style: a.style, header: []string{"SPIFFE ID", "SERIAL", "STATE", "EXPIRES", "THROUGH"}}
-			for _, x := range items {
-				t.add(painted(a.style.bold, x.SPIFFEID), text(x.SerialNumber), painted(a.paintSVID(x.State), x.State),
-					text(a.relative(*x.ExpiresAt)), text(x.Node))
-			}
-			io.WriteString(w, t.String())
-			if resp.Total > int64(len(items)) {
-				a.remark("%d more; --limit shows them, --spiffe-id and --node fewer.", resp.Total-int64(len(items)))
-			}
-		})
-	}
-	return cmd
-}
-
-func (a *app) svidShow() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:     "show SERIAL",
-		Short:   "show what this server issued under a serial number",
-		Long:    "Show prints whose a serial number is, decimal or in hexadecimal after 0x, and whether it is\nrevoked. Only the server that issued it knows.",
-		Example: "  hallmark svid show 584727354153173098993893961261101180718031227294\n  hallmark svid show 0x66bf5a0e2b -o json",
-		Args:    arguments(1, 1, "a serial number"),
-	}
-	socket := socketFlag(cmd, serverSocket)
-	a.outputFlag(cmd)
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		n, ok := new(big.Int).SetString(args[0], 0)
-		if !ok {
-			return usageError(fmt.Errorf("%q is no serial number", args[0]))
-		}
-		ctx, cancel := context.WithTimeout(cmd.Context(), callTimeout)
-		defer cancel()
-		c, err := a.admin(ctx, *socket)
-		if err != nil {
-			return err
-		}
-		defer c.Close()
-		resp, err := c.server().ListSVIDs(ctx, &hallmarkv1.ListSVIDsRequest{SerialNumber: n.String()})
-		if err != nil {
-			return rpcError("show the SVID", err)
-		}
-		if len(resp.Svids) == 0 {
-			return &failure{code: exitNotFound, err: fmt.Errorf("this server has issued no SVID with serial number %v that has not ended", n),
-				remedy: "Each server knows its own; \"hallmark cluster list\" shows the others."}
-		}
-		item := issuedOf(resp.Svids)[0]
-		return a.print(item, func(w io.Writer) {
-			d := details{style: a.style}
-			d.addPainted("SPIFFE ID", a.style.bold, item.SPIFFEID)
-			d.addPainted("State", a.paintSVID(item.State), item.State)
-			d.add("Serial number", item.SerialNumber)
-			d.add("Issued", a.moment(*item.IssuedAt))
-			d.add("Expires", a.moment(*item.ExpiresAt))
-			d.add("Through", item.Node)
-			d.add("Authority", item.AuthorityID)
-			io.WriteString(w, d.String())
-		})
-	}
-	return cmd
-}
-
 // revocationItem is a revocation, as commands print it.
 type revocationItem struct {
-	Kind         string     `json:"kind"` // certificate, identity or node
+	Kind         string     `json:"kind"` // certificate, token, identity or node
 	SerialNumber string     `json:"serial_number,omitempty"`
 	AuthorityID  string     `json:"authority_id,omitempty"`
 	SPIFFEID     string     `json:"spiffe_id,omitempty"` // of the identity or the node
@@ -382,9 +351,10 @@ type revocationItem struct {
 func (a *app) svidRevocations() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "revocations",
-		Short: "list what is revoked, and the CRLs that have it",
-		Long: "Revocations prints what was revoked and has not ended, on any server, the newest first, and\n" +
-			"for each X.509 authority whether its CRL has all that concerns it.",
+		Short: "list what is revoked, and the CRLs and status lists that have it",
+		Long: "Revocations prints what was revoked and has not ended, on any server, the newest first, for\n" +
+			"each X.509 authority whether its CRL has all that concerns it, and for each server whose\n" +
+			"tokens have a status whether its status lists do.",
 		Example: "  hallmark svid revocations\n  hallmark svid revocations -o json | jq '.authorities[] | select(.covered | not)'",
 		Args:    noArguments,
 	}
@@ -405,11 +375,14 @@ func (a *app) svidRevocations() *cobra.Command {
 		var out struct {
 			Revocations []revocationItem `json:"revocations"`
 			Authorities []coverageItem   `json:"authorities"`
+			StatusLists []statusItem     `json:"status_lists"`
 		}
 		out.Revocations = make([]revocationItem, 0, len(resp.Revocations))
 		for _, r := range resp.Revocations {
 			x := revocationItem{Kind: "identity", SPIFFEID: r.SpiffeId, Reason: reasonName(r.Reason), RevokedAt: timestamp(r.RevokedAt), EndsAt: timestamp(r.EndsAt)}
 			switch {
+			case statuslist.IsSerial(r.SerialNumber):
+				x.Kind, x.SerialNumber = "token", new(big.Int).SetBytes(r.SerialNumber).String()
 			case len(r.SerialNumber) > 0:
 				x.Kind, x.SerialNumber, x.AuthorityID = "certificate", new(big.Int).SetBytes(r.SerialNumber).String(), r.AuthorityId
 			case r.NodeId != "":
@@ -417,7 +390,7 @@ func (a *app) svidRevocations() *cobra.Command {
 			}
 			out.Revocations = append(out.Revocations, x)
 		}
-		out.Authorities = coverageOf(resp.Authorities)
+		out.Authorities, out.StatusLists = coverageOf(resp.Authorities), statusOf(resp.StatusLists)
 		return a.print(out, func(w io.Writer) {
 			if len(out.Revocations) == 0 {
 				a.remark("Nothing is revoked.")
@@ -427,7 +400,7 @@ func (a *app) svidRevocations() *cobra.Command {
 			for _, x := range out.Revocations {
 				t.add(text(x.Kind), painted(a.style.bold, x.SPIFFEID+x.SerialNumber), text(x.Reason), text(x.RevokedAt.UTC().Format(time.RFC3339)), text(a.relative(*x.EndsAt)))
 			}
-			io.WriteString(w, t.String()+"\n"+a.coverageTable(out.Authorities))
+			io.WriteString(w, t.String()+"\n"+a.coverageTable(out.Authorities, out.StatusLists))
 		})
 	}
 	return cmd

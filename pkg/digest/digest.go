@@ -21,8 +21,8 @@ import (
 // Size is the length of a [Sum] in bytes.
 const Size = 16
 
-// Sum is the digest of a set of entries, bundles and CRLs: a number of 128 bits,
-// little endian. The zero value is that of the empty set.
+// Sum is the digest of a set of entries, bundles, CRLs and status lists: a number
+// of 128 bits, little endian. The zero value is that of the empty set.
 type Sum [Size]byte
 
 // AddEntry puts an entry into the set: its ID, its revision number, and when it
@@ -45,6 +45,13 @@ func (s *Sum) AddCRL(authority string, number uint64) { s.add(crl(authority, num
 
 // SubCRL takes out a CRL that was put in with the same values.
 func (s *Sum) SubCRL(authority string, number uint64) { s.sub(crl(authority, number)) }
+
+// AddStatusList puts a status list into the set: its ID, and the revision that
+// wrote it.
+func (s *Sum) AddStatusList(id string, revision int64) { s.add(statusList(id, revision)) }
+
+// SubStatusList takes out a status list that was put in with the same values.
+func (s *Sum) SubStatusList(id string, revision int64) { s.sub(statusList(id, revision)) }
 
 // AddRecord puts a record of a store into the set: its key and the revision that
 // wrote it.
@@ -76,6 +83,10 @@ func entry(id string, revision, created int64) number {
 func bundle(name string, seq uint64) number { return named("bundle\x00", name, seq) }
 
 func crl(authority string, n uint64) number { return named("crl\x00", authority, n) }
+
+func statusList(id string, revision int64) number {
+	return named("status list\x00", id, uint64(revision))
+}
 
 func named(kind, name string, seq uint64) number {
 	b := make([]byte, 0, 128)

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"math/big"
 	"slices"
@@ -9,11 +10,13 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 
+	"github.com/hallmark-id/hallmark/pkg/statuslist"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/journal"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/revocation"
 	"github.com/hallmark-id/hallmark/server/store"
+	"github.com/hallmark-id/hallmark/server/tokenstatus"
 )
 
 const (
@@ -24,8 +27,8 @@ const (
 )
 
 // RevokeSVIDs takes back SVIDs before their end. The revocations hold once it
-// has written them; then it waits until the CRLs have them and this server's
-// agents have those.
+// has written them; then it waits until the CRLs and status lists have them and
+// this server's agents have those.
 func (s *adminService) RevokeSVIDs(ctx context.Context, req *hallmarkv1.RevokeSVIDsRequest) (*hallmarkv1.RevokeSVIDsResponse, error) {
 	began := s.now()
 	wait := time.Duration(req.Wait) * time.Second
@@ -50,11 +53,14 @@ func (s *adminService) RevokeSVIDs(ctx context.Context, req *hallmarkv1.RevokeSV
 	resp := &hallmarkv1.RevokeSVIDsResponse{Revision: int64(view.Revision())}
 	waiting, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
-	view, revision := s.awaitCRLs(waiting, all)
+	view, revision := s.awaitRevoked(waiting, all)
 	for _, a := range view.IssuedBy(s.now()) {
-		if slices.ContainsFunc(all, func(x *registry.Revocation) bool { return x.AuthorityID == "" || x.AuthorityID == a.ID }) {
+		if slices.ContainsFunc(all, func(x *registry.Revocation) bool { return len(x.SerialNumber) == 0 || x.AuthorityID == a.ID }) {
 			resp.Authorities = append(resp.Authorities, coverage(view, a, all, revision))
 		}
+	}
+	if slices.ContainsFunc(all, func(x *registry.Revocation) bool { return x.AuthorityID == "" }) { // else all are certificates
+		resp.StatusLists = statusCoverage(view, s.now(), all, func(*registry.Revocation) store.Revision { return revision })
 	}
 	agents, err := s.feed.WaitAcked(waiting, view.Revision())
 	resp.Agents, resp.AgentsMissing = int32(agents), err != nil
@@ -91,6 +97,15 @@ func (s *adminService) revocation(r *hallmarkv1.Revocation) (*registry.Revocatio
 		x.EndsAt = revocation.EndOf(view, s.journal, x, now)
 		return x, nil
 	}
+	if statuslist.IsSerial(x.SerialNumber) {
+		id, index, _ := statuslist.Place(x.SerialNumber)
+		if index >= registry.StatusListSize || view.StatusList(id) == nil {
+			return nil, callErrorf(codes.NotFound, "the token is of status list %s, which this trust domain does not have: it has ended, or is another trust domain's", id)
+		}
+		x.AuthorityID = "" // its list is what names it
+		x.EndsAt = revocation.EndOf(view, s.journal, x, now)
+		return x, nil
+	}
 	issued := s.journal.Find(func(v *journal.SVID) bool {
 		return string(v.SerialNumber()) == string(x.SerialNumber) && (x.AuthorityID == "" || v.Authority == x.AuthorityID)
 	})
@@ -114,10 +129,11 @@ func (s *adminService) revocation(r *hallmarkv1.Revocation) (*registry.Revocatio
 	return x, nil
 }
 
-// awaitCRLs waits until the CRLs of all servers have revocations that were
-// written, or the context ends, and returns a view that shows how far they are,
-// and the revision that wrote the newest of the revocations.
-func (s *adminService) awaitCRLs(ctx context.Context, all []*registry.Revocation) (*registry.View, store.Revision) {
+// awaitRevoked waits until the CRLs and status lists of all servers have
+// revocations that were written, or the context ends, and returns a view that
+// shows how far they are, and the revision that wrote the newest of the
+// revocations.
+func (s *adminService) awaitRevoked(ctx context.Context, all []*registry.Revocation) (*registry.View, store.Revision) {
 	for {
 		changed, view := s.registry.Changed(), s.registry.View()
 		revision := written(view, all)
@@ -125,6 +141,11 @@ func (s *adminService) awaitCRLs(ctx context.Context, all []*registry.Revocation
 		for _, a := range view.IssuedBy(s.now()) {
 			for _, x := range all {
 				done = done && revocation.Covered(view, a, x, revision)
+			}
+		}
+		for _, l := range view.LiveStatusLists(s.now()) {
+			for _, x := range all {
+				done = done && tokenstatus.Covered(l, x, revision)
 			}
 		}
 		if done {
@@ -159,6 +180,27 @@ func coverage(view *registry.View, a *registry.Authority, all []*registry.Revoca
 	return c
 }
 
+// statusCoverage says of each server how far its status lists are with some
+// revocations, each written by the revision that a function returns.
+func statusCoverage(view *registry.View, now time.Time, all []*registry.Revocation, written func(*registry.Revocation) store.Revision) (out []*hallmarkv1.StatusCoverage) {
+	of := make(map[string]*hallmarkv1.StatusCoverage)
+	for _, l := range view.LiveStatusLists(now) {
+		c := of[l.Server]
+		if c == nil {
+			c = &hallmarkv1.StatusCoverage{Server: l.Server, Covered: true}
+			of[l.Server] = c
+			out = append(out, c)
+		}
+		c.Lists++
+		c.Revoked += int32(l.Revoked)
+		for _, x := range all {
+			c.Covered = c.Covered && tokenstatus.Covered(l, x, written(x))
+		}
+	}
+	slices.SortFunc(out, func(a, b *hallmarkv1.StatusCoverage) int { return cmp.Compare(a.Server, b.Server) })
+	return out
+}
+
 // ListSVIDs lists what this server has issued that has not ended.
 func (s *adminService) ListSVIDs(_ context.Context, req *hallmarkv1.ListSVIDsRequest) (*hallmarkv1.ListSVIDsResponse, error) {
 	limit := int(req.Limit)
@@ -181,19 +223,45 @@ func (s *adminService) ListSVIDs(_ context.Context, req *hallmarkv1.ListSVIDsReq
 	})
 	resp := &hallmarkv1.ListSVIDsResponse{Total: int64(len(found))}
 	view := s.registry.View()
+	kinds := make(map[string]registry.AuthorityKind)
+	for _, a := range view.Authorities() {
+		kinds[a.ID] = a.Kind
+	}
 	slices.Reverse(found)
 	for i := range found[:min(len(found), limit)] {
 		v := &found[i]
 		resp.Svids = append(resp.Svids, &hallmarkv1.IssuedSVID{
 			SpiffeId: v.ID, NodeId: v.Node, AuthorityId: v.Authority,
 			SerialNumber: new(big.Int).SetBytes(v.Serial[:]).String(), IssuedAt: v.IssuedAt, ExpiresAt: v.ExpiresAt,
-			Revoked: view.CRL(v.Authority).Has(v.SerialNumber()),
+			Revoked: isRevoked(view, v), Kind: kindOf(v, kinds[v.Authority]),
 		})
 	}
 	return resp, nil
 }
 
-// ListRevocations lists the revocations and CRLs of all servers.
+// isRevoked reports whether an SVID is in its authority's CRL or in its status
+// list.
+func isRevoked(view *registry.View, v *journal.SVID) bool {
+	if list, index, ok := statuslist.Place(v.Serial[:]); ok {
+		return view.StatusList(list).Has(index)
+	}
+	return view.CRL(v.Authority).Has(v.SerialNumber())
+}
+
+// kindOf returns what an SVID is: x509, jwt or wit, by what its authority signs.
+// Of a token whose authority is gone from the registry nobody knows: it is taken
+// for a JWT-SVID.
+func kindOf(v *journal.SVID, authority registry.AuthorityKind) string {
+	switch {
+	case !statuslist.IsSerial(v.Serial[:]):
+		return registry.X509.String()
+	case authority == registry.WIT:
+		return registry.WIT.String()
+	}
+	return registry.JWT.String()
+}
+
+// ListRevocations lists the revocations, CRLs and status lists of all servers.
 func (s *adminService) ListRevocations(context.Context, *hallmarkv1.ListRevocationsRequest) (*hallmarkv1.ListRevocationsResponse, error) {
 	view := s.registry.View()
 	var all []*registry.Revocation
@@ -212,6 +280,7 @@ func (s *adminService) ListRevocations(context.Context, *hallmarkv1.ListRevocati
 		}
 		resp.Authorities = append(resp.Authorities, c)
 	}
+	resp.StatusLists = statusCoverage(view, s.now(), all, (*registry.Revocation).Revision)
 	return resp, nil
 }
 

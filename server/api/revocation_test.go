@@ -1,14 +1,20 @@
 package api_test
 
 import (
+	"bytes"
 	"encoding/hex"
+	"fmt"
 	"math/big"
+	"strings"
 	"testing"
 
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 
+	"github.com/hallmark-id/hallmark/pkg/jwtsvid"
+	"github.com/hallmark-id/hallmark/pkg/statuslist"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 )
 
@@ -88,6 +94,7 @@ func TestRevokeSaysWhatItCannotRevoke(t *testing.T) {
 	}{
 		{&hallmarkv1.Revocation{SerialNumber: []byte{1}}, codes.NotFound, "issued no SVID with serial number 1"},
 		{&hallmarkv1.Revocation{SerialNumber: []byte{1}, AuthorityId: "00"}, codes.NotFound, "no X.509 authority 00"},
+		{&hallmarkv1.Revocation{SerialNumber: bytes.Repeat([]byte{0xaa}, 20)}, codes.NotFound, "status list aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa, which this trust domain does not have"},
 		{&hallmarkv1.Revocation{SpiffeId: "spiffe://example.org/spire/server"}, codes.InvalidArgument, "replace the authority"},
 		{&hallmarkv1.Revocation{NodeId: "spiffe://example.org/web"}, codes.InvalidArgument, "not an agent's"},
 		{&hallmarkv1.Revocation{SpiffeId: "web"}, codes.InvalidArgument, "scheme"},
@@ -130,5 +137,69 @@ func TestWhatWasIssuedIsListedWithItsAgentAndState(t *testing.T) {
 		if _, err := admin.ListSVIDs(t.Context(), bad); err == nil {
 			t.Errorf("%v is taken", bad)
 		}
+	}
+}
+
+// TestStatusList_SL12_TokensAreRevokedListedAndShown revokes a JWT-SVID by what
+// its claim status says, and those of an identity.
+func TestStatusList_SL12_TokensAreRevokedListedAndShown(t *testing.T) {
+	w := startWorld(t, features{statuses: true})
+	agent := w.newAgent()
+	svids, admin := svidv1.NewSVIDClient(w.connect(agent)), hallmarkv1.NewAdminServiceClient(w.admin())
+	e := w.create(agent, "/web")
+	sign := func() (serial []byte) {
+		t.Helper()
+		resp, err := svids.NewJWTSVID(t.Context(), &svidv1.NewJWTSVIDRequest{EntryId: e.Id, Audience: []string{"api"}})
+		must(t, err)
+		svid, err := jwtsvid.Validate(resp.Svid.Token, []string{"api"}, w.registry.View().Bundle, w.now())
+		must(t, err)
+		ref, ok, err := statuslist.ReferenceOf(svid.Claims)
+		if err != nil || !ok || ref.URI[:34] != "https://status.example.org/status/" {
+			t.Fatalf("its status is at %v, %v, %v", ref, ok, err)
+		}
+		number, ok := ref.Serial()
+		if !ok {
+			t.Fatalf("%v has no serial number", ref)
+		}
+		return number[:]
+	}
+	states := func() string {
+		t.Helper()
+		resp, err := admin.ListSVIDs(t.Context(), &hallmarkv1.ListSVIDsRequest{SpiffeId: "spiffe://example.org/web"})
+		must(t, err)
+		out := ""
+		for _, s := range resp.Svids {
+			out += fmt.Sprintf("%s through %s revoked=%v; ", s.Kind, strings.TrimPrefix(s.NodeId, agent.id.String()), s.Revoked)
+		}
+		return out
+	}
+	first := sign()
+	sign()
+	resp, err := w.revoke(&hallmarkv1.Revocation{SerialNumber: first})
+	must(t, err)
+	if len(resp.Authorities) != 0 || len(resp.StatusLists) != 1 || !resp.StatusLists[0].Covered || resp.StatusLists[0].Server != "test" || resp.StatusLists[0].Revoked != 1 {
+		t.Errorf("revoke says %v", resp)
+	}
+	if got, want := states(), "jwt through  revoked=false; jwt through  revoked=true; "; got != want {
+		t.Errorf("listed: %s; want %s", got, want)
+	}
+	shown, err := admin.ListSVIDs(t.Context(), &hallmarkv1.ListSVIDsRequest{SerialNumber: new(big.Int).SetBytes(first).String()})
+	must(t, err)
+	if len(shown.Svids) != 1 || !shown.Svids[0].Revoked || shown.Svids[0].Kind != "jwt" {
+		t.Errorf("shown: %v", shown)
+	}
+	resp, err = w.revoke(&hallmarkv1.Revocation{SpiffeId: "spiffe://example.org/web"})
+	must(t, err)
+	if len(resp.StatusLists) != 1 || !resp.StatusLists[0].Covered || resp.StatusLists[0].Revoked != 2 {
+		t.Errorf("revoke of the identity says %v", resp)
+	}
+	sign() // issued after, it is good
+	if got, want := states(), "jwt through  revoked=false; jwt through  revoked=true; jwt through  revoked=true; "; got != want {
+		t.Errorf("listed: %s; want %s", got, want)
+	}
+	all, err := admin.ListRevocations(t.Context(), &hallmarkv1.ListRevocationsRequest{})
+	must(t, err)
+	if len(all.Revocations) != 2 || len(all.StatusLists) != 1 || !all.StatusLists[0].Covered || all.StatusLists[0].Lists != 1 {
+		t.Errorf("revocations: %v", all)
 	}
 }

@@ -47,6 +47,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/revocation"
 	"github.com/hallmark-id/hallmark/server/store/badger"
+	"github.com/hallmark-id/hallmark/server/tokenstatus"
 )
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
@@ -74,16 +75,22 @@ type world struct {
 // newWorld starts a server. The functions may change what its API is made of.
 func newWorld(t testing.TB, change ...func(*api.Options)) *world {
 	t.Helper()
-	return startWorld(t, false, change...)
+	return startWorld(t, features{}, change...)
 }
 
 // newWITWorld starts a server that issues WIT-SVIDs.
 func newWITWorld(t testing.TB) *world {
 	t.Helper()
-	return startWorld(t, true)
+	return startWorld(t, features{wit: true})
 }
 
-func startWorld(t testing.TB, wit bool, change ...func(*api.Options)) *world {
+// features are what a server does beyond the usual.
+type features struct {
+	wit      bool // it issues WIT-SVIDs
+	statuses bool // its tokens have a status
+}
+
+func startWorld(t testing.TB, with features, change ...func(*api.Options)) *world {
 	t.Helper()
 	w := &world{t: t, log: &logBuffer{}}
 	log := slog.New(slog.NewTextHandler(w.log, nil))
@@ -96,7 +103,7 @@ func startWorld(t testing.TB, wit bool, change ...func(*api.Options)) *world {
 	var running sync.WaitGroup
 	running.Go(func() { _ = w.registry.Run(ctx) })
 	keys := authority.NewMemoryKeys()
-	authorities, err := authority.Open(t.Context(), authority.Options{Registry: w.registry, Keys: keys, TrustDomain: td, Server: "test", WIT: wit, Now: now})
+	authorities, err := authority.Open(t.Context(), authority.Options{Registry: w.registry, Keys: keys, TrustDomain: td, Server: "test", WIT: with.wit, Now: now})
 	must(t, err)
 	w.own = authorities
 	w.feed = feed.New(feed.Options{Registry: w.registry, X509TTL: time.Hour, JWTTTL: 5 * time.Minute, Now: now})
@@ -104,11 +111,18 @@ func startWorld(t testing.TB, wit bool, change ...func(*api.Options)) *world {
 	must(t, err)
 	publisher := revocation.New(revocation.Options{Registry: w.registry, Authorities: authorities, Journal: issued, Now: now})
 	running.Go(func() { _ = publisher.Run(ctx) })
+	issuing := issue.Options{TrustDomain: td, Authorities: authorities, Now: now, Journal: issued}
+	if with.statuses {
+		issuing.Status = tokenstatus.New(tokenstatus.Options{
+			Registry: w.registry, Server: "test", Journal: issued, URL: "https://status.example.org" + tokenstatus.Path, Now: now,
+		})
+		running.Go(func() { _ = issuing.Status.Run(ctx) })
+	}
 	o := api.Options{
 		Store:       db,
 		Registry:    w.registry,
 		Authorities: authorities,
-		Issuer:      issue.New(issue.Options{TrustDomain: td, Authorities: authorities, Now: now, Journal: issued}),
+		Issuer:      issue.New(issuing),
 		Journal:     issued,
 		Feed:        w.feed,
 		NodeAttestors: map[string]attestors.Server{

@@ -23,7 +23,10 @@ type held struct {
 	wanted  map[spiffeid.TrustDomain]int // how many entries federate with it
 	takes   bool                         // the agent takes CRLs
 	crls    map[string]*registry.CRL     // by authority ID; nil: none
-	sum     digest.Sum
+
+	takesLists bool                            // the agent takes status lists
+	lists      map[string]*registry.StatusList // by ID; nil: none
+	sum        digest.Sum
 }
 
 func newHeld(own spiffeid.TrustDomain) held {
@@ -41,12 +44,14 @@ type difference struct {
 	goneEntries []string
 	bundles     []*bundle.Bundle // new and changed
 	goneBundles []spiffeid.TrustDomain
-	crls        []*registry.CRL // new and changed
-	goneCRLs    []string        // authority IDs
+	crls        []*registry.CRL        // new and changed
+	goneCRLs    []string               // authority IDs
+	lists       []*registry.StatusList // new and changed
+	goneLists   []string               // IDs
 }
 
 func (d *difference) empty() bool {
-	return len(d.entries)+len(d.goneEntries)+len(d.bundles)+len(d.goneBundles)+len(d.crls)+len(d.goneCRLs) == 0
+	return len(d.entries)+len(d.goneEntries)+len(d.bundles)+len(d.goneBundles)+len(d.crls)+len(d.goneCRLs)+len(d.lists)+len(d.goneLists) == 0
 }
 
 // difference makes h what a node is to hold, and returns what that changes.
@@ -81,7 +86,7 @@ func (h *held) difference(view *registry.View, node spiffeid.ID, now time.Time) 
 		touched[td] = true
 	}
 	h.reconcile(view, touched, &d)
-	h.takeCRLs(view, &d)
+	h.takeRevoked(view, &d)
 	return d
 }
 
@@ -104,10 +109,51 @@ func (h *held) change(view *registry.View, node spiffeid.ID, now time.Time, delt
 		touched[td] = true
 	}
 	h.reconcile(view, touched, &d)
-	if delta.CRLs {
-		h.takeCRLs(view, &d)
+	if delta.Revoked {
+		h.takeRevoked(view, &d)
 	}
 	return d
+}
+
+// takeRevoked looks at the CRLs and status lists.
+func (h *held) takeRevoked(view *registry.View, d *difference) {
+	h.takeCRLs(view, d)
+	h.takeLists(view, d)
+}
+
+// takeLists looks at the status lists: those that revoke anything are held.
+func (h *held) takeLists(view *registry.View, d *difference) {
+	if !h.takesLists {
+		return
+	}
+	is := make(map[string]bool)
+	for l := range view.StatusLists() {
+		if l.Revoked == 0 {
+			continue
+		}
+		is[l.ID] = true
+		old := h.lists[l.ID]
+		if old == l {
+			continue
+		}
+		if old != nil {
+			h.sum.SubStatusList(old.ID, int64(old.Revision()))
+		}
+		if h.lists == nil {
+			h.lists = make(map[string]*registry.StatusList)
+		}
+		h.lists[l.ID] = l
+		h.sum.AddStatusList(l.ID, int64(l.Revision()))
+		d.lists = append(d.lists, l)
+	}
+	for id, old := range h.lists {
+		if !is[id] {
+			h.sum.SubStatusList(id, int64(old.Revision()))
+			delete(h.lists, id)
+			d.goneLists = append(d.goneLists, id)
+		}
+	}
+	slices.Sort(d.goneLists)
 }
 
 // takeCRLs looks at the CRLs: those that revoke anything are held.

@@ -165,7 +165,7 @@ func (s *stream) push(ctx context.Context, g Stream) error {
 		if delta.NodeGone {
 			return ErrNodeGone
 		}
-		if err := s.trusted(view, delta.CRLs || delta.Resync); err != nil {
+		if err := s.trusted(view, delta.Revoked || delta.Resync); err != nil {
 			if failed := s.farewell(view, w); failed != nil {
 				return failed
 			}
@@ -220,13 +220,13 @@ func (s *stream) trusted(view *registry.View, crls bool) error {
 	return nil
 }
 
-// farewell sends the own bundle and the CRLs, which anyone may have, as the last
+// farewell sends the own bundle, the CRLs and the status lists, which anyone may have, as the last
 // thing on the stream of an agent that is not trusted any more: its workloads
 // learn at once whom not to trust, even if it cannot come back.
 func (s *stream) farewell(view *registry.View, w *writer) error {
 	var d difference
 	s.held.reconcile(view, map[spiffeid.TrustDomain]bool{view.TrustDomain(): true}, &d)
-	s.held.takeCRLs(view, &d)
+	s.held.takeRevoked(view, &d)
 	if d.empty() {
 		return nil
 	}
@@ -254,7 +254,7 @@ func (s *stream) start(view *registry.View, hello *hallmarkv1.FollowRequest, w *
 	}
 	rev := view.Revision()
 	s.held = newHeld(view.TrustDomain())
-	s.held.takes = hello.TakesCrls
+	s.held.takes, s.held.takesLists = hello.TakesCrls, hello.TakesStatusLists
 	w.complete, w.defaults = true, s.feed.defaults
 	// The digest says whether the agent holds this very set. A revision that is
 	// still ahead of the store's means that the store was set back: numbers and times
@@ -348,6 +348,16 @@ func (s *stream) write(d difference, w *writer) error {
 	}
 	for _, id := range d.goneCRLs {
 		if err := w.goneCRL(id); err != nil {
+			return err
+		}
+	}
+	for _, l := range d.lists {
+		if err := w.revokedTokens(&hallmarkv1.RevokedTokens{ListId: l.ID, Revision: int64(l.Revision()), Bits: l.Bits}); err != nil {
+			return err
+		}
+	}
+	for _, id := range d.goneLists {
+		if err := w.goneRevokedTokens(id); err != nil {
 			return err
 		}
 	}

@@ -76,6 +76,22 @@ func (w *writer) goneCRL(authority string) error {
 	return nil
 }
 
+func (w *writer) revokedTokens(l *hallmarkv1.RevokedTokens) error {
+	if err := w.room(proto.Size(l)); err != nil {
+		return err
+	}
+	w.message.RevokedTokens = append(w.message.RevokedTokens, l)
+	return nil
+}
+
+func (w *writer) goneRevokedTokens(list string) error {
+	if err := w.room(len(list)); err != nil {
+		return err
+	}
+	w.message.GoneRevokedTokens = append(w.message.GoneRevokedTokens, list)
+	return nil
+}
+
 // room sends the message off, with more to follow, if a part of a size would
 // make it too large.
 func (w *writer) room(size int) error {

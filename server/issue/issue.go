@@ -26,9 +26,11 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/hallmark-id/hallmark/pkg/entry"
+	"github.com/hallmark-id/hallmark/pkg/statuslist"
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/journal"
 	"github.com/hallmark-id/hallmark/server/metrics"
+	"github.com/hallmark-id/hallmark/server/tokenstatus"
 )
 
 // Lifetimes of SVIDs, unless configured otherwise.
@@ -68,6 +70,9 @@ type Options struct {
 	// CRLURL, if set, is the start of the URL at which CRLs are served; the ID of
 	// the authority and ".crl" follow it in each certificate.
 	CRLURL string
+	// Status gives each JWT-SVID and WIT-SVID a place in a status list, by which it
+	// can be revoked; the journal keeps them then. Nil: they have none.
+	Status *tokenstatus.Lists
 }
 
 // Issuer issues credentials. It is safe for concurrent use.
@@ -85,11 +90,13 @@ type Issuer struct {
 	profiles    []*Profile
 	journal     *journal.Journal
 	crlURL      string
+	status      *tokenstatus.Lists
 
 	// What stays the same as long as an authority does.
 	x509     atomic.Pointer[x509Signer]
 	jwt, wit jwtKind
 	jwtRS256 jwtKind
+	list     jwtKind // status lists, which JWT authorities sign
 
 	signed sync.Map // *tally, by authority ID: one for each that has signed
 
@@ -113,8 +120,10 @@ func New(o Options) *Issuer {
 		profiles:    o.Profiles,
 		journal:     o.Journal,
 		crlURL:      o.CRLURL,
+		status:      o.Status,
 		jwt:         jwtKind{kind: "jwt", span: "sign JWT", typ: "JWT", authority: o.Authorities.JWT},
 		jwtRS256:    jwtKind{kind: "jwt", span: "sign JWT", typ: "JWT", authority: o.Authorities.JWTRS256},
+		list:        jwtKind{kind: "status list", typ: statuslist.Type, authority: o.Authorities.JWT},
 		wit:         jwtKind{kind: "wit", span: "sign WIT", typ: "wit+jwt", authority: o.Authorities.WIT},
 	}
 	if i.now == nil {
@@ -171,7 +180,7 @@ func Through(ctx context.Context, node spiffeid.ID) context.Context {
 	return context.WithValue(ctx, throughKey{}, node)
 }
 
-// keep keeps a certificate that is about to go out.
+// keep keeps a certificate or a token that is about to go out.
 func (i *Issuer) keep(ctx context.Context, id spiffeid.ID, authorityID string, serial []byte, issued, expires time.Time) {
 	if i.journal == nil {
 		return

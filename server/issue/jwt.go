@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/big"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -24,6 +25,7 @@ import (
 
 	"github.com/hallmark-id/hallmark/pkg/telemetry"
 	"github.com/hallmark-id/hallmark/server/authority"
+	"github.com/hallmark-id/hallmark/server/tokenstatus"
 )
 
 // Bounds of what one may ask for in a JWT-SVID. A token of the largest
@@ -45,7 +47,8 @@ type token struct {
 	key      []byte   // of a WIT-SVID: the public key that it is bound to, a JWK
 	ttl      time.Duration
 	jti      bool
-	profile  *Profile // of a JWT-SVID; nil: none
+	profile  *Profile           // of a JWT-SVID; nil: none
+	status   *tokenstatus.Place // nil: none
 }
 
 // jwtKind is what JWT-SVIDs of one authority, or WIT-SVIDs, have in common.
@@ -150,8 +153,22 @@ func (i *Issuer) signToken(ctx context.Context, p *jwtKind, t token) (*JWTSVID, 
 	if !expires.After(issued) {
 		return nil, authority.ErrUnavailable
 	}
+	if i.status != nil {
+		place, err := i.status.Take(ctx, expires)
+		if err != nil {
+			return nil, fmt.Errorf("sign the token of %s: %w", t.id, err)
+		}
+		t.status, expires = &place, place.ExpiresAt.Truncate(time.Second)
+		if !expires.After(issued) {
+			return nil, authority.ErrUnavailable
+		}
+	}
 	var jti string
-	if t.jti {
+	switch {
+	case !t.jti:
+	case t.status != nil: // as unique, and what the token is revoked by
+		jti = base64.RawURLEncoding.EncodeToString(t.status.Serial[:])
+	default:
 		var id [16]byte
 		rand.Read(id[:]) // never fails
 		jti = base64.RawURLEncoding.EncodeToString(id[:])
@@ -163,6 +180,9 @@ func (i *Issuer) signToken(ctx context.Context, p *jwtKind, t token) (*JWTSVID, 
 	signed, err := s.sign(claims)
 	if err != nil {
 		return nil, fmt.Errorf("sign the token of %s: %w", t.id, err)
+	}
+	if t.status != nil {
+		i.keep(ctx, t.id, s.ID, t.status.Serial[:], issued, expires)
 	}
 	s.signed.add(expires)
 	i.metrics.Issued.WithLabelValues(p.kind, t.reason).Inc()
@@ -186,6 +206,9 @@ func recordJWT(kind string, t *token, s *jwtSigner, jti string, expires time.Tim
 	}
 	if jti != "" {
 		attrs = append(attrs, slog.String("jti", jti))
+	}
+	if t.status != nil {
+		attrs = append(attrs, slog.String("serial", new(big.Int).SetBytes(t.status.Serial[:]).String()))
 	}
 	if t.entry != "" {
 		attrs = append(attrs, slog.String("entry", t.entry))
@@ -243,6 +266,13 @@ func (i *Issuer) claims(t *token, jti string, issued, expires time.Time) ([]byte
 	if jti != "" {
 		b = append(b, `,"jti":`...)
 		b = appendString(b, jti)
+	}
+	if t.status != nil { // draft-ietf-oauth-status-list §6.2
+		b = append(b, `,"status":{"status_list":{"idx":`...)
+		b = strconv.AppendUint(b, uint64(t.status.Index), 10)
+		b = append(b, `,"uri":`...)
+		b = appendString(b, t.status.URI)
+		b = append(b, "}}"...)
 	}
 	if t.key != nil {
 		b = append(b, `,"nbf":`...)

@@ -51,8 +51,9 @@ const (
 )
 
 // reservedClaims say whose a token is, for whom and for how long, who holds it
-// (RFC 7519 §4.1, RFC 7800 §3.1) and who may act for whom (RFC 8693 §4).
-var reservedClaims = []string{"iss", "sub", "aud", "exp", "nbf", "iat", "jti", "cnf", "act", "may_act"}
+// (RFC 7519 §4.1, RFC 7800 §3.1), who may act for whom (RFC 8693 §4), and where
+// its status is.
+var reservedClaims = []string{"iss", "sub", "aud", "exp", "nbf", "iat", "jti", "cnf", "act", "may_act", "status"}
 
 // Profile is what JWT-SVIDs for some audiences are like. [NewProfile] makes it.
 type Profile struct {

@@ -122,7 +122,7 @@ func TestAProfileCannotTouchWhatSaysWhoseATokenIs(t *testing.T) {
 		return issue.ProfileConfig{Audience: "a", Claims: map[string]string{name: text}}
 	}
 	var bad []issue.ProfileConfig
-	for _, name := range []string{"iss", "sub", "aud", "exp", "nbf", "iat", "jti", "cnf", "act", "may_act", "Sub", "\u017fub", "AUD", "", "\xff", strings.Repeat("x", 300)} {
+	for _, name := range []string{"iss", "sub", "aud", "exp", "nbf", "iat", "jti", "cnf", "act", "may_act", "status", "Sub", "\u017fub", "AUD", "", "\xff", strings.Repeat("x", 300)} {
 		bad = append(bad, claims(name, "x"), issue.ProfileConfig{Audience: "a", ListClaims: map[string][]string{name: {"x"}}})
 	}
 	for _, text := range []string{"{", "{x}", "{segment}", "{segment.0}", "{segment.01}", "{segment.-1}", "{segment.33}", "{segment.999}", "{path", "\xff", strings.Repeat("x", 3000)} {

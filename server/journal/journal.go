@@ -56,10 +56,10 @@ const (
 	version = "hallmark-journal-1\n"
 )
 
-// SVID is what is kept of an X509-SVID, or of another certificate, that was
-// issued.
+// SVID is what is kept of an X509-SVID or another certificate, or of a token with
+// a status, that was issued.
 type SVID struct {
-	Serial    [20]byte // big endian
+	Serial    [20]byte // big endian; of a token: package statuslist
 	ID        string   // SPIFFE ID
 	Node      string   // SPIFFE ID of the agent that asked for it; empty: none did
 	Authority string   // ID of the authority that signed it

@@ -27,7 +27,9 @@ type Metrics struct {
 	Agents   prometheus.Gauge // connected
 	PushStep prometheus.Histogram
 
-	Revoked prometheus.Gauge // certificates in the CRLs of this server
+	Revoked       prometheus.Gauge // certificates in the CRLs of this server
+	StatusLists   prometheus.Gauge // of this server
+	RevokedTokens prometheus.Gauge // in them
 
 	BundleRefreshes *prometheus.CounterVec // of foreign bundles, by trust domain and outcome
 	BundleRefreshed *prometheus.GaugeVec   // when one was last fetched, by trust domain
@@ -81,6 +83,14 @@ func New(r prometheus.Registerer) *Metrics {
 		Revoked: make.NewGauge(prometheus.GaugeOpts{
 			Name: "hallmark_server_revoked_certificates",
 			Help: "Certificates in the CRLs of this server's authorities.",
+		}),
+		StatusLists: make.NewGauge(prometheus.GaugeOpts{
+			Name: "hallmark_server_status_lists",
+			Help: "Status lists of this server whose tokens have not all ended.",
+		}),
+		RevokedTokens: make.NewGauge(prometheus.GaugeOpts{
+			Name: "hallmark_server_revoked_tokens",
+			Help: "Tokens that are revoked in the status lists of this server.",
 		}),
 		BundleRefreshes: make.NewCounterVec(prometheus.CounterOpts{
 			Name: "hallmark_server_bundle_refreshes_total",

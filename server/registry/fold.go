@@ -29,6 +29,7 @@ type fold struct {
 	federations                                                index[*Federation]
 	revocations                                                index[*Revocation]
 	crls                                                       index[*CRL]
+	statusLists                                                index[*StatusList]
 
 	digest digest.Sum // of all records in them
 }
@@ -84,6 +85,7 @@ func newFold() fold {
 		federations: newIndex(lessFederation),
 		revocations: newIndex(lessRevocation),
 		crls:        newIndex(lessCRL),
+		statusLists: newIndex(lessStatusList),
 	}
 }
 
@@ -107,6 +109,7 @@ func (f *fold) publish(rev store.Revision, td spiffeid.TrustDomain) *View {
 		federations: f.federations.publish(),
 		revocations: f.revocations.publish(),
 		crls:        f.crls.publish(),
+		statusLists: f.statusLists.publish(),
 	}
 }
 
@@ -166,6 +169,10 @@ func (f *fold) revisionOf(key string) store.Revision {
 	case crlPrefix:
 		if c, ok := f.crls.work.Get(&CRL{AuthorityID: rest}); ok {
 			return c.revision
+		}
+	case statusPrefix:
+		if l, ok := f.statusLists.work.Get(&StatusList{ID: rest}); ok {
+			return l.revision
 		}
 	}
 	return 0
@@ -232,6 +239,8 @@ func (f *fold) put(rec store.Record) error {
 		return f.applyRevocation(rec)
 	case crlPrefix:
 		return f.applyCRL(rest, rec)
+	case statusPrefix:
+		return f.applyStatusList(rest, rec)
 	case authorityPrefix:
 		if rec.Value == nil {
 			if a := f.authority(rec.Key); a != nil {

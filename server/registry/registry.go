@@ -209,7 +209,7 @@ func (r *Registry) wake(c *concern) {
 	close(r.changed)
 	r.changed = make(chan struct{})
 	r.told = r.View()
-	if c == nil || len(c.bundles) > 0 || c.crls {
+	if c == nil || len(c.bundles) > 0 || c.revoked {
 		for node, subs := range r.subs {
 			for s := range subs {
 				s.mark(c, node)

@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/hallmark-id/hallmark/pkg/statuslist"
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/store"
 )
@@ -38,12 +39,12 @@ const maxSerial = 20
 // maxReason is the highest reason of a revocation. RFC 5280 §5.3.1.
 const maxReason = 10
 
-// Revocation takes back what was issued before it: one certificate, all of a
-// SPIFFE ID, or the SVID of an agent and all that was issued through it. Do not
+// Revocation takes back what was issued before it: one certificate or token, all of
+// a SPIFFE ID, or the SVID of an agent and all that was issued through it. Do not
 // change one that a [View] returned.
 type Revocation struct {
-	SerialNumber []byte // of one certificate, without leading zeros; with AuthorityID
-	AuthorityID  string // the X.509 authority that signed it
+	SerialNumber []byte // of one certificate, without leading zeros; or of one token ([statuslist.IsSerial])
+	AuthorityID  string // of a certificate: the X.509 authority that signed it
 	SPIFFEID     spiffeid.ID
 	Node         spiffeid.ID
 	RevokedAt    time.Time
@@ -128,8 +129,8 @@ func (r *Revocation) validate(td spiffeid.TrustDomain) error {
 		return invalid("a revocation is of a serial number, a SPIFFE ID or a node: name one of them")
 	case len(r.SerialNumber) > maxSerial || len(r.SerialNumber) > 0 && r.SerialNumber[0] == 0:
 		return invalid("a serial number is a positive number of at most %d octets", maxSerial)
-	case len(r.SerialNumber) > 0 && r.AuthorityID == "":
-		return invalid("a serial number is that of an authority: name it")
+	case statuslist.IsSerial(r.SerialNumber) != (r.AuthorityID == "") && len(r.SerialNumber) > 0:
+		return invalid("the serial number of a certificate is that of an authority: name it; that of a token names its status list")
 	case r.Reason < 0 || r.Reason > maxReason || r.Reason == 7 || r.Reason == 8 || r.Reason == 6:
 		return invalid("reason %d is none for which an SVID is revoked for good", r.Reason)
 	}
@@ -214,10 +215,10 @@ func (v *View) Revocation(of *Revocation) *Revocation {
 // RevocationCount returns how many revocations there are.
 func (v *View) RevocationCount() int { return v.revocations.Len() }
 
-// SameRevocations reports whether two views agree in all revocations, CRLs and
-// authorities. It costs nothing.
+// SameRevocations reports whether two views agree in all revocations, CRLs, status
+// lists and authorities. It costs nothing.
 func (v *View) SameRevocations(o *View) bool {
-	return o != nil && v.revocations == o.revocations && v.crls == o.crls && v.authorities == o.authorities
+	return o != nil && v.revocations == o.revocations && v.crls == o.crls && v.statusLists == o.statusLists && v.authorities == o.authorities
 }
 
 // CRL is the certificate revocation list of an X.509 authority of this trust
@@ -320,8 +321,8 @@ func (v *View) IssuedBy(now time.Time) []*Authority {
 	})
 }
 
-// endedRevocations returns what forgets revocations of what has ended, and the
-// CRLs of authorities that are no more.
+// endedRevocations returns what forgets revocations and status lists of what has
+// ended, and the CRLs of authorities that are no more.
 func (v *View) endedRevocations(now time.Time, most int) (txns []store.Txn) {
 	forget := func(key string, rev store.Revision) {
 		txns = append(txns, store.Txn{If: []store.Condition{{Key: key, Revision: rev}}, Do: []store.Write{{Key: key}}})
@@ -329,6 +330,12 @@ func (v *View) endedRevocations(now time.Time, most int) (txns []store.Txn) {
 	v.revocations.Scan(func(r *Revocation) bool {
 		if now.After(r.EndsAt.Add(revocationGrace)) {
 			forget(r.key, r.revision)
+		}
+		return len(txns) < most
+	})
+	v.statusLists.Scan(func(l *StatusList) bool {
+		if now.After(l.EndsAt.Add(revocationGrace)) {
+			forget(statusPrefix+l.ID, l.revision)
 		}
 		return len(txns) < most
 	})

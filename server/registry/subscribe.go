@@ -22,8 +22,8 @@ type Delta struct {
 	Entries []string
 	// Bundles names trust domains whose bundles were made, changed or deleted.
 	Bundles []spiffeid.TrustDomain
-	// CRLs: some CRL was made, changed or deleted.
-	CRLs bool
+	// Revoked: some CRL or status list was made, changed or deleted.
+	Revoked bool
 	// NodeGone: the node was banned or deleted. It gets nothing any more.
 	NodeGone bool
 }
@@ -41,7 +41,7 @@ type Subscription struct {
 	mu       sync.Mutex
 	resync   bool
 	nodeGone bool
-	crls     bool
+	revoked  bool
 	entries  map[string]bool
 	bundles  map[spiffeid.TrustDomain]bool
 }
@@ -79,7 +79,7 @@ func (s *Subscription) Take() (*View, Delta) {
 	defer r.mu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	d := Delta{Resync: s.resync, NodeGone: s.nodeGone, CRLs: s.crls}
+	d := Delta{Resync: s.resync, NodeGone: s.nodeGone, Revoked: s.revoked}
 	if !s.resync {
 		for id := range s.entries {
 			d.Entries = append(d.Entries, id)
@@ -88,7 +88,7 @@ func (s *Subscription) Take() (*View, Delta) {
 			d.Bundles = append(d.Bundles, td)
 		}
 	}
-	s.resync, s.nodeGone, s.crls, s.entries, s.bundles = false, false, false, nil, nil
+	s.resync, s.nodeGone, s.revoked, s.entries, s.bundles = false, false, false, nil, nil
 	return r.told, d
 }
 
@@ -112,7 +112,7 @@ func (s *Subscription) mark(c *concern, node spiffeid.ID) {
 }
 
 func (s *Subscription) note(c *concern, n *nodeConcern) {
-	s.crls = s.crls || c.crls
+	s.revoked = s.revoked || c.revoked
 	for _, td := range c.bundles {
 		if s.bundles == nil {
 			s.bundles = make(map[spiffeid.TrustDomain]bool)
@@ -142,7 +142,7 @@ func (s *Subscription) note(c *concern, n *nodeConcern) {
 type concern struct {
 	nodes   map[spiffeid.ID]*nodeConcern
 	bundles []spiffeid.TrustDomain // concern all
-	crls    bool                   // they concern all
+	revoked bool                   // they concern all
 }
 
 type nodeConcern struct {
@@ -204,8 +204,8 @@ func (r *Registry) concerned(old, now *View, keys []string) *concern {
 			if td, err := spiffeid.TrustDomainFromString(rest); err == nil {
 				c.bundles = append(c.bundles, td)
 			}
-		case crlPrefix:
-			c.crls = true
+		case crlPrefix, statusPrefix:
+			c.revoked = true
 		}
 	}
 	return c

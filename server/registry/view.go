@@ -40,6 +40,7 @@ type View struct {
 	federations tree[*Federation] // by trust domain
 	revocations tree[*Revocation] // by key
 	crls        tree[*CRL]        // by authority ID
+	statusLists tree[*StatusList] // by ID
 }
 
 type tree[T any] = *btree.BTreeG[T]

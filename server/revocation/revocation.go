@@ -28,6 +28,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/hallmark-id/hallmark/pkg/entry"
+	"github.com/hallmark-id/hallmark/pkg/statuslist"
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/journal"
 	"github.com/hallmark-id/hallmark/server/metrics"
@@ -328,12 +329,21 @@ func (p *Publisher) sign(ctx context.Context, view *registry.View, a *registry.A
 func EndOf(view *registry.View, j *journal.Journal, r *registry.Revocation, now time.Time) time.Time {
 	if len(r.SerialNumber) > 0 {
 		for _, v := range j.Find(func(v *journal.SVID) bool {
-			return v.Authority == r.AuthorityID && bytes.Equal(v.SerialNumber(), r.SerialNumber)
+			return bytes.Equal(v.SerialNumber(), r.SerialNumber) && (v.Authority == r.AuthorityID || r.AuthorityID == "")
 		}) {
 			return time.Unix(v.ExpiresAt, 0)
 		}
 	}
 	end := now
+	list, _, _ := statuslist.Place(r.SerialNumber)
+	for _, l := range view.LiveStatusLists(now) {
+		if l.EndsAt.After(end) && (len(r.SerialNumber) == 0 || l.ID == list) {
+			end = l.EndsAt
+		}
+	}
+	if statuslist.IsSerial(r.SerialNumber) {
+		return end
+	}
 	for _, a := range view.IssuedBy(now) {
 		if (r.AuthorityID == "" || a.ID == r.AuthorityID) && a.ExpiresAt.After(end) {
 			end = a.ExpiresAt
@@ -346,7 +356,7 @@ func EndOf(view *registry.View, j *journal.Journal, r *registry.Revocation, now 
 // concerns it.
 func Covered(view *registry.View, a *registry.Authority, r *registry.Revocation, revision store.Revision) bool {
 	if len(r.SerialNumber) > 0 && r.AuthorityID != a.ID {
-		return true
+		return true // a token's too
 	}
 	c := view.CRL(a.ID)
 	return c != nil && c.Applied >= revision

@@ -66,6 +66,8 @@ type Server struct {
 	x509s    [][]string
 	jwts     []string
 	wits     [][]string
+	statuses string // URI of the status list; empty: tokens have none
+	given    int    // indexes of it
 }
 
 type authority struct {
@@ -387,6 +389,7 @@ func (s *Server) SignJWT(ctx context.Context, entryID string, audience []string)
 	if e.JWTIncludeJTI {
 		claims["jti"] = fmt.Sprint(len(s.jwts))
 	}
+	s.addStatus(claims)
 	a := s.jwt[len(s.jwt)-1]
 	return held.JWTResult{Token: s.token(a, "JWT", claims), IssuedAt: now, ExpiresAt: now.Add(ttl)}, nil
 }
@@ -428,10 +431,27 @@ func (s *Server) signWIT(r held.WITRequest) held.WITResult {
 	if e == nil {
 		return held.WITResult{Err: errors.New("entry not found or not authorized")}
 	}
-	return held.WITResult{Token: s.token(s.wit[len(s.wit)-1], "wit+jwt", map[string]any{
+	claims := map[string]any{
 		"sub": e.SPIFFEID.String(), "exp": s.now().Add(WITTTL).Unix(),
 		"cnf": map[string]any{"jwk": jose.JSONWebKey{Key: key, Algorithm: r.Algorithm}},
-	})}
+	}
+	s.addStatus(claims)
+	return held.WITResult{Token: s.token(s.wit[len(s.wit)-1], "wit+jwt", claims)}
+}
+
+// Statuses has tokens name a status list by its URI, and indexes of it from 0.
+func (s *Server) Statuses(uri string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.statuses = uri
+}
+
+func (s *Server) addStatus(claims map[string]any) {
+	if s.statuses == "" {
+		return
+	}
+	claims["status"] = map[string]any{"status_list": map[string]any{"idx": s.given, "uri": s.statuses}}
+	s.given++
 }
 
 // Token signs claims besides those that name the identity and its end.

@@ -44,9 +44,12 @@ type Token struct {
 // Parse takes a token of the compact form apart: JSON forms, encrypted and
 // detached ones are none. Of the header, the members alg, kid and typ are
 // strings where they are there, and alg is.
-func Parse(token string) (*Token, error) {
-	if len(token) > MaxToken {
-		return nil, fmt.Errorf("the token is %d bytes long; the most is %d", len(token), MaxToken)
+func Parse(token string) (*Token, error) { return ParseUpTo(token, MaxToken) }
+
+// ParseUpTo is Parse of a token of at most so many bytes.
+func ParseUpTo(token string, most int) (*Token, error) {
+	if len(token) > most {
+		return nil, fmt.Errorf("the token is %d bytes long; the most is %d", len(token), most)
 	}
 	parts := strings.Split(token, ".")
 	if len(parts) != 3 {

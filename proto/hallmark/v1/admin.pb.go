@@ -2103,6 +2103,7 @@ type RevokeSVIDsResponse struct {
 	Agents              int32                  `protobuf:"varint,3,opt,name=agents,proto3" json:"agents,omitempty"`                                                      // of this server that have the CRLs
 	AgentsMissing       bool                   `protobuf:"varint,4,opt,name=agents_missing,json=agentsMissing,proto3" json:"agents_missing,omitempty"`                   // others did not acknowledge in time
 	ElapsedMicroseconds int64                  `protobuf:"varint,5,opt,name=elapsed_microseconds,json=elapsedMicroseconds,proto3" json:"elapsed_microseconds,omitempty"` // from the call to the last acknowledgement
+	StatusLists         []*StatusCoverage      `protobuf:"bytes,6,rep,name=status_lists,json=statusLists,proto3" json:"status_lists,omitempty"`                          // of servers whose tokens may be revoked
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -2170,6 +2171,13 @@ func (x *RevokeSVIDsResponse) GetElapsedMicroseconds() int64 {
 		return x.ElapsedMicroseconds
 	}
 	return 0
+}
+
+func (x *RevokeSVIDsResponse) GetStatusLists() []*StatusCoverage {
+	if x != nil {
+		return x.StatusLists
+	}
+	return nil
 }
 
 // RevocationCoverage says whether an authority's CRL has what was revoked.
@@ -2249,6 +2257,76 @@ func (x *RevocationCoverage) GetRevoked() int32 {
 	return 0
 }
 
+// StatusCoverage says whether the status lists of a server's tokens have what was
+// revoked.
+type StatusCoverage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Server        string                 `protobuf:"bytes,1,opt,name=server,proto3" json:"server,omitempty"`
+	Lists         int32                  `protobuf:"varint,2,opt,name=lists,proto3" json:"lists,omitempty"`     // whose tokens have not all ended
+	Revoked       int32                  `protobuf:"varint,3,opt,name=revoked,proto3" json:"revoked,omitempty"` // tokens in them
+	Covered       bool                   `protobuf:"varint,4,opt,name=covered,proto3" json:"covered,omitempty"` // they have all that concerns them
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatusCoverage) Reset() {
+	*x = StatusCoverage{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatusCoverage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatusCoverage) ProtoMessage() {}
+
+func (x *StatusCoverage) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatusCoverage.ProtoReflect.Descriptor instead.
+func (*StatusCoverage) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *StatusCoverage) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+func (x *StatusCoverage) GetLists() int32 {
+	if x != nil {
+		return x.Lists
+	}
+	return 0
+}
+
+func (x *StatusCoverage) GetRevoked() int32 {
+	if x != nil {
+		return x.Revoked
+	}
+	return 0
+}
+
+func (x *StatusCoverage) GetCovered() bool {
+	if x != nil {
+		return x.Covered
+	}
+	return false
+}
+
 type ListSVIDsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SpiffeId      string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`             // only of this ID
@@ -2261,7 +2339,7 @@ type ListSVIDsRequest struct {
 
 func (x *ListSVIDsRequest) Reset() {
 	*x = ListSVIDsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[38]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2273,7 +2351,7 @@ func (x *ListSVIDsRequest) String() string {
 func (*ListSVIDsRequest) ProtoMessage() {}
 
 func (x *ListSVIDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[38]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2286,7 +2364,7 @@ func (x *ListSVIDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSVIDsRequest.ProtoReflect.Descriptor instead.
 func (*ListSVIDsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{38}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListSVIDsRequest) GetSpiffeId() string {
@@ -2327,7 +2405,7 @@ type ListSVIDsResponse struct {
 
 func (x *ListSVIDsResponse) Reset() {
 	*x = ListSVIDsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[39]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2339,7 +2417,7 @@ func (x *ListSVIDsResponse) String() string {
 func (*ListSVIDsResponse) ProtoMessage() {}
 
 func (x *ListSVIDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[39]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2352,7 +2430,7 @@ func (x *ListSVIDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSVIDsResponse.ProtoReflect.Descriptor instead.
 func (*ListSVIDsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{39}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListSVIDsResponse) GetSvids() []*IssuedSVID {
@@ -2369,8 +2447,8 @@ func (x *ListSVIDsResponse) GetTotal() int64 {
 	return 0
 }
 
-// IssuedSVID is what is kept of an X509-SVID, or of another certificate, that
-// was issued.
+// IssuedSVID is what is kept of an X509-SVID or another certificate, or of a
+// JWT-SVID or WIT-SVID with a status, that was issued.
 type IssuedSVID struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SpiffeId      string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
@@ -2380,13 +2458,14 @@ type IssuedSVID struct {
 	IssuedAt      int64                  `protobuf:"varint,5,opt,name=issued_at,json=issuedAt,proto3" json:"issued_at,omitempty"`            // Unix seconds
 	ExpiresAt     int64                  `protobuf:"varint,6,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`         // Unix seconds
 	Revoked       bool                   `protobuf:"varint,7,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	Kind          string                 `protobuf:"bytes,8,opt,name=kind,proto3" json:"kind,omitempty"` // x509, jwt or wit
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *IssuedSVID) Reset() {
 	*x = IssuedSVID{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[40]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2398,7 +2477,7 @@ func (x *IssuedSVID) String() string {
 func (*IssuedSVID) ProtoMessage() {}
 
 func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[40]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2411,7 +2490,7 @@ func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuedSVID.ProtoReflect.Descriptor instead.
 func (*IssuedSVID) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{40}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *IssuedSVID) GetSpiffeId() string {
@@ -2463,6 +2542,13 @@ func (x *IssuedSVID) GetRevoked() bool {
 	return false
 }
 
+func (x *IssuedSVID) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
 type ListRevocationsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2471,7 +2557,7 @@ type ListRevocationsRequest struct {
 
 func (x *ListRevocationsRequest) Reset() {
 	*x = ListRevocationsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[41]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2483,7 +2569,7 @@ func (x *ListRevocationsRequest) String() string {
 func (*ListRevocationsRequest) ProtoMessage() {}
 
 func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[41]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2496,20 +2582,21 @@ func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRevocationsRequest.ProtoReflect.Descriptor instead.
 func (*ListRevocationsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{41}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{42}
 }
 
 type ListRevocationsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Revocations   []*Revocation          `protobuf:"bytes,1,rep,name=revocations,proto3" json:"revocations,omitempty"` // the newest first
-	Authorities   []*RevocationCoverage  `protobuf:"bytes,2,rep,name=authorities,proto3" json:"authorities,omitempty"` // all that may have live SVIDs; covered: all revocations
+	Revocations   []*Revocation          `protobuf:"bytes,1,rep,name=revocations,proto3" json:"revocations,omitempty"`                    // the newest first
+	Authorities   []*RevocationCoverage  `protobuf:"bytes,2,rep,name=authorities,proto3" json:"authorities,omitempty"`                    // all that may have live SVIDs; covered: all revocations
+	StatusLists   []*StatusCoverage      `protobuf:"bytes,3,rep,name=status_lists,json=statusLists,proto3" json:"status_lists,omitempty"` // of all servers; covered: all revocations
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListRevocationsResponse) Reset() {
 	*x = ListRevocationsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[42]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2521,7 +2608,7 @@ func (x *ListRevocationsResponse) String() string {
 func (*ListRevocationsResponse) ProtoMessage() {}
 
 func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[42]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2534,7 +2621,7 @@ func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRevocationsResponse.ProtoReflect.Descriptor instead.
 func (*ListRevocationsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{42}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ListRevocationsResponse) GetRevocations() []*Revocation {
@@ -2547,6 +2634,13 @@ func (x *ListRevocationsResponse) GetRevocations() []*Revocation {
 func (x *ListRevocationsResponse) GetAuthorities() []*RevocationCoverage {
 	if x != nil {
 		return x.Authorities
+	}
+	return nil
+}
+
+func (x *ListRevocationsResponse) GetStatusLists() []*StatusCoverage {
+	if x != nil {
+		return x.StatusLists
 	}
 	return nil
 }
@@ -2695,20 +2789,26 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\x06remedy\x18\x05 \x01(\tR\x06remedy\"c\n" +
 	"\x12RevokeSVIDsRequest\x129\n" +
 	"\vrevocations\x18\x01 \x03(\v2\x17.hallmark.v1.RevocationR\vrevocations\x12\x12\n" +
-	"\x04wait\x18\x02 \x01(\x05R\x04wait\"\xe6\x01\n" +
+	"\x04wait\x18\x02 \x01(\x05R\x04wait\"\xa6\x02\n" +
 	"\x13RevokeSVIDsResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12A\n" +
 	"\vauthorities\x18\x02 \x03(\v2\x1f.hallmark.v1.RevocationCoverageR\vauthorities\x12\x16\n" +
 	"\x06agents\x18\x03 \x01(\x05R\x06agents\x12%\n" +
 	"\x0eagents_missing\x18\x04 \x01(\bR\ragentsMissing\x121\n" +
-	"\x14elapsed_microseconds\x18\x05 \x01(\x03R\x13elapsedMicroseconds\"\xa2\x01\n" +
+	"\x14elapsed_microseconds\x18\x05 \x01(\x03R\x13elapsedMicroseconds\x12>\n" +
+	"\fstatus_lists\x18\x06 \x03(\v2\x1b.hallmark.v1.StatusCoverageR\vstatusLists\"\xa2\x01\n" +
 	"\x12RevocationCoverage\x12!\n" +
 	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x16\n" +
 	"\x06server\x18\x02 \x01(\tR\x06server\x12\x18\n" +
 	"\acovered\x18\x03 \x01(\bR\acovered\x12\x1d\n" +
 	"\n" +
 	"crl_number\x18\x04 \x01(\x04R\tcrlNumber\x12\x18\n" +
-	"\arevoked\x18\x05 \x01(\x05R\arevoked\"\x83\x01\n" +
+	"\arevoked\x18\x05 \x01(\x05R\arevoked\"r\n" +
+	"\x0eStatusCoverage\x12\x16\n" +
+	"\x06server\x18\x01 \x01(\tR\x06server\x12\x14\n" +
+	"\x05lists\x18\x02 \x01(\x05R\x05lists\x12\x18\n" +
+	"\arevoked\x18\x03 \x01(\x05R\arevoked\x12\x18\n" +
+	"\acovered\x18\x04 \x01(\bR\acovered\"\x83\x01\n" +
 	"\x10ListSVIDsRequest\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x17\n" +
 	"\anode_id\x18\x02 \x01(\tR\x06nodeId\x12#\n" +
@@ -2716,7 +2816,7 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\x05limit\x18\x04 \x01(\x05R\x05limit\"X\n" +
 	"\x11ListSVIDsResponse\x12-\n" +
 	"\x05svids\x18\x01 \x03(\v2\x17.hallmark.v1.IssuedSVIDR\x05svids\x12\x14\n" +
-	"\x05total\x18\x02 \x01(\x03R\x05total\"\xe0\x01\n" +
+	"\x05total\x18\x02 \x01(\x03R\x05total\"\xf4\x01\n" +
 	"\n" +
 	"IssuedSVID\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x17\n" +
@@ -2726,11 +2826,13 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\tissued_at\x18\x05 \x01(\x03R\bissuedAt\x12\x1d\n" +
 	"\n" +
 	"expires_at\x18\x06 \x01(\x03R\texpiresAt\x12\x18\n" +
-	"\arevoked\x18\a \x01(\bR\arevoked\"\x18\n" +
-	"\x16ListRevocationsRequest\"\x97\x01\n" +
+	"\arevoked\x18\a \x01(\bR\arevoked\x12\x12\n" +
+	"\x04kind\x18\b \x01(\tR\x04kind\"\x18\n" +
+	"\x16ListRevocationsRequest\"\xd7\x01\n" +
 	"\x17ListRevocationsResponse\x129\n" +
 	"\vrevocations\x18\x01 \x03(\v2\x17.hallmark.v1.RevocationR\vrevocations\x12A\n" +
-	"\vauthorities\x18\x02 \x03(\v2\x1f.hallmark.v1.RevocationCoverageR\vauthorities2\xaf\n" +
+	"\vauthorities\x18\x02 \x03(\v2\x1f.hallmark.v1.RevocationCoverageR\vauthorities\x12>\n" +
+	"\fstatus_lists\x18\x03 \x03(\v2\x1b.hallmark.v1.StatusCoverageR\vstatusLists2\xaf\n" +
 	"\n" +
 	"\fAdminService\x12J\n" +
 	"\tGetServer\x12\x1d.hallmark.v1.GetServerRequest\x1a\x1e.hallmark.v1.GetServerResponse\x12C\n" +
@@ -2761,7 +2863,7 @@ func file_hallmark_v1_admin_proto_rawDescGZIP() []byte {
 	return file_hallmark_v1_admin_proto_rawDescData
 }
 
-var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*GetServerRequest)(nil),           // 0: hallmark.v1.GetServerRequest
 	(*GetServerResponse)(nil),          // 1: hallmark.v1.GetServerResponse
@@ -2801,77 +2903,80 @@ var file_hallmark_v1_admin_proto_goTypes = []any{
 	(*RevokeSVIDsRequest)(nil),         // 35: hallmark.v1.RevokeSVIDsRequest
 	(*RevokeSVIDsResponse)(nil),        // 36: hallmark.v1.RevokeSVIDsResponse
 	(*RevocationCoverage)(nil),         // 37: hallmark.v1.RevocationCoverage
-	(*ListSVIDsRequest)(nil),           // 38: hallmark.v1.ListSVIDsRequest
-	(*ListSVIDsResponse)(nil),          // 39: hallmark.v1.ListSVIDsResponse
-	(*IssuedSVID)(nil),                 // 40: hallmark.v1.IssuedSVID
-	(*ListRevocationsRequest)(nil),     // 41: hallmark.v1.ListRevocationsRequest
-	(*ListRevocationsResponse)(nil),    // 42: hallmark.v1.ListRevocationsResponse
-	(*Authority)(nil),                  // 43: hallmark.v1.Authority
-	(*X509Authority)(nil),              // 44: hallmark.v1.X509Authority
-	(Authority_Kind)(0),                // 45: hallmark.v1.Authority.Kind
-	(*Selector)(nil),                   // 46: hallmark.v1.Selector
-	(*Entry)(nil),                      // 47: hallmark.v1.Entry
-	(*Revocation)(nil),                 // 48: hallmark.v1.Revocation
+	(*StatusCoverage)(nil),             // 38: hallmark.v1.StatusCoverage
+	(*ListSVIDsRequest)(nil),           // 39: hallmark.v1.ListSVIDsRequest
+	(*ListSVIDsResponse)(nil),          // 40: hallmark.v1.ListSVIDsResponse
+	(*IssuedSVID)(nil),                 // 41: hallmark.v1.IssuedSVID
+	(*ListRevocationsRequest)(nil),     // 42: hallmark.v1.ListRevocationsRequest
+	(*ListRevocationsResponse)(nil),    // 43: hallmark.v1.ListRevocationsResponse
+	(*Authority)(nil),                  // 44: hallmark.v1.Authority
+	(*X509Authority)(nil),              // 45: hallmark.v1.X509Authority
+	(Authority_Kind)(0),                // 46: hallmark.v1.Authority.Kind
+	(*Selector)(nil),                   // 47: hallmark.v1.Selector
+	(*Entry)(nil),                      // 48: hallmark.v1.Entry
+	(*Revocation)(nil),                 // 49: hallmark.v1.Revocation
 }
 var file_hallmark_v1_admin_proto_depIdxs = []int32{
-	43, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
+	44, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
 	8,  // 1: hallmark.v1.ListAuthoritiesResponse.uses:type_name -> hallmark.v1.AuthorityUse
-	44, // 2: hallmark.v1.ListAuthoritiesResponse.roots:type_name -> hallmark.v1.X509Authority
+	45, // 2: hallmark.v1.ListAuthoritiesResponse.roots:type_name -> hallmark.v1.X509Authority
 	6,  // 3: hallmark.v1.ListAuthoritiesResponse.upstream:type_name -> hallmark.v1.Upstream
 	7,  // 4: hallmark.v1.Upstream.requests:type_name -> hallmark.v1.UpstreamRequest
-	45, // 5: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
-	43, // 6: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
+	46, // 5: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
+	44, // 6: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
 	13, // 7: hallmark.v1.ListConnectionsResponse.connections:type_name -> hallmark.v1.Connection
 	18, // 8: hallmark.v1.ListBundleFetchesResponse.fetches:type_name -> hallmark.v1.BundleFetch
 	21, // 9: hallmark.v1.ListPublishTargetsResponse.targets:type_name -> hallmark.v1.PublishTarget
 	26, // 10: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
 	27, // 11: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
 	30, // 12: hallmark.v1.ExplainTokenResponse.checks:type_name -> hallmark.v1.TokenCheck
-	46, // 13: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
+	47, // 13: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
 	31, // 14: hallmark.v1.ExplainTokenResponse.matches:type_name -> hallmark.v1.TokenMatch
-	47, // 15: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
-	46, // 16: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
+	48, // 15: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
+	47, // 16: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
 	34, // 17: hallmark.v1.LintIssuersResponse.findings:type_name -> hallmark.v1.IssuerFinding
-	48, // 18: hallmark.v1.RevokeSVIDsRequest.revocations:type_name -> hallmark.v1.Revocation
+	49, // 18: hallmark.v1.RevokeSVIDsRequest.revocations:type_name -> hallmark.v1.Revocation
 	37, // 19: hallmark.v1.RevokeSVIDsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
-	40, // 20: hallmark.v1.ListSVIDsResponse.svids:type_name -> hallmark.v1.IssuedSVID
-	48, // 21: hallmark.v1.ListRevocationsResponse.revocations:type_name -> hallmark.v1.Revocation
-	37, // 22: hallmark.v1.ListRevocationsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
-	0,  // 23: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
-	2,  // 24: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
-	4,  // 25: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
-	9,  // 26: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
-	11, // 27: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
-	14, // 28: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
-	22, // 29: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
-	24, // 30: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
-	28, // 31: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
-	32, // 32: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
-	35, // 33: hallmark.v1.AdminService.RevokeSVIDs:input_type -> hallmark.v1.RevokeSVIDsRequest
-	38, // 34: hallmark.v1.AdminService.ListSVIDs:input_type -> hallmark.v1.ListSVIDsRequest
-	41, // 35: hallmark.v1.AdminService.ListRevocations:input_type -> hallmark.v1.ListRevocationsRequest
-	16, // 36: hallmark.v1.AdminService.ListBundleFetches:input_type -> hallmark.v1.ListBundleFetchesRequest
-	19, // 37: hallmark.v1.AdminService.ListPublishTargets:input_type -> hallmark.v1.ListPublishTargetsRequest
-	1,  // 38: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
-	3,  // 39: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
-	5,  // 40: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
-	10, // 41: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
-	12, // 42: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
-	15, // 43: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
-	23, // 44: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
-	25, // 45: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
-	29, // 46: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
-	33, // 47: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
-	36, // 48: hallmark.v1.AdminService.RevokeSVIDs:output_type -> hallmark.v1.RevokeSVIDsResponse
-	39, // 49: hallmark.v1.AdminService.ListSVIDs:output_type -> hallmark.v1.ListSVIDsResponse
-	42, // 50: hallmark.v1.AdminService.ListRevocations:output_type -> hallmark.v1.ListRevocationsResponse
-	17, // 51: hallmark.v1.AdminService.ListBundleFetches:output_type -> hallmark.v1.ListBundleFetchesResponse
-	20, // 52: hallmark.v1.AdminService.ListPublishTargets:output_type -> hallmark.v1.ListPublishTargetsResponse
-	38, // [38:53] is the sub-list for method output_type
-	23, // [23:38] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	38, // 20: hallmark.v1.RevokeSVIDsResponse.status_lists:type_name -> hallmark.v1.StatusCoverage
+	41, // 21: hallmark.v1.ListSVIDsResponse.svids:type_name -> hallmark.v1.IssuedSVID
+	49, // 22: hallmark.v1.ListRevocationsResponse.revocations:type_name -> hallmark.v1.Revocation
+	37, // 23: hallmark.v1.ListRevocationsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
+	38, // 24: hallmark.v1.ListRevocationsResponse.status_lists:type_name -> hallmark.v1.StatusCoverage
+	0,  // 25: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
+	2,  // 26: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
+	4,  // 27: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
+	9,  // 28: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
+	11, // 29: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
+	14, // 30: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
+	22, // 31: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
+	24, // 32: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
+	28, // 33: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
+	32, // 34: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
+	35, // 35: hallmark.v1.AdminService.RevokeSVIDs:input_type -> hallmark.v1.RevokeSVIDsRequest
+	39, // 36: hallmark.v1.AdminService.ListSVIDs:input_type -> hallmark.v1.ListSVIDsRequest
+	42, // 37: hallmark.v1.AdminService.ListRevocations:input_type -> hallmark.v1.ListRevocationsRequest
+	16, // 38: hallmark.v1.AdminService.ListBundleFetches:input_type -> hallmark.v1.ListBundleFetchesRequest
+	19, // 39: hallmark.v1.AdminService.ListPublishTargets:input_type -> hallmark.v1.ListPublishTargetsRequest
+	1,  // 40: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
+	3,  // 41: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
+	5,  // 42: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
+	10, // 43: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
+	12, // 44: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
+	15, // 45: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
+	23, // 46: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
+	25, // 47: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
+	29, // 48: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
+	33, // 49: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
+	36, // 50: hallmark.v1.AdminService.RevokeSVIDs:output_type -> hallmark.v1.RevokeSVIDsResponse
+	40, // 51: hallmark.v1.AdminService.ListSVIDs:output_type -> hallmark.v1.ListSVIDsResponse
+	43, // 52: hallmark.v1.AdminService.ListRevocations:output_type -> hallmark.v1.ListRevocationsResponse
+	17, // 53: hallmark.v1.AdminService.ListBundleFetches:output_type -> hallmark.v1.ListBundleFetchesResponse
+	20, // 54: hallmark.v1.AdminService.ListPublishTargets:output_type -> hallmark.v1.ListPublishTargetsResponse
+	40, // [40:55] is the sub-list for method output_type
+	25, // [25:40] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_hallmark_v1_admin_proto_init() }
@@ -2886,7 +2991,7 @@ func file_hallmark_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_admin_proto_rawDesc), len(file_hallmark_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   43,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

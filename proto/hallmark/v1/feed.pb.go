@@ -32,9 +32,12 @@ type FollowRequest struct {
 	AgentVersion string `protobuf:"bytes,3,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
 	// The agent takes CRLs: they are sent, and count in the digest. First message
 	// only.
-	TakesCrls     bool `protobuf:"varint,4,opt,name=takes_crls,json=takesCrls,proto3" json:"takes_crls,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	TakesCrls bool `protobuf:"varint,4,opt,name=takes_crls,json=takesCrls,proto3" json:"takes_crls,omitempty"`
+	// The agent takes status lists: they are sent, and count in the digest. First
+	// message only.
+	TakesStatusLists bool `protobuf:"varint,5,opt,name=takes_status_lists,json=takesStatusLists,proto3" json:"takes_status_lists,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *FollowRequest) Reset() {
@@ -95,6 +98,13 @@ func (x *FollowRequest) GetTakesCrls() bool {
 	return false
 }
 
+func (x *FollowRequest) GetTakesStatusLists() bool {
+	if x != nil {
+		return x.TakesStatusLists
+	}
+	return false
+}
+
 type FollowResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The revision that the agent's state has after this message, once more is
@@ -119,11 +129,13 @@ type FollowResponse struct {
 	// Where the trust domain's servers are, if several rule it: set on the first
 	// message with more false, and when it has changed. The agent may open its
 	// stream on any of them.
-	Servers       *Servers `protobuf:"bytes,10,opt,name=servers,proto3" json:"servers,omitempty"`
-	Crls          []*CRL   `protobuf:"bytes,11,rep,name=crls,proto3" json:"crls,omitempty"`                         // new and changed; of the own trust domain
-	GoneCrls      []string `protobuf:"bytes,12,rep,name=gone_crls,json=goneCrls,proto3" json:"gone_crls,omitempty"` // IDs of X.509 authorities
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Servers           *Servers         `protobuf:"bytes,10,opt,name=servers,proto3" json:"servers,omitempty"`
+	Crls              []*CRL           `protobuf:"bytes,11,rep,name=crls,proto3" json:"crls,omitempty"`                                                      // new and changed; of the own trust domain
+	GoneCrls          []string         `protobuf:"bytes,12,rep,name=gone_crls,json=goneCrls,proto3" json:"gone_crls,omitempty"`                              // IDs of X.509 authorities
+	RevokedTokens     []*RevokedTokens `protobuf:"bytes,13,rep,name=revoked_tokens,json=revokedTokens,proto3" json:"revoked_tokens,omitempty"`               // new and changed; of the own trust domain
+	GoneRevokedTokens []string         `protobuf:"bytes,14,rep,name=gone_revoked_tokens,json=goneRevokedTokens,proto3" json:"gone_revoked_tokens,omitempty"` // IDs of status lists
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *FollowResponse) Reset() {
@@ -240,6 +252,20 @@ func (x *FollowResponse) GetGoneCrls() []string {
 	return nil
 }
 
+func (x *FollowResponse) GetRevokedTokens() []*RevokedTokens {
+	if x != nil {
+		return x.RevokedTokens
+	}
+	return nil
+}
+
+func (x *FollowResponse) GetGoneRevokedTokens() []string {
+	if x != nil {
+		return x.GoneRevokedTokens
+	}
+	return nil
+}
+
 // CRL is what an X.509 authority has revoked. One of which it has revoked
 // nothing is not sent.
 type CRL struct {
@@ -302,6 +328,68 @@ func (x *CRL) GetDer() []byte {
 	return nil
 }
 
+// RevokedTokens is which tokens of a status list were revoked. A list none of
+// whose tokens were is not sent.
+type RevokedTokens struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ListId        string                 `protobuf:"bytes,1,opt,name=list_id,json=listId,proto3" json:"list_id,omitempty"` // the last part of its URI
+	Revision      int64                  `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`          // rises with each change
+	Bits          []byte                 `protobuf:"bytes,3,opt,name=bits,proto3" json:"bits,omitempty"`                   // zlib; one a token, from the lowest of the first byte, set: revoked
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokedTokens) Reset() {
+	*x = RevokedTokens{}
+	mi := &file_hallmark_v1_feed_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokedTokens) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokedTokens) ProtoMessage() {}
+
+func (x *RevokedTokens) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_feed_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokedTokens.ProtoReflect.Descriptor instead.
+func (*RevokedTokens) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_feed_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *RevokedTokens) GetListId() string {
+	if x != nil {
+		return x.ListId
+	}
+	return ""
+}
+
+func (x *RevokedTokens) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *RevokedTokens) GetBits() []byte {
+	if x != nil {
+		return x.Bits
+	}
+	return nil
+}
+
 type Servers struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Addresses []string               `protobuf:"bytes,1,rep,name=addresses,proto3" json:"addresses,omitempty"` // host:port
@@ -316,7 +404,7 @@ type Servers struct {
 
 func (x *Servers) Reset() {
 	*x = Servers{}
-	mi := &file_hallmark_v1_feed_proto_msgTypes[3]
+	mi := &file_hallmark_v1_feed_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -328,7 +416,7 @@ func (x *Servers) String() string {
 func (*Servers) ProtoMessage() {}
 
 func (x *Servers) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_feed_proto_msgTypes[3]
+	mi := &file_hallmark_v1_feed_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -341,7 +429,7 @@ func (x *Servers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Servers.ProtoReflect.Descriptor instead.
 func (*Servers) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_feed_proto_rawDescGZIP(), []int{3}
+	return file_hallmark_v1_feed_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Servers) GetAddresses() []string {
@@ -375,7 +463,7 @@ type Defaults struct {
 
 func (x *Defaults) Reset() {
 	*x = Defaults{}
-	mi := &file_hallmark_v1_feed_proto_msgTypes[4]
+	mi := &file_hallmark_v1_feed_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -387,7 +475,7 @@ func (x *Defaults) String() string {
 func (*Defaults) ProtoMessage() {}
 
 func (x *Defaults) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_feed_proto_msgTypes[4]
+	mi := &file_hallmark_v1_feed_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -400,7 +488,7 @@ func (x *Defaults) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Defaults.ProtoReflect.Descriptor instead.
 func (*Defaults) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_feed_proto_rawDescGZIP(), []int{4}
+	return file_hallmark_v1_feed_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Defaults) GetX509SvidTtl() int32 {
@@ -421,13 +509,14 @@ var File_hallmark_v1_feed_proto protoreflect.FileDescriptor
 
 const file_hallmark_v1_feed_proto_rawDesc = "" +
 	"\n" +
-	"\x16hallmark/v1/feed.proto\x12\vhallmark.v1\x1a\x18hallmark/v1/record.proto\"\x87\x01\n" +
+	"\x16hallmark/v1/feed.proto\x12\vhallmark.v1\x1a\x18hallmark/v1/record.proto\"\xb5\x01\n" +
 	"\rFollowRequest\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\fR\x06digest\x12#\n" +
 	"\ragent_version\x18\x03 \x01(\tR\fagentVersion\x12\x1d\n" +
 	"\n" +
-	"takes_crls\x18\x04 \x01(\bR\ttakesCrls\"\xbd\x03\n" +
+	"takes_crls\x18\x04 \x01(\bR\ttakesCrls\x12,\n" +
+	"\x12takes_status_lists\x18\x05 \x01(\bR\x10takesStatusLists\"\xb0\x04\n" +
 	"\x0eFollowResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12\x1a\n" +
 	"\bcomplete\x18\x02 \x01(\bR\bcomplete\x12\x12\n" +
@@ -441,11 +530,17 @@ const file_hallmark_v1_feed_proto_rawDesc = "" +
 	"\aservers\x18\n" +
 	" \x01(\v2\x14.hallmark.v1.ServersR\aservers\x12$\n" +
 	"\x04crls\x18\v \x03(\v2\x10.hallmark.v1.CRLR\x04crls\x12\x1b\n" +
-	"\tgone_crls\x18\f \x03(\tR\bgoneCrls\"R\n" +
+	"\tgone_crls\x18\f \x03(\tR\bgoneCrls\x12A\n" +
+	"\x0erevoked_tokens\x18\r \x03(\v2\x1a.hallmark.v1.RevokedTokensR\rrevokedTokens\x12.\n" +
+	"\x13gone_revoked_tokens\x18\x0e \x03(\tR\x11goneRevokedTokens\"R\n" +
 	"\x03CRL\x12!\n" +
 	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x16\n" +
 	"\x06number\x18\x02 \x01(\x04R\x06number\x12\x10\n" +
-	"\x03der\x18\x03 \x01(\fR\x03der\"U\n" +
+	"\x03der\x18\x03 \x01(\fR\x03der\"X\n" +
+	"\rRevokedTokens\x12\x17\n" +
+	"\alist_id\x18\x01 \x01(\tR\x06listId\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x12\n" +
+	"\x04bits\x18\x03 \x01(\fR\x04bits\"U\n" +
 	"\aServers\x12\x1c\n" +
 	"\taddresses\x18\x01 \x03(\tR\taddresses\x12\x12\n" +
 	"\x04last\x18\x02 \x01(\tR\x04last\x12\x18\n" +
@@ -469,29 +564,31 @@ func file_hallmark_v1_feed_proto_rawDescGZIP() []byte {
 	return file_hallmark_v1_feed_proto_rawDescData
 }
 
-var file_hallmark_v1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_hallmark_v1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_hallmark_v1_feed_proto_goTypes = []any{
 	(*FollowRequest)(nil),  // 0: hallmark.v1.FollowRequest
 	(*FollowResponse)(nil), // 1: hallmark.v1.FollowResponse
 	(*CRL)(nil),            // 2: hallmark.v1.CRL
-	(*Servers)(nil),        // 3: hallmark.v1.Servers
-	(*Defaults)(nil),       // 4: hallmark.v1.Defaults
-	(*Entry)(nil),          // 5: hallmark.v1.Entry
-	(*Bundle)(nil),         // 6: hallmark.v1.Bundle
+	(*RevokedTokens)(nil),  // 3: hallmark.v1.RevokedTokens
+	(*Servers)(nil),        // 4: hallmark.v1.Servers
+	(*Defaults)(nil),       // 5: hallmark.v1.Defaults
+	(*Entry)(nil),          // 6: hallmark.v1.Entry
+	(*Bundle)(nil),         // 7: hallmark.v1.Bundle
 }
 var file_hallmark_v1_feed_proto_depIdxs = []int32{
-	5, // 0: hallmark.v1.FollowResponse.entries:type_name -> hallmark.v1.Entry
-	6, // 1: hallmark.v1.FollowResponse.bundles:type_name -> hallmark.v1.Bundle
-	4, // 2: hallmark.v1.FollowResponse.defaults:type_name -> hallmark.v1.Defaults
-	3, // 3: hallmark.v1.FollowResponse.servers:type_name -> hallmark.v1.Servers
+	6, // 0: hallmark.v1.FollowResponse.entries:type_name -> hallmark.v1.Entry
+	7, // 1: hallmark.v1.FollowResponse.bundles:type_name -> hallmark.v1.Bundle
+	5, // 2: hallmark.v1.FollowResponse.defaults:type_name -> hallmark.v1.Defaults
+	4, // 3: hallmark.v1.FollowResponse.servers:type_name -> hallmark.v1.Servers
 	2, // 4: hallmark.v1.FollowResponse.crls:type_name -> hallmark.v1.CRL
-	0, // 5: hallmark.v1.FeedService.Follow:input_type -> hallmark.v1.FollowRequest
-	1, // 6: hallmark.v1.FeedService.Follow:output_type -> hallmark.v1.FollowResponse
-	6, // [6:7] is the sub-list for method output_type
-	5, // [5:6] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	3, // 5: hallmark.v1.FollowResponse.revoked_tokens:type_name -> hallmark.v1.RevokedTokens
+	0, // 6: hallmark.v1.FeedService.Follow:input_type -> hallmark.v1.FollowRequest
+	1, // 7: hallmark.v1.FeedService.Follow:output_type -> hallmark.v1.FollowResponse
+	7, // [7:8] is the sub-list for method output_type
+	6, // [6:7] is the sub-list for method input_type
+	6, // [6:6] is the sub-list for extension type_name
+	6, // [6:6] is the sub-list for extension extendee
+	0, // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_hallmark_v1_feed_proto_init() }
@@ -506,7 +603,7 @@ func file_hallmark_v1_feed_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_feed_proto_rawDesc), len(file_hallmark_v1_feed_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1059,14 +1059,16 @@ func (x *UsedToken) GetEndsAt() int64 {
 // Revocation takes back what was issued before it. Of serial_number, spiffe_id
 // and node_id one is set.
 type Revocation struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	SerialNumber  []byte                 `protobuf:"bytes,1,opt,name=serial_number,json=serialNumber,proto3" json:"serial_number,omitempty"` // of one certificate, as in DER
-	AuthorityId   string                 `protobuf:"bytes,2,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`    // with serial_number: the X.509 authority that signed it
-	SpiffeId      string                 `protobuf:"bytes,3,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`             // all of this SPIFFE ID
-	NodeId        string                 `protobuf:"bytes,4,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`                   // the SVID of this agent, and all that was issued through it
-	RevokedAt     int64                  `protobuf:"varint,5,opt,name=revoked_at,json=revokedAt,proto3" json:"revoked_at,omitempty"`         // Unix seconds
-	EndsAt        int64                  `protobuf:"varint,6,opt,name=ends_at,json=endsAt,proto3" json:"ends_at,omitempty"`                  // Unix seconds; when all that it is about has ended
-	Reason        int32                  `protobuf:"varint,7,opt,name=reason,proto3" json:"reason,omitempty"`                                // RFC 5280 §5.3.1; 0: unspecified
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of one certificate, as in DER; or of one token: 16 bytes that name its status
+	// list, of which the first bit is set, and 4 of its index there.
+	SerialNumber  []byte `protobuf:"bytes,1,opt,name=serial_number,json=serialNumber,proto3" json:"serial_number,omitempty"`
+	AuthorityId   string `protobuf:"bytes,2,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"` // of a certificate: the X.509 authority that signed it
+	SpiffeId      string `protobuf:"bytes,3,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`          // all of this SPIFFE ID
+	NodeId        string `protobuf:"bytes,4,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`                // the SVID of this agent, and all that was issued through it
+	RevokedAt     int64  `protobuf:"varint,5,opt,name=revoked_at,json=revokedAt,proto3" json:"revoked_at,omitempty"`      // Unix seconds
+	EndsAt        int64  `protobuf:"varint,6,opt,name=ends_at,json=endsAt,proto3" json:"ends_at,omitempty"`               // Unix seconds; when all that it is about has ended
+	Reason        int32  `protobuf:"varint,7,opt,name=reason,proto3" json:"reason,omitempty"`                             // RFC 5280 §5.3.1; 0: unspecified
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1212,6 +1214,84 @@ func (x *RevocationList) GetApplied() int64 {
 	return 0
 }
 
+// StatusList says which tokens of one status list were revoked. The server that
+// gives out its indexes writes it, and any server that revokes a token by name.
+type StatusList struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uri           string                 `protobuf:"bytes,1,opt,name=uri,proto3" json:"uri,omitempty"`                      // at which it is served: the claim of its tokens, sub of its own
+	Server        string                 `protobuf:"bytes,2,opt,name=server,proto3" json:"server,omitempty"`                // that gives out its indexes
+	EndsAt        int64                  `protobuf:"varint,3,opt,name=ends_at,json=endsAt,proto3" json:"ends_at,omitempty"` // Unix seconds; when all of its tokens have ended
+	Bits          []byte                 `protobuf:"bytes,4,opt,name=bits,proto3" json:"bits,omitempty"`                    // zlib; one a token, from the lowest of the first byte, set: revoked; empty: none is
+	Applied       int64                  `protobuf:"varint,5,opt,name=applied,proto3" json:"applied,omitempty"`             // the revision of the newest revocation that is in it, as far as it concerns it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatusList) Reset() {
+	*x = StatusList{}
+	mi := &file_hallmark_v1_record_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatusList) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatusList) ProtoMessage() {}
+
+func (x *StatusList) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_record_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatusList.ProtoReflect.Descriptor instead.
+func (*StatusList) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_record_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *StatusList) GetUri() string {
+	if x != nil {
+		return x.Uri
+	}
+	return ""
+}
+
+func (x *StatusList) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+func (x *StatusList) GetEndsAt() int64 {
+	if x != nil {
+		return x.EndsAt
+	}
+	return 0
+}
+
+func (x *StatusList) GetBits() []byte {
+	if x != nil {
+		return x.Bits
+	}
+	return nil
+}
+
+func (x *StatusList) GetApplied() int64 {
+	if x != nil {
+		return x.Applied
+	}
+	return 0
+}
+
 var File_hallmark_v1_record_proto protoreflect.FileDescriptor
 
 const file_hallmark_v1_record_proto_rawDesc = "" +
@@ -1336,7 +1416,14 @@ const file_hallmark_v1_record_proto_rawDesc = "" +
 	"\x0eRevocationList\x12\x10\n" +
 	"\x03crl\x18\x01 \x01(\fR\x03crl\x12\x17\n" +
 	"\aends_at\x18\x02 \x03(\x03R\x06endsAt\x12\x18\n" +
-	"\aapplied\x18\x03 \x01(\x03R\aappliedB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
+	"\aapplied\x18\x03 \x01(\x03R\aapplied\"}\n" +
+	"\n" +
+	"StatusList\x12\x10\n" +
+	"\x03uri\x18\x01 \x01(\tR\x03uri\x12\x16\n" +
+	"\x06server\x18\x02 \x01(\tR\x06server\x12\x17\n" +
+	"\aends_at\x18\x03 \x01(\x03R\x06endsAt\x12\x12\n" +
+	"\x04bits\x18\x04 \x01(\fR\x04bits\x12\x18\n" +
+	"\aapplied\x18\x05 \x01(\x03R\aappliedB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
 
 var (
 	file_hallmark_v1_record_proto_rawDescOnce sync.Once
@@ -1351,7 +1438,7 @@ func file_hallmark_v1_record_proto_rawDescGZIP() []byte {
 }
 
 var file_hallmark_v1_record_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_hallmark_v1_record_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_hallmark_v1_record_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_hallmark_v1_record_proto_goTypes = []any{
 	(Authority_Kind)(0),    // 0: hallmark.v1.Authority.Kind
 	(Authority_State)(0),   // 1: hallmark.v1.Authority.State
@@ -1368,6 +1455,7 @@ var file_hallmark_v1_record_proto_goTypes = []any{
 	(*UsedToken)(nil),      // 12: hallmark.v1.UsedToken
 	(*Revocation)(nil),     // 13: hallmark.v1.Revocation
 	(*RevocationList)(nil), // 14: hallmark.v1.RevocationList
+	(*StatusList)(nil),     // 15: hallmark.v1.StatusList
 }
 var file_hallmark_v1_record_proto_depIdxs = []int32{
 	2, // 0: hallmark.v1.Entry.selectors:type_name -> hallmark.v1.Selector
@@ -1395,7 +1483,7 @@ func file_hallmark_v1_record_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_record_proto_rawDesc), len(file_hallmark_v1_record_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   13,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
