@@ -19,6 +19,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/authority"
 	"github.com/hallmark-id/hallmark/server/exchange"
 	"github.com/hallmark-id/hallmark/server/issue"
+	"github.com/hallmark-id/hallmark/server/publish"
 	"github.com/hallmark-id/hallmark/server/upstream"
 )
 
@@ -93,6 +94,10 @@ type Config struct {
 	// OIDCIssuer publishes the JWT authorities for relying parties that speak
 	// OpenID Connect. Default: they are in the bundle alone.
 	OIDCIssuer *OIDCIssuerConfig `yaml:"oidc_issuer"`
+
+	// Publish has the bundle, and what verifies JWT-SVIDs, written to where others
+	// fetch it: for servers that relying parties cannot reach. Default: nothing is.
+	Publish []publish.Config `yaml:"publish"`
 
 	// CRLEndpoint serves the certificate revocation lists of the X.509 authorities.
 	// Default: agents and workloads have them alone.
@@ -508,6 +513,7 @@ func (s *settings) check(src config.Source) error {
 	s.checkBundleEndpoint(wrong)
 	s.checkTokenExchange(wrong)
 	s.checkOIDC(wrong)
+	s.checkPublish(wrong)
 	s.checkCRLEndpoint(wrong)
 	s.checkStatusListEndpoint(wrong)
 	s.Telemetry.Check(func(key, format string, args ...any) { wrong("telemetry."+key, format, args...) })

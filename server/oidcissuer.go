@@ -81,13 +81,20 @@ func (s *settings) checkOIDC(wrong func(path, format string, args ...any)) {
 	if _, err := oidc.New(oidc.Options{URLs: c.URLs, AllowLoopback: c.PlainHTTP}); err != nil {
 		wrong("oidc_issuer", "oidc_issuer.urls: %v", err)
 	}
-	issuers := []string{s.JWT.Issuer}
-	for _, p := range s.JWT.Profiles {
-		issuers = append(issuers, p.Issuer)
-	}
-	if !slices.ContainsFunc(c.URLs, func(u string) bool { return slices.Contains(issuers, u) }) && len(c.URLs) > 0 {
+	if !slices.ContainsFunc(c.URLs, s.issues) && len(c.URLs) > 0 {
 		wrong("oidc_issuer", "oidc_issuer: no token has one of its URLs as claim iss, so that no relying party would come; set jwt.issuer to %s", c.URLs[0])
 	}
+}
+
+// issues reports whether some tokens have a URL as claim iss.
+func (s *settings) issues(url string) bool {
+	return url == s.JWT.Issuer || slices.ContainsFunc(s.JWT.Profiles, func(p issue.ProfileConfig) bool { return p.Issuer == url })
+}
+
+// issuerMaxAge is for how long a relying party may keep the documents of an issuer:
+// whoever has them for no longer has a key before it signs.
+func (s *settings) issuerMaxAge() time.Duration {
+	return (authority.Spread(time.Duration(s.JWT.AuthorityLifetime)) / 2).Truncate(time.Second)
 }
 
 // sharesTokenExchange reports whether the issuer is served where tokens are
@@ -124,9 +131,7 @@ func (s *settings) oidcIssuer(reg *registry.Registry, next http.Handler, log *sl
 	return oidc.New(oidc.Options{
 		URLs: s.OIDCIssuer.URLs, AllowLoopback: s.OIDCIssuer.PlainHTTP,
 		Bundle: func() *bundle.Bundle { return reg.View().Bundle(s.td) },
-		// Whoever has the documents for no longer has a key before it signs.
-		MaxAge: (authority.Spread(time.Duration(s.JWT.AuthorityLifetime)) / 2).Truncate(time.Second),
-		Next:   next, Log: log,
+		MaxAge: s.issuerMaxAge(), Next: next, Log: log,
 	})
 }
 

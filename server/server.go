@@ -34,6 +34,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/issue"
 	"github.com/hallmark-id/hallmark/server/journal"
 	"github.com/hallmark-id/hallmark/server/metrics"
+	"github.com/hallmark-id/hallmark/server/publish"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
 	"github.com/hallmark-id/hallmark/server/store/etcd"
@@ -182,7 +183,8 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	var issuer *issue.Issuer
 	lists := s.newStatusLists(name, reg, issued, log, counted)
 	var endpoint *exchange.Exchange
-	authorities, err := s.openAuthorities(serving, name, reg, keys, above, log, counted)
+	documents := s.newDocuments(name, reg, log, counted)
+	authorities, err := s.openAuthorities(serving, name, reg, keys, above, documents, log, counted)
 	if err == nil {
 		issuer = s.newIssuer(authorities, issued, lists, log, counted)
 		endpoint, err = s.newExchange(reg, issuer, func() *api.API { return served }, log, counted)
@@ -192,12 +194,13 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		below.Go(func() error { return issued.Run(base) })
 		publisher := s.newPublisher(reg, authorities, issued, log, counted)
 		below.Go(func() error { return publisher.Run(base) })
+		below.Go(func() error { return documents.Run(base) })
 		below.Go(func() error { return lists.Run(base) })
 		pushes := feed.New(feed.Options{
 			Registry: reg, X509TTL: time.Duration(s.X509.SVIDLifetime), JWTTTL: time.Duration(s.JWT.SVIDLifetime),
 			Log: log, Metrics: counted,
 		})
-		served = s.newAPI(st, name, reg, authorities, issuer, issued, evidence, endpoint, pushes, log, level, counted, traces)
+		served = s.newAPI(st, name, reg, authorities, issuer, issued, evidence, endpoint, pushes, documents, log, level, counted, traces)
 		fetches := federation.NewSchedule(federation.ScheduleOptions{
 			Relationships: federation.FromRegistry(reg), Refresh: served.RefreshFederated, Log: log, Metrics: counted,
 		})
@@ -219,6 +222,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 		}
 		metrics.RegisterState(measured, func() metrics.State { return state(reg, pushes, authorities, issued) })
 		watched.Ready(func(asked context.Context) error { return readiness(asked, ctx, st, authorities) })
+		watched.Warn(func() []string { return unpublished(documents) })
 		if st.shared != nil {
 			self := s.announced(name, tcp)
 			tell := func(list []etcd.Server) { pushes.SetServers(addresses(list)) }
@@ -254,7 +258,7 @@ func Run(ctx context.Context, src config.Source, ready func()) (err error) {
 	return err
 }
 
-func (s *settings) openAuthorities(ctx context.Context, name string, reg *registry.Registry, keys apiv1.KeyManager, above upstream.Upstream, log *slog.Logger, counted *metrics.Metrics) (*authority.Authorities, error) {
+func (s *settings) openAuthorities(ctx context.Context, name string, reg *registry.Registry, keys apiv1.KeyManager, above upstream.Upstream, documents *publish.Publisher, log *slog.Logger, counted *metrics.Metrics) (*authority.Authorities, error) {
 	o := authority.Options{
 		Registry:     reg,
 		Keys:         keys,
@@ -268,6 +272,7 @@ func (s *settings) openAuthorities(ctx context.Context, name string, reg *regist
 		WITLifetime:  time.Duration(s.WIT.AuthorityLifetime),
 		WITKeyType:   s.WIT.KeyType,
 		JWTRS256:     slices.ContainsFunc(s.profiles, (*issue.Profile).RS256),
+		Publication:  documents,
 		Log:          log,
 	}
 	if above != nil {
@@ -312,7 +317,7 @@ func (s *settings) newIssuer(authorities *authority.Authorities, issued *journal
 	})
 }
 
-func (s *settings) newAPI(st *opened, name string, reg *registry.Registry, authorities *authority.Authorities, issuer *issue.Issuer, issued *journal.Journal, evidence map[string]attestors.Server, endpoint *exchange.Exchange, pushes *feed.Feed, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics, traces *telemetry.Traces) *api.API {
+func (s *settings) newAPI(st *opened, name string, reg *registry.Registry, authorities *authority.Authorities, issuer *issue.Issuer, issued *journal.Journal, evidence map[string]attestors.Server, endpoint *exchange.Exchange, pushes *feed.Feed, documents *publish.Publisher, log *slog.Logger, level *loglevel.Var, counted *metrics.Metrics, traces *telemetry.Traces) *api.API {
 	return api.New(api.Options{
 		Store:         st,
 		Registry:      reg,
@@ -324,6 +329,7 @@ func (s *settings) newAPI(st *opened, name string, reg *registry.Registry, autho
 		Profiles:      s.attestorProfiles(),
 		Exchange:      endpoint,
 		Federation:    &federation.Client{RefuseRedirects: s.Federation.RefuseRedirects},
+		Publisher:     documents,
 		Cluster:       st.cluster(name),
 		AdminIDs:      s.adminIDs,
 		Advertise:     s.Advertise,

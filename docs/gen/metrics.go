@@ -72,6 +72,11 @@ func serverMetrics() ([]*dto.MetricFamily, error) {
 	m.BundleRefreshes.WithLabelValues("", "")
 	m.UpstreamRequests.WithLabelValues("", "")
 	m.BundleRefreshed.WithLabelValues("")
+	m.PublishTries.WithLabelValues("", "")
+	m.PublishRepairs.WithLabelValues("")
+	m.PublishedAt.WithLabelValues("")
+	m.PublishedSequence.WithLabelValues("")
+	m.ActivatedUnpublished.WithLabelValues("")
 	server.RegisterState(r, func() server.State {
 		return server.State{AuthorityEnds: map[string]time.Time{"x509": {}}, UpstreamFailing: new(bool)}
 	})

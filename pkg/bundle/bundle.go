@@ -116,7 +116,8 @@ func (b *Bundle) WITKey(kid string) crypto.PublicKey { return b.derive().wit.key
 
 // Document returns the SPIFFE bundle document: all authorities as one JWK Set,
 // each with the kind of SVID that it signs, the sequence number and the refresh
-// hint. Trust Domain and Bundle §4.
+// hint. Trust Domain and Bundle §4. Of the same bundle it is always the same, byte
+// for byte, whichever server makes it.
 func (b *Bundle) Document() ([]byte, error) {
 	whole := spiffebundle.New(b.TrustDomain)
 	whole.SetSequenceNumber(b.SequenceNumber)
@@ -136,7 +137,21 @@ func (b *Bundle) Document() ([]byte, error) {
 			return nil, fmt.Errorf("WIT authority: %w", err)
 		}
 	}
-	return whole.Marshal()
+	text, err := whole.Marshal()
+	if err != nil {
+		return nil, err
+	}
+	// The library has the keys of tokens in no order.
+	var d struct {
+		Keys     []json.RawMessage `json:"keys"`
+		Sequence uint64            `json:"spiffe_sequence"`
+		Hint     int64             `json:"spiffe_refresh_hint,omitempty"`
+	}
+	if err := json.Unmarshal(text, &d); err != nil {
+		return nil, err
+	}
+	slices.SortFunc(d.Keys[len(b.X509Authorities):], func(x, y json.RawMessage) int { return bytes.Compare(x, y) })
+	return json.Marshal(d)
 }
 
 // HasKeyID reports whether a JWT or WIT authority has a key ID. In one bundle

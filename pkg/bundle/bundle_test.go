@@ -153,3 +153,20 @@ func TestRootHashesAreOfTheDER(t *testing.T) {
 		t.Errorf("got %x", got)
 	}
 }
+
+func TestTheDocumentOfABundleIsAlwaysTheSame(t *testing.T) {
+	b := newBundle(t)
+	for n := range 10 {
+		_, key := newCA(t, int64(n))
+		b.JWTAuthorities = append(b.JWTAuthorities, bundle.JWTAuthority{KeyID: string(rune('a' + n)), PublicKey: key.Public()})
+	}
+	first, err := b.Document()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		if again, err := b.Clone().Document(); err != nil || !bytes.Equal(first, again) {
+			t.Fatalf("it is %s, %v, and was %s", again, err, first)
+		}
+	}
+}

@@ -453,8 +453,9 @@ func (a *app) authorityRotate() *cobra.Command {
 		Use:   "rotate x509|jwt|wit",
 		Short: "sign with a new key from now on",
 		Long: "Rotate prepares a new authority, publishes it, waits until every connected agent has\n" +
-			"it, and lets it sign. What the old one signed stays valid. If an agent does not\n" +
-			"acknowledge in time, the new authority stays prepared and nothing else changes.",
+			"it, and every target of publish, and lets it sign. What the old one signed stays valid.\n" +
+			"If an agent does not acknowledge in time, or a target fails, the new authority stays\n" +
+			"prepared and nothing else changes.",
 		Example:   "  hallmark authority rotate x509\n  hallmark authority rotate jwt --wait 2m",
 		Args:      arguments(1, 1, "x509, jwt or wit"),
 		ValidArgs: authorityKinds,

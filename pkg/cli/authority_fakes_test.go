@@ -159,3 +159,18 @@ func (s fakeAuthorities) RevokeWITAuthority(_ context.Context, r *localauthority
 	a, err := s.change(fakeWIT, r.AuthorityId, func(a *hallmarkv1.Authority) { a.Id = "gone" })
 	return &localauthorityv1.RevokeWITAuthorityResponse{RevokedAuthority: a}, err
 }
+
+func (s *fakeServer) ListPublishTargets(context.Context, *hallmarkv1.ListPublishTargetsRequest) (*hallmarkv1.ListPublishTargetsResponse, error) {
+	now := time.Now()
+	return &hallmarkv1.ListPublishTargetsResponse{Targets: []*hallmarkv1.PublishTarget{
+		{
+			Name: "web", Place: "/srv/www/id", Documents: []string{"keys", ".well-known/openid-configuration", "bundle.json"}, State: "current",
+			SequenceNumber: 9, NewestSequenceNumber: 9, PublishedAt: now.Add(-3 * time.Minute).Unix(), TriedAt: now.Add(-3 * time.Minute).Unix(), NextTry: now.Add(2 * time.Minute).Unix(),
+		},
+		{
+			Name: "cloud", Place: "s3://ids/id", Documents: []string{"bundle.json"}, State: "failing", SequenceNumber: 8, NewestSequenceNumber: 9,
+			PublishedAt: now.Add(-2 * time.Hour).Unix(), TriedAt: now.Unix(), NextTry: now.Unix(), Failures: 3, Error: "bundle.json: access denied\x1b[2J",
+		},
+		{Name: "new", Place: "gs://ids", Documents: []string{"bundle.json"}, State: "pending"},
+	}}, nil
+}

@@ -157,7 +157,7 @@ func (a *app) rootCommand() *cobra.Command {
 	}
 	add(groupStart, a.devCommand(), a.demoCommand())
 	add(groupRun, a.serverCommand(), a.agentCommand(), a.clusterCommand())
-	add(groupAdmin, a.entryCommand(), a.nodeCommand(), a.tokenCommand(), a.bundleCommand(), a.federationCommand(), a.importCommand(), a.authorityCommand(), a.issuerCommand(), a.svidCommand())
+	add(groupAdmin, a.entryCommand(), a.nodeCommand(), a.tokenCommand(), a.bundleCommand(), a.federationCommand(), a.publishCommand(), a.importCommand(), a.authorityCommand(), a.issuerCommand(), a.svidCommand())
 	add(groupUse, a.fetchCommand(), a.credentialCommand(), a.validateCommand(), a.explainCommand())
 	add(groupOther, a.doctorCommand(), a.completionCommand(), a.versionCommand(), a.benchCommand())
 	inOrder(root)

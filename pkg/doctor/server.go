@@ -43,7 +43,7 @@ func (d *examination) server(ctx context.Context, p *part) {
 	}
 	p.further(ctx,
 		func(ctx context.Context, p *part) { c.listener(ctx, p, info) },
-		c.authorities, c.agents, c.federation)
+		c.authorities, c.agents, c.federation, c.publishing)
 }
 
 // serverClient asks a server over its admin socket.
@@ -318,6 +318,24 @@ func (c *serverClient) behind(ctx context.Context, before map[string]*hallmarkv1
 		}
 	}
 	return ids
+}
+
+// publishing looks whether the targets have what is published. Of a server that has
+// none, or that cannot say, there is nothing to say.
+func (c *serverClient) publishing(ctx context.Context, p *part) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	resp, err := c.admin.ListPublishTargets(ctx, &hallmarkv1.ListPublishTargetsRequest{})
+	if err != nil {
+		return
+	}
+	for _, t := range resp.Targets {
+		if t.Error != "" {
+			p.warn("publish", "Until it is mended, who reads the target knows nothing of later keys; the server tries again by itself.", "the target %s does not get what is to be published: %s", t.Name, t.Error)
+			continue
+		}
+		p.ok("publish", "the target %s has sequence %d", t.Name, t.SequenceNumber)
+	}
 }
 
 const (

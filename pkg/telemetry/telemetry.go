@@ -103,6 +103,7 @@ type Server struct {
 
 	mu    sync.Mutex
 	ready func(context.Context) error // nil: starting
+	warn  func() []string             // nil: nothing
 }
 
 // Options of [Open].
@@ -177,6 +178,14 @@ func (s *Server) Ready(ready func(context.Context) error) {
 	s.ready = ready
 }
 
+// Warn says how to find out what is wrong with a program that is ready all the same.
+// It is shown to whoever asks.
+func (s *Server) Warn(warn func() []string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.warn = warn
+}
+
 // Close stops the server and waits for it.
 func (s *Server) Close() error {
 	if s.http == nil {
@@ -196,11 +205,13 @@ type health struct {
 	Live   *bool  `json:"live,omitempty"`
 	Ready  *bool  `json:"ready,omitempty"`
 	Reason string `json:"reason,omitempty"` // why not
+
+	Warnings []string `json:"warnings,omitempty"` // what is wrong all the same
 }
 
 func (s *Server) serveReady(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
-	ready := s.ready
+	ready, warn := s.ready, s.warn
 	s.mu.Unlock()
 	err := ErrStarting
 	if ready != nil {
@@ -212,7 +223,11 @@ func (s *Server) serveReady(w http.ResponseWriter, r *http.Request) {
 		answer(w, http.StatusServiceUnavailable, health{Ready: new(false), Reason: err.Error()})
 		return
 	}
-	answer(w, http.StatusOK, health{Ready: new(true)})
+	h := health{Ready: new(true)}
+	if warn != nil {
+		h.Warnings = warn()
+	}
+	answer(w, http.StatusOK, h)
 }
 
 func answer(w http.ResponseWriter, code int, h health) {

@@ -56,6 +56,11 @@ func TestReadyGivesTheReasonUntilTheProgramIsReady(t *testing.T) {
 	expect(503, `{"ready":false,"reason":"there is no active X.509 authority"}`)
 	s.Ready(func(context.Context) error { return nil })
 	expect(200, `{"ready":true}`)
+	var wrong []string
+	s.Warn(func() []string { return wrong })
+	expect(200, `{"ready":true}`)
+	wrong = []string{"a target fails"}
+	expect(200, `{"ready":true,"warnings":["a target fails"]}`)
 }
 
 func TestLiveAndMetricsAnswer(t *testing.T) {

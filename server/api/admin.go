@@ -197,6 +197,9 @@ func (s *adminService) RotateAuthority(ctx context.Context, req *hallmarkv1.Rota
 	case <-ctx.Done():
 		return nil, status(ctx.Err())
 	}
+	if err := s.publisher.Await(waiting, prepared); err != nil {
+		return nil, callErrorf(codes.DeadlineExceeded, "the new %s authority %s is prepared but does not sign: after %v, %v; mend that, or run \"hallmark authority activate\" if those who read the target may refuse what it signs", kind, prepared.ID, wait, err)
+	}
 	active, err := s.authorities.Activate(ctx, kind, prepared.ID)
 	if now, _, _ := s.authorities.State(kind); err != nil && now != nil && now.ID == prepared.ID {
 		active, err = now, nil // its time had come anyway
@@ -283,6 +286,19 @@ func (s *adminService) ListBundleFetches(context.Context, *hallmarkv1.ListBundle
 			made.TriedAt = o.Tried.Unix()
 		}
 		resp.Fetches = append(resp.Fetches, made)
+	}
+	return resp, nil
+}
+
+// ListPublishTargets says how each target of this server's is.
+func (s *adminService) ListPublishTargets(context.Context, *hallmarkv1.ListPublishTargetsRequest) (*hallmarkv1.ListPublishTargetsResponse, error) {
+	resp := &hallmarkv1.ListPublishTargetsResponse{}
+	for _, t := range s.publisher.Targets() {
+		resp.Targets = append(resp.Targets, &hallmarkv1.PublishTarget{
+			Name: t.Name, Place: t.Place, Documents: t.Documents, State: string(t.State),
+			SequenceNumber: t.Sequence, NewestSequenceNumber: t.Newest, PublishedAt: timeToWire(t.PublishedAt), TriedAt: timeToWire(t.TriedAt),
+			NextTry: timeToWire(t.NextTry), Failures: int32(t.Failures), Error: t.Error,
+		})
 	}
 	return resp, nil
 }

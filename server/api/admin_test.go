@@ -2,8 +2,13 @@ package api_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -19,6 +24,7 @@ import (
 
 	hallmarkv1 "github.com/hallmark-id/hallmark/proto/hallmark/v1"
 	"github.com/hallmark-id/hallmark/server/api"
+	"github.com/hallmark-id/hallmark/server/publish"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
 	"github.com/hallmark-id/hallmark/server/store/badger"
@@ -148,6 +154,49 @@ func mustSign(w *world, agent *svid) *types.X509SVID {
 	w.t.Helper()
 	s := w.workload(agent, "/signed")
 	return &types.X509SVID{CertChain: s.tls.Certificate, Id: wireID(s.id)}
+}
+
+func TestAnAuthorityDoesNotSignOnDemandBeforeEveryTargetHasIt(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "www")
+	var published *publish.Publisher
+	w := newWorld(t, func(o *api.Options) {
+		published = publish.New(publish.Options{
+			Targets: []publish.Config{{Name: "web", Bundle: "bundle.json", Directory: &publish.DirectoryConfig{Path: dir}}},
+			Server:  "test", Bundle: publish.FromRegistry(o.Registry),
+		})
+		o.Publisher = published
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { _ = published.Run(ctx) })
+	t.Cleanup(func() {
+		cancel()
+		running.Wait()
+	})
+	admin := w.adminService()
+	before, err := w.authorities().GetJWTAuthorityState(t.Context(), &localauthorityv1.GetJWTAuthorityStateRequest{})
+	must(t, err)
+	_, err = admin.RotateAuthority(t.Context(), &hallmarkv1.RotateAuthorityRequest{Kind: hallmarkv1.Authority_KIND_JWT, Wait: 1})
+	expectCode(t, err, codes.DeadlineExceeded, "is prepared but does not sign: after 1s, it is not published to web: bundle.json: the directory")
+	after, err := w.authorities().GetJWTAuthorityState(t.Context(), &localauthorityv1.GetJWTAuthorityStateRequest{})
+	must(t, err)
+	if after.Active.AuthorityId != before.Active.AuthorityId || after.Prepared == nil {
+		t.Errorf("before: %v; after: %v", before, after)
+	}
+	list, err := admin.ListPublishTargets(t.Context(), &hallmarkv1.ListPublishTargetsRequest{})
+	must(t, err)
+	if s := list.Targets[0]; s.Name != "web" || s.Place != dir || s.State != "failing" || s.Failures == 0 || s.Error == "" || s.PublishedAt != 0 || s.TriedAt == 0 {
+		t.Errorf("the target is %v", s)
+	}
+
+	must(t, os.Mkdir(dir, 0o755))
+	resp, err := admin.RotateAuthority(t.Context(), &hallmarkv1.RotateAuthorityRequest{Kind: hallmarkv1.Authority_KIND_JWT})
+	must(t, err)
+	text, err := os.ReadFile(filepath.Join(dir, "bundle.json"))
+	must(t, err)
+	if !strings.Contains(string(text), resp.Activated.Id) {
+		t.Errorf("%s signs, and the target has %s", resp.Activated.Id, text)
+	}
 }
 
 func TestAnAuthorityDoesNotSignBeforeASilentAgentKnowsIt(t *testing.T) {

@@ -44,6 +44,7 @@ import (
 	"github.com/hallmark-id/hallmark/server/issue"
 	"github.com/hallmark-id/hallmark/server/journal"
 	"github.com/hallmark-id/hallmark/server/metrics"
+	"github.com/hallmark-id/hallmark/server/publish"
 	"github.com/hallmark-id/hallmark/server/registry"
 	"github.com/hallmark-id/hallmark/server/store"
 )
@@ -59,6 +60,7 @@ type Options struct {
 	NodeAttestors map[string]attestors.Server // by name; how nodes may attest
 	Profiles      []attestors.Profile         // of those, and of others that are not configured
 	Exchange      *exchange.Exchange          // nil: no tokens of outside issuers are taken
+	Publisher     *publish.Publisher          // nil: nothing is published elsewhere
 	Cluster       *Cluster                    // nil: the server is alone
 	Federation    *federation.Client          // fetches foreign bundles; nil: one with the system's roots
 	AdminIDs      []spiffeid.ID               // administer besides the entries with admin set
@@ -84,6 +86,7 @@ type API struct {
 	attestors   map[string]attestors.Server
 	profiles    []attestors.Profile
 	exchange    *exchange.Exchange
+	publisher   *publish.Publisher
 	cluster     *Cluster
 	federation  *federation.Client
 	fetches     federation.Outcomes
@@ -131,6 +134,7 @@ func New(o Options) *API {
 		attestors:   o.NodeAttestors,
 		profiles:    o.Profiles,
 		exchange:    o.Exchange,
+		publisher:   cmp.Or(o.Publisher, publish.New(publish.Options{})),
 		cluster:     o.Cluster,
 		federation:  cmp.Or(o.Federation, &federation.Client{}),
 		adminIDs:    make(map[spiffeid.ID]bool),

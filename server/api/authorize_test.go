@@ -59,7 +59,7 @@ grpc.reflection.v1alpha.ServerReflection
 hallmark.v1.FeedService
 	agent: Follow
 hallmark.v1.AdminService
-	local: GetServer Backup ListAuthorities RotateAuthority ListConnections GetJoinInfo ListNodeAttestors AwaitAgents ExplainToken LintIssuers RevokeSVIDs ListSVIDs ListRevocations ListBundleFetches
+	local: GetServer Backup ListAuthorities RotateAuthority ListConnections GetJoinInfo ListNodeAttestors AwaitAgents ExplainToken LintIssuers RevokeSVIDs ListSVIDs ListRevocations ListBundleFetches ListPublishTargets
 hallmark.v1.ClusterService
 	local: ListServers Invite RemoveServer
 	local admin agent downstream workload stranger none: Join

@@ -118,8 +118,9 @@ type Options struct {
 	// asked for: sign, bundle or publish.
 	Counts func(what string, err error)
 
-	Now func() time.Time // nil: time.Now
-	Log *slog.Logger     // nil: none
+	Publication Publication      // nil: nobody verifies by what is published elsewhere
+	Now         func() time.Time // nil: time.Now
+	Log         *slog.Logger     // nil: none
 }
 
 // Authorities are the authorities of one server.
@@ -133,8 +134,12 @@ type Authorities struct {
 	certify  certify
 	upstream Upstream // nil: none
 	asked    requests // of the upstream
-	now      func() time.Time
-	log      *slog.Logger
+
+	publication Publication                       // nil: none
+	holding     map[registry.AuthorityKind]string // IDs of those that are known to wait for it; under lock
+
+	now func() time.Time
+	log *slog.Logger
 
 	x509 atomic.Pointer[X509] // active; nil before the first
 	jwt  atomic.Pointer[JWT]
@@ -183,14 +188,16 @@ func Open(ctx context.Context, o Options) (*Authorities, error) {
 			registry.X509: {cmp.Or(o.X509Lifetime, DefaultLifetime), o.X509KeyType},
 			registry.JWT:  {cmp.Or(o.JWTLifetime, DefaultLifetime), o.JWTKeyType},
 		},
-		certify:  selfSigned,
-		upstream: o.Upstream,
-		now:      o.Now,
-		log:      o.Log,
-		wake:     make(chan struct{}, 1),
-		lock:     make(chan struct{}, 1),
-		signers:  make(map[string]crypto.Signer),
-		spare:    make(map[registry.AuthorityKind]key),
+		certify:     selfSigned,
+		upstream:    o.Upstream,
+		publication: o.Publication,
+		holding:     make(map[registry.AuthorityKind]string),
+		now:         o.Now,
+		log:         o.Log,
+		wake:        make(chan struct{}, 1),
+		lock:        make(chan struct{}, 1),
+		signers:     make(map[string]crypto.Signer),
+		spare:       make(map[registry.AuthorityKind]key),
 	}
 	if a.upstream != nil {
 		a.certify = a.certified

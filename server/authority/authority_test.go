@@ -202,6 +202,17 @@ func (e *events) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
+// count returns how many lines with the beginning of a message there are that
+// nobody has waited for yet. They are gone then.
+func (e *events) count(message string) (n int) {
+	for len(e.lines) > 0 {
+		if strings.HasPrefix(<-e.lines, message) {
+			n++
+		}
+	}
+	return n
+}
+
 // await waits for a number of lines with a message.
 func (e *events) await(tb testing.TB, n int, message string) {
 	tb.Helper()

@@ -203,6 +203,9 @@ func (a *Authorities) advance(ctx context.Context, kind registry.AuthorityKind) 
 				at = prepared.CreatedAt.Add(Spread(active.ExpiresAt.Sub(active.CreatedAt)))
 			}
 		}
+		if step == activate && active != nil {
+			at = a.held(active, prepared, at)
+		}
 		if step == prepare {
 			if retry := a.asked.next(a.asksFor(kind)); at.Before(retry) {
 				at = retry
@@ -226,6 +229,55 @@ func (a *Authorities) advance(ctx context.Context, kind registry.AuthorityKind) 
 	}
 }
 
+// Publication knows what those know who verify by documents that are published
+// elsewhere.
+type Publication interface {
+	// Ready returns from when they know a prepared authority; the error says why they
+	// do not. It does not wait.
+	Ready(r *registry.Authority) (from time.Time, err error)
+	// Overtaken is called when an authority is activated that they do not know, with
+	// why that is.
+	Overtaken(r *registry.Authority, err error)
+}
+
+// held returns when a prepared authority is to sign that could at a time: no sooner
+// than those know it who verify by what is published elsewhere, but before what the
+// active one signs lives too short.
+func (a *Authorities) held(active, prepared *registry.Authority, at time.Time) time.Time {
+	now := a.now()
+	if a.publication == nil || at.After(now) {
+		return at
+	}
+	from, err := a.publication.Ready(prepared)
+	life := active.ExpiresAt.Sub(active.CreatedAt)
+	last := active.ExpiresAt.Add(-min(life/12, maxActivateAhead/2))
+	if err == nil {
+		if last.Before(from) {
+			from = last
+		}
+		return later(at, from)
+	}
+	if !last.After(now) {
+		return at
+	}
+	if a.holding[prepared.Kind] != prepared.ID {
+		a.holding[prepared.Kind] = prepared.ID
+		a.log.Warn("the next authority does not sign yet, because those who read what is published would refuse it; run \"hallmark publish list\" for what to mend",
+			"kind", prepared.Kind, "id", prepared.ID, "error", err, "signs_anyway", last)
+	}
+	if look := now.Add(retryWait); look.Before(last) {
+		return look
+	}
+	return last
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
+}
+
 // asksFor returns what the upstream is asked for before an authority of a kind is
 // prepared.
 func (a *Authorities) asksFor(kind registry.AuthorityKind) string {
@@ -238,11 +290,11 @@ func (a *Authorities) asksFor(kind registry.AuthorityKind) string {
 // usable reports whether an authority may sign: it is valid now and verifiers
 // can know it.
 func usable(r *registry.Authority, own *bundle.Bundle, now time.Time) bool {
-	return now.Before(r.ExpiresAt) && !now.Before(r.CreatedAt.Add(-Backdate)) && published(r, own)
+	return now.Before(r.ExpiresAt) && !now.Before(r.CreatedAt.Add(-Backdate)) && Published(r, own)
 }
 
-// published reports whether what an authority signs verifies against a bundle.
-func published(r *registry.Authority, own *bundle.Bundle) bool {
+// Published reports whether what an authority signs verifies against a bundle.
+func Published(r *registry.Authority, own *bundle.Bundle) bool {
 	if own == nil {
 		return false
 	}
@@ -405,7 +457,7 @@ func (a *Authorities) publish(ctx context.Context, kind registry.AuthorityKind, 
 			keys := tokenKeys(own, kind)
 			*keys = append(*keys, bundle.JWTAuthority{KeyID: r.ID, PublicKey: r.PublicKey, ExpiresAt: r.ExpiresAt})
 		}
-		if !published(r, own) {
+		if !Published(r, own) {
 			return registry.AuthorityChange{}, errors.New("what it would sign does not verify against the bundle")
 		}
 		return registry.AuthorityChange{Put: []*registry.Authority{r}, Delete: replaced}, nil
@@ -476,6 +528,7 @@ func (a *Authorities) Activate(ctx context.Context, kind registry.AuthorityKind,
 
 func (a *Authorities) activate(ctx context.Context, kind registry.AuthorityKind, id string) (*registry.Authority, error) {
 	now := a.now()
+	former := false // another one signed before
 	var next *registry.Authority
 	view, err := a.registry.ChangeAuthorities(ctx, func(own *bundle.Bundle, all []*registry.Authority) (registry.AuthorityChange, error) {
 		var change registry.AuthorityChange
@@ -492,6 +545,7 @@ func (a *Authorities) activate(ctx context.Context, kind registry.AuthorityKind,
 		}
 		for _, r := range all {
 			if r.Server == a.server && r.Kind == kind && r.State == registry.Active {
+				former = true
 				change.Put = append(change.Put, with(r, registry.Old))
 			}
 		}
@@ -508,6 +562,11 @@ func (a *Authorities) activate(ctx context.Context, kind registry.AuthorityKind,
 		return nil, err
 	}
 	a.log.Info("authority activated", "kind", kind, "id", next.ID, "expires", next.ExpiresAt)
+	if a.publication != nil && former {
+		if _, err := a.publication.Ready(next); err != nil {
+			a.publication.Overtaken(next, err)
+		}
+	}
 	return next, nil
 }
 

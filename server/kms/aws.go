@@ -15,10 +15,10 @@ import (
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
-	"github.com/aws/aws-sdk-go-v2/config"
 	"go.step.sm/crypto/kms/apiv1"
 
 	"github.com/hallmark-id/hallmark/attestors/cloud"
+	"github.com/hallmark-id/hallmark/server/cloudauth"
 )
 
 const (
@@ -63,12 +63,9 @@ func openAWS(ctx context.Context, o Options, u attributes) (service, error) {
 		}
 		a.endpoint = "https://" + host
 	}
-	c, err := config.LoadDefaultConfig(ctx, config.WithRegion(a.region), config.WithSharedConfigProfile(u["profile"]))
-	if err != nil {
-		return nil, fmt.Errorf("find credentials of AWS: %w", err)
-	}
-	a.credentials = c.Credentials
-	return a, nil
+	var err error
+	a.credentials, err = cloudauth.AWS(ctx, a.region, u["profile"])
+	return a, err
 }
 
 func (a *awsKMS) alias(name string) string { return "alias/" + a.owner.prefix() + name }

@@ -15,13 +15,11 @@ import (
 	"strings"
 	"time"
 
-	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
-	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
-	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 	"golang.org/x/crypto/cryptobyte"
 	"golang.org/x/crypto/cryptobyte/asn1"
 
 	"github.com/hallmark-id/hallmark/attestors/cloud"
+	"github.com/hallmark-id/hallmark/server/cloudauth"
 )
 
 const (
@@ -33,12 +31,11 @@ var azureVault = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9-]{1,126}$`)
 
 // azureKMS keeps keys in an Azure Key Vault, or a managed HSM. Tags say whose a key is.
 type azureKMS struct {
-	owner owner
-	vault string // URL
-	scope string
-	hsm   string // after the types of keys
-	api   *cloud.Service
-	token azcore.TokenCredential
+	owner  owner
+	vault  string // URL
+	hsm    string // after the types of keys
+	api    *cloud.Service
+	tokens cloudauth.Tokens
 }
 
 func checkAzure(u attributes) error {
@@ -55,33 +52,22 @@ func checkAzure(u attributes) error {
 }
 
 func openAzure(_ context.Context, o Options, u attributes) (service, error) {
-	a := &azureKMS{owner: o.owner(), vault: u["endpoint"], scope: "https://vault.azure.net/.default", api: cloud.API()}
+	a := &azureKMS{owner: o.owner(), vault: u["endpoint"], api: cloud.API()}
+	scope := "https://vault.azure.net/.default"
 	if a.vault == "" {
 		a.vault = "https://" + u["vault"] + ".vault.azure.net"
 	} else if at, err := url.Parse(a.vault); err == nil {
 		// The vaults of a cloud, or of the HSMs in one, share what tokens are for.
 		if _, service, ok := strings.Cut(at.Hostname(), "."); ok && at.Scheme == "https" {
-			a.scope = "https://" + service + "/.default"
+			scope = "https://" + service + "/.default"
 		}
 	}
 	if u["hsm"] == "true" {
 		a.hsm = "-HSM"
 	}
-	var sources []azcore.TokenCredential
-	if c, err := azidentity.NewEnvironmentCredential(nil); err == nil {
-		sources = append(sources, c)
-	}
-	if c, err := azidentity.NewWorkloadIdentityCredential(nil); err == nil {
-		sources = append(sources, c)
-	}
-	managed, err := azidentity.NewManagedIdentityCredential(nil)
-	if err != nil {
-		return nil, fmt.Errorf("find credentials of Azure: %w", err)
-	}
-	if a.token, err = azidentity.NewChainedTokenCredential(append(sources, managed), nil); err != nil {
-		return nil, fmt.Errorf("find credentials of Azure: %w", err)
-	}
-	return a, nil
+	var err error
+	a.tokens, err = cloudauth.Azure(scope)
+	return a, err
 }
 
 func (a *azureKMS) key(name string) string {
@@ -89,12 +75,11 @@ func (a *azureKMS) key(name string) string {
 }
 
 func (a *azureKMS) ask(ctx context.Context, method, where string, in, out any) error {
-	token, err := a.token.GetToken(ctx, policy.TokenRequestOptions{Scopes: []string{a.scope}})
+	token, err := a.tokens.Token(ctx)
 	if err != nil {
-		text, _, _ := strings.Cut(err.Error(), "\n") // the rest is a trace of HTTP
-		return fmt.Errorf("token of Azure: %s", clip(text, 300))
+		return err
 	}
-	return askWithToken(ctx, a.api, method, where, token.Token, in, out)
+	return askWithToken(ctx, a.api, method, where, token, in, out)
 }
 
 func (a *azureKMS) create(ctx context.Context, name string, t keyType) error {

@@ -15,10 +15,9 @@ import (
 	"time"
 
 	"go.step.sm/crypto/kms/apiv1"
-	"golang.org/x/oauth2"
-	"golang.org/x/oauth2/google"
 
 	"github.com/hallmark-id/hallmark/attestors/cloud"
+	"github.com/hallmark-id/hallmark/server/cloudauth"
 )
 
 const (
@@ -45,7 +44,7 @@ type googleKMS struct {
 	ring   string // URL
 	level  string // of protection
 	api    *cloud.Service
-	tokens oauth2.TokenSource
+	tokens cloudauth.Tokens
 }
 
 func checkGoogle(u attributes) error {
@@ -70,14 +69,9 @@ func openGoogle(_ context.Context, o Options, u attributes) (service, error) {
 	if u["protection-level"] == "hsm" {
 		g.level = "HSM"
 	}
-	// The context is kept for later tokens, which are not of any question alone.
-	ctx := context.WithValue(context.Background(), oauth2.HTTPClient, &http.Client{Timeout: callTime})
-	c, err := google.FindDefaultCredentials(ctx, googleScope)
-	if err != nil {
-		return nil, fmt.Errorf("find credentials of Google Cloud: %w", err)
-	}
-	g.tokens = oauth2.ReuseTokenSource(nil, c.TokenSource)
-	return g, nil
+	var err error
+	g.tokens, err = cloudauth.Google(googleScope)
+	return g, err
 }
 
 func (g *googleKMS) key(name string) string {
@@ -87,15 +81,11 @@ func (g *googleKMS) key(name string) string {
 func (g *googleKMS) version(name string) string { return g.key(name) + "/cryptoKeyVersions/1" }
 
 func (g *googleKMS) ask(ctx context.Context, method, where string, in, out any) error {
-	token, err := g.tokens.Token()
+	token, err := g.tokens.Token(ctx)
 	if err != nil {
-		var refused *oauth2.RetrieveError
-		if errors.As(err, &refused) { // its text has the whole answer
-			return fmt.Errorf("token of Google Cloud: it answered %s (%s)", refused.Response.Status, clip(refused.ErrorCode, 100))
-		}
-		return fmt.Errorf("token of Google Cloud: %w", err)
+		return err
 	}
-	return askWithToken(ctx, g.api, method, where, token.AccessToken, in, out)
+	return askWithToken(ctx, g.api, method, where, token, in, out)
 }
 
 // googleVersion is what the service says of a version.

@@ -34,6 +34,12 @@ type Metrics struct {
 	BundleRefreshes *prometheus.CounterVec // of foreign bundles, by trust domain and outcome
 	BundleRefreshed *prometheus.GaugeVec   // when one was last fetched, by trust domain
 
+	PublishTries         *prometheus.CounterVec // by target and outcome
+	PublishRepairs       *prometheus.CounterVec // documents that somebody else changed or deleted, by target
+	PublishedAt          *prometheus.GaugeVec   // when a target was last seen to have all, by target
+	PublishedSequence    *prometheus.GaugeVec   // of the bundle that a target has, by target
+	ActivatedUnpublished *prometheus.CounterVec // authorities, by kind
+
 	Commits       prometheus.Counter // transactions
 	CommitSeconds prometheus.Histogram
 	Majority      prometheus.Gauge
@@ -94,6 +100,26 @@ func New(r prometheus.Registerer) *Metrics {
 			Name: "hallmark_server_bundle_refreshed_timestamp_seconds",
 			Help: "When a foreign bundle was last fetched by schedule, by trust domain, in seconds since 1970; 0: not since the server's start.",
 		}, []string{"trust_domain"}),
+		PublishTries: make.NewCounterVec(prometheus.CounterOpts{
+			Name: "hallmark_server_publish_tries_total",
+			Help: "Tries to bring a target of publish up to date, or to see that it is, by target and outcome (ok, failed).",
+		}, []string{"target", "outcome"}),
+		PublishRepairs: make.NewCounterVec(prometheus.CounterOpts{
+			Name: "hallmark_server_publish_repairs_total",
+			Help: "Published documents that somebody else had changed or deleted and that were put back, by target.",
+		}, []string{"target"}),
+		PublishedAt: make.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "hallmark_server_published_timestamp_seconds",
+			Help: "When a target of publish was last seen to have the newest documents, by target, in seconds since 1970; 0: not since the server's start. It is looked at every 5 minutes.",
+		}, []string{"target"}),
+		PublishedSequence: make.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "hallmark_server_published_sequence_number",
+			Help: "Sequence number of the bundle that the documents in a target of publish are made of, by target; 0: it is not known.",
+		}, []string{"target"}),
+		ActivatedUnpublished: make.NewCounterVec(prometheus.CounterOpts{
+			Name: "hallmark_server_authorities_activated_unpublished_total",
+			Help: "Authorities that began to sign before every target of publish had them, by kind: those who read such a target refuse what they sign.",
+		}, []string{"kind"}),
 		Commits: make.NewCounter(prometheus.CounterOpts{
 			Name: "hallmark_server_store_transactions_total",
 			Help: "Transactions committed to the store.",

@@ -35,8 +35,9 @@ const (
 	MaxIssuers = 100
 	maxURL     = 2048 // bytes
 
-	metadataPath = "/.well-known/openid-configuration" // Discovery §4
-	keysPath     = "/keys"
+	// MetadataPath and KeysPath are where an issuer's documents are, after its URL.
+	MetadataPath = "/.well-known/openid-configuration" // Discovery §4
+	KeysPath     = "/keys"
 )
 
 // Options of [New]. All but Log and Next are required for serving; for checking
@@ -107,7 +108,7 @@ func New(o Options) (*Issuer, error) {
 			return nil, fmt.Errorf("%.200q %w; write one like https://id.example.org", text, err)
 		}
 		host := hostOf(u.Host)
-		for at, is := range map[page]kind{{host, u.Path + metadataPath}: {text}, {host, u.Path + keysPath}: {}} {
+		for at, is := range map[page]kind{{host, u.Path + MetadataPath}: {text}, {host, u.Path + KeysPath}: {}} {
 			if _, twice := i.pages[at]; twice {
 				return nil, fmt.Errorf("%.200q is there twice, or is below another", text)
 			}
@@ -194,16 +195,38 @@ func (i *Issuer) document(is kind) (document, error) {
 	if err != nil || is.issuer == "" {
 		return keys, err
 	}
-	text, err := json.Marshal(metadata{
-		Issuer:        is.issuer,
-		JWKSURI:       is.issuer + keysPath,
+	text, err := json.Marshal(metadataOf(is.issuer, algorithms))
+	return newDocument(text), err
+}
+
+// Documents returns the documents of an issuer, by its URL, for where somebody else
+// serves them: as an [Issuer] serves them, and besides with the bundle's sequence
+// number as spiffe_sequence, so that of two one can tell which is newer. Readers
+// ignore members that they do not know: RFC 7517 §5, Discovery §3.
+func Documents(issuer string, b *bundle.Bundle) (metadata, keys []byte, err error) {
+	set, algorithms := keySet(b)
+	m := metadataOf(issuer, algorithms)
+	m.Sequence = b.SequenceNumber
+	if metadata, err = json.Marshal(m); err != nil {
+		return nil, nil, err
+	}
+	keys, err = json.Marshal(struct {
+		jose.JSONWebKeySet
+		Sequence uint64 `json:"spiffe_sequence"`
+	}{set, b.SequenceNumber})
+	return metadata, keys, err
+}
+
+func metadataOf(issuer string, algorithms []string) metadata {
+	return metadata{
+		Issuer:        issuer,
+		JWKSURI:       issuer + KeysPath,
 		ResponseTypes: []string{"id_token"},
 		SubjectTypes:  []string{"public"},
 		SigningAlgs:   algorithms,
 		Claims:        []string{"aud", "exp", "iat", "iss", "sub"},
 		ClaimTypes:    []string{"normal"},
-	})
-	return newDocument(text), err
+	}
 }
 
 // metadata are those of Discovery §3 that hold of an issuer which gives tokens
@@ -218,6 +241,7 @@ type metadata struct {
 	SigningAlgs   []string `json:"id_token_signing_alg_values_supported"`
 	Claims        []string `json:"claims_supported"`
 	ClaimTypes    []string `json:"claim_types_supported"`
+	Sequence      uint64   `json:"spiffe_sequence,omitempty"`
 }
 
 // jwks returns the JWT authorities as relying parties of OpenID Connect read
@@ -232,8 +256,18 @@ func (i *Issuer) jwks() (document, []string, error) {
 	if i.of == b {
 		return i.keys, i.signed, nil
 	}
-	set := jose.JSONWebKeySet{Keys: []jose.JSONWebKey{}}
-	signed := []string{}
+	set, signed := keySet(b)
+	text, err := json.Marshal(set)
+	if err != nil {
+		return document{}, nil, err
+	}
+	i.of, i.keys, i.signed = b, newDocument(text), signed
+	return i.keys, i.signed, nil
+}
+
+// keySet returns the keys of a bundle that sign JWT-SVIDs, and their algorithms.
+func keySet(b *bundle.Bundle) (set jose.JSONWebKeySet, signed []string) {
+	set.Keys, signed = []jose.JSONWebKey{}, []string{}
 	for _, a := range b.JWTAuthorities {
 		algorithm, ok := algorithmOf(a.PublicKey)
 		if !ok { // of a server that is newer, or of another maker
@@ -244,13 +278,8 @@ func (i *Issuer) jwks() (document, []string, error) {
 			signed = append(signed, string(algorithm))
 		}
 	}
-	text, err := json.Marshal(set)
-	if err != nil {
-		return document{}, nil, err
-	}
 	slices.Sort(signed)
-	i.of, i.keys, i.signed = b, newDocument(text), signed
-	return i.keys, i.signed, nil
+	return set, signed
 }
 
 // algorithmOf returns the one algorithm that a key's tokens are signed with.

@@ -1096,6 +1096,210 @@ func (x *BundleFetch) GetError() string {
 	return ""
 }
 
+type ListPublishTargetsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListPublishTargetsRequest) Reset() {
+	*x = ListPublishTargetsRequest{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListPublishTargetsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListPublishTargetsRequest) ProtoMessage() {}
+
+func (x *ListPublishTargetsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListPublishTargetsRequest.ProtoReflect.Descriptor instead.
+func (*ListPublishTargetsRequest) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{19}
+}
+
+type ListPublishTargetsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Targets       []*PublishTarget       `protobuf:"bytes,1,rep,name=targets,proto3" json:"targets,omitempty"` // in the order of the configuration
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListPublishTargetsResponse) Reset() {
+	*x = ListPublishTargetsResponse{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListPublishTargetsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListPublishTargetsResponse) ProtoMessage() {}
+
+func (x *ListPublishTargetsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListPublishTargetsResponse.ProtoReflect.Descriptor instead.
+func (*ListPublishTargetsResponse) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ListPublishTargetsResponse) GetTargets() []*PublishTarget {
+	if x != nil {
+		return x.Targets
+	}
+	return nil
+}
+
+type PublishTarget struct {
+	state                protoimpl.MessageState `protogen:"open.v1"`
+	Name                 string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Place                string                 `protobuf:"bytes,2,opt,name=place,proto3" json:"place,omitempty"`                                                              // where it is, for people
+	Documents            []string               `protobuf:"bytes,3,rep,name=documents,proto3" json:"documents,omitempty"`                                                      // paths in it
+	State                string                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`                                                              // "current": it has the newest documents that the server knows; "failing"; "pending": it was not tried yet
+	SequenceNumber       uint64                 `protobuf:"varint,5,opt,name=sequence_number,json=sequenceNumber,proto3" json:"sequence_number,omitempty"`                     // of the bundle that the documents there are made of; 0: it is not known
+	NewestSequenceNumber uint64                 `protobuf:"varint,6,opt,name=newest_sequence_number,json=newestSequenceNumber,proto3" json:"newest_sequence_number,omitempty"` // of the server's bundle at the last try
+	PublishedAt          int64                  `protobuf:"varint,7,opt,name=published_at,json=publishedAt,proto3" json:"published_at,omitempty"`                              // Unix seconds when it was last seen to have all; 0 if not since this server started
+	TriedAt              int64                  `protobuf:"varint,8,opt,name=tried_at,json=triedAt,proto3" json:"tried_at,omitempty"`                                          // likewise
+	NextTry              int64                  `protobuf:"varint,9,opt,name=next_try,json=nextTry,proto3" json:"next_try,omitempty"`                                          // Unix seconds
+	Failures             int32                  `protobuf:"varint,10,opt,name=failures,proto3" json:"failures,omitempty"`                                                      // since published_at
+	Error                string                 `protobuf:"bytes,11,opt,name=error,proto3" json:"error,omitempty"`                                                             // why the last try failed; empty if it did not
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
+}
+
+func (x *PublishTarget) Reset() {
+	*x = PublishTarget{}
+	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PublishTarget) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PublishTarget) ProtoMessage() {}
+
+func (x *PublishTarget) ProtoReflect() protoreflect.Message {
+	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PublishTarget.ProtoReflect.Descriptor instead.
+func (*PublishTarget) Descriptor() ([]byte, []int) {
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *PublishTarget) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PublishTarget) GetPlace() string {
+	if x != nil {
+		return x.Place
+	}
+	return ""
+}
+
+func (x *PublishTarget) GetDocuments() []string {
+	if x != nil {
+		return x.Documents
+	}
+	return nil
+}
+
+func (x *PublishTarget) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *PublishTarget) GetSequenceNumber() uint64 {
+	if x != nil {
+		return x.SequenceNumber
+	}
+	return 0
+}
+
+func (x *PublishTarget) GetNewestSequenceNumber() uint64 {
+	if x != nil {
+		return x.NewestSequenceNumber
+	}
+	return 0
+}
+
+func (x *PublishTarget) GetPublishedAt() int64 {
+	if x != nil {
+		return x.PublishedAt
+	}
+	return 0
+}
+
+func (x *PublishTarget) GetTriedAt() int64 {
+	if x != nil {
+		return x.TriedAt
+	}
+	return 0
+}
+
+func (x *PublishTarget) GetNextTry() int64 {
+	if x != nil {
+		return x.NextTry
+	}
+	return 0
+}
+
+func (x *PublishTarget) GetFailures() int32 {
+	if x != nil {
+		return x.Failures
+	}
+	return 0
+}
+
+func (x *PublishTarget) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 type GetJoinInfoRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1104,7 +1308,7 @@ type GetJoinInfoRequest struct {
 
 func (x *GetJoinInfoRequest) Reset() {
 	*x = GetJoinInfoRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1116,7 +1320,7 @@ func (x *GetJoinInfoRequest) String() string {
 func (*GetJoinInfoRequest) ProtoMessage() {}
 
 func (x *GetJoinInfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[19]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1129,7 +1333,7 @@ func (x *GetJoinInfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJoinInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetJoinInfoRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 type GetJoinInfoResponse struct {
@@ -1143,7 +1347,7 @@ type GetJoinInfoResponse struct {
 
 func (x *GetJoinInfoResponse) Reset() {
 	*x = GetJoinInfoResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1155,7 +1359,7 @@ func (x *GetJoinInfoResponse) String() string {
 func (*GetJoinInfoResponse) ProtoMessage() {}
 
 func (x *GetJoinInfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[20]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1168,7 +1372,7 @@ func (x *GetJoinInfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJoinInfoResponse.ProtoReflect.Descriptor instead.
 func (*GetJoinInfoResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetJoinInfoResponse) GetTrustDomain() string {
@@ -1200,7 +1404,7 @@ type ListNodeAttestorsRequest struct {
 
 func (x *ListNodeAttestorsRequest) Reset() {
 	*x = ListNodeAttestorsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1212,7 +1416,7 @@ func (x *ListNodeAttestorsRequest) String() string {
 func (*ListNodeAttestorsRequest) ProtoMessage() {}
 
 func (x *ListNodeAttestorsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[21]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1225,7 +1429,7 @@ func (x *ListNodeAttestorsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodeAttestorsRequest.ProtoReflect.Descriptor instead.
 func (*ListNodeAttestorsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 type ListNodeAttestorsResponse struct {
@@ -1237,7 +1441,7 @@ type ListNodeAttestorsResponse struct {
 
 func (x *ListNodeAttestorsResponse) Reset() {
 	*x = ListNodeAttestorsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1249,7 +1453,7 @@ func (x *ListNodeAttestorsResponse) String() string {
 func (*ListNodeAttestorsResponse) ProtoMessage() {}
 
 func (x *ListNodeAttestorsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[22]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1262,7 +1466,7 @@ func (x *ListNodeAttestorsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodeAttestorsResponse.ProtoReflect.Descriptor instead.
 func (*ListNodeAttestorsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListNodeAttestorsResponse) GetNodeAttestors() []*NodeAttestor {
@@ -1289,7 +1493,7 @@ type NodeAttestor struct {
 
 func (x *NodeAttestor) Reset() {
 	*x = NodeAttestor{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1301,7 +1505,7 @@ func (x *NodeAttestor) String() string {
 func (*NodeAttestor) ProtoMessage() {}
 
 func (x *NodeAttestor) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[23]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1314,7 +1518,7 @@ func (x *NodeAttestor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeAttestor.ProtoReflect.Descriptor instead.
 func (*NodeAttestor) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *NodeAttestor) GetName() string {
@@ -1370,7 +1574,7 @@ type SelectorForm struct {
 
 func (x *SelectorForm) Reset() {
 	*x = SelectorForm{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1382,7 +1586,7 @@ func (x *SelectorForm) String() string {
 func (*SelectorForm) ProtoMessage() {}
 
 func (x *SelectorForm) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[24]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1395,7 +1599,7 @@ func (x *SelectorForm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SelectorForm.ProtoReflect.Descriptor instead.
 func (*SelectorForm) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SelectorForm) GetForm() string {
@@ -1421,7 +1625,7 @@ type ExplainTokenRequest struct {
 
 func (x *ExplainTokenRequest) Reset() {
 	*x = ExplainTokenRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1433,7 +1637,7 @@ func (x *ExplainTokenRequest) String() string {
 func (*ExplainTokenRequest) ProtoMessage() {}
 
 func (x *ExplainTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[25]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1446,7 +1650,7 @@ func (x *ExplainTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainTokenRequest.ProtoReflect.Descriptor instead.
 func (*ExplainTokenRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ExplainTokenRequest) GetToken() string {
@@ -1473,7 +1677,7 @@ type ExplainTokenResponse struct {
 
 func (x *ExplainTokenResponse) Reset() {
 	*x = ExplainTokenResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1485,7 +1689,7 @@ func (x *ExplainTokenResponse) String() string {
 func (*ExplainTokenResponse) ProtoMessage() {}
 
 func (x *ExplainTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[26]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1498,7 +1702,7 @@ func (x *ExplainTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainTokenResponse.ProtoReflect.Descriptor instead.
 func (*ExplainTokenResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ExplainTokenResponse) GetIssuer() string {
@@ -1561,7 +1765,7 @@ type TokenCheck struct {
 
 func (x *TokenCheck) Reset() {
 	*x = TokenCheck{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1573,7 +1777,7 @@ func (x *TokenCheck) String() string {
 func (*TokenCheck) ProtoMessage() {}
 
 func (x *TokenCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[27]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1586,7 +1790,7 @@ func (x *TokenCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenCheck.ProtoReflect.Descriptor instead.
 func (*TokenCheck) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{27}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *TokenCheck) GetName() string {
@@ -1616,7 +1820,7 @@ type TokenMatch struct {
 
 func (x *TokenMatch) Reset() {
 	*x = TokenMatch{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1628,7 +1832,7 @@ func (x *TokenMatch) String() string {
 func (*TokenMatch) ProtoMessage() {}
 
 func (x *TokenMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[28]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1641,7 +1845,7 @@ func (x *TokenMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenMatch.ProtoReflect.Descriptor instead.
 func (*TokenMatch) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{28}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *TokenMatch) GetEntry() *Entry {
@@ -1680,7 +1884,7 @@ type LintIssuersRequest struct {
 
 func (x *LintIssuersRequest) Reset() {
 	*x = LintIssuersRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[29]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1692,7 +1896,7 @@ func (x *LintIssuersRequest) String() string {
 func (*LintIssuersRequest) ProtoMessage() {}
 
 func (x *LintIssuersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[29]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1705,7 +1909,7 @@ func (x *LintIssuersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LintIssuersRequest.ProtoReflect.Descriptor instead.
 func (*LintIssuersRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{29}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{32}
 }
 
 type LintIssuersResponse struct {
@@ -1718,7 +1922,7 @@ type LintIssuersResponse struct {
 
 func (x *LintIssuersResponse) Reset() {
 	*x = LintIssuersResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[30]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1730,7 +1934,7 @@ func (x *LintIssuersResponse) String() string {
 func (*LintIssuersResponse) ProtoMessage() {}
 
 func (x *LintIssuersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[30]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1743,7 +1947,7 @@ func (x *LintIssuersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LintIssuersResponse.ProtoReflect.Descriptor instead.
 func (*LintIssuersResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{30}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *LintIssuersResponse) GetFindings() []*IssuerFinding {
@@ -1774,7 +1978,7 @@ type IssuerFinding struct {
 
 func (x *IssuerFinding) Reset() {
 	*x = IssuerFinding{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[31]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1786,7 +1990,7 @@ func (x *IssuerFinding) String() string {
 func (*IssuerFinding) ProtoMessage() {}
 
 func (x *IssuerFinding) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[31]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1799,7 +2003,7 @@ func (x *IssuerFinding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuerFinding.ProtoReflect.Descriptor instead.
 func (*IssuerFinding) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{31}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *IssuerFinding) GetIssuer() string {
@@ -1850,7 +2054,7 @@ type RevokeSVIDsRequest struct {
 
 func (x *RevokeSVIDsRequest) Reset() {
 	*x = RevokeSVIDsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[32]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1862,7 +2066,7 @@ func (x *RevokeSVIDsRequest) String() string {
 func (*RevokeSVIDsRequest) ProtoMessage() {}
 
 func (x *RevokeSVIDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[32]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1875,7 +2079,7 @@ func (x *RevokeSVIDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeSVIDsRequest.ProtoReflect.Descriptor instead.
 func (*RevokeSVIDsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{32}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *RevokeSVIDsRequest) GetRevocations() []*Revocation {
@@ -1906,7 +2110,7 @@ type RevokeSVIDsResponse struct {
 
 func (x *RevokeSVIDsResponse) Reset() {
 	*x = RevokeSVIDsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[33]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1918,7 +2122,7 @@ func (x *RevokeSVIDsResponse) String() string {
 func (*RevokeSVIDsResponse) ProtoMessage() {}
 
 func (x *RevokeSVIDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[33]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1931,7 +2135,7 @@ func (x *RevokeSVIDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeSVIDsResponse.ProtoReflect.Descriptor instead.
 func (*RevokeSVIDsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{33}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *RevokeSVIDsResponse) GetRevision() int64 {
@@ -1990,7 +2194,7 @@ type RevocationCoverage struct {
 
 func (x *RevocationCoverage) Reset() {
 	*x = RevocationCoverage{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[34]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2002,7 +2206,7 @@ func (x *RevocationCoverage) String() string {
 func (*RevocationCoverage) ProtoMessage() {}
 
 func (x *RevocationCoverage) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[34]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2015,7 +2219,7 @@ func (x *RevocationCoverage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevocationCoverage.ProtoReflect.Descriptor instead.
 func (*RevocationCoverage) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *RevocationCoverage) GetAuthorityId() string {
@@ -2067,7 +2271,7 @@ type StatusCoverage struct {
 
 func (x *StatusCoverage) Reset() {
 	*x = StatusCoverage{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[35]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2079,7 +2283,7 @@ func (x *StatusCoverage) String() string {
 func (*StatusCoverage) ProtoMessage() {}
 
 func (x *StatusCoverage) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[35]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2092,7 +2296,7 @@ func (x *StatusCoverage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusCoverage.ProtoReflect.Descriptor instead.
 func (*StatusCoverage) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{35}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *StatusCoverage) GetServer() string {
@@ -2135,7 +2339,7 @@ type ListSVIDsRequest struct {
 
 func (x *ListSVIDsRequest) Reset() {
 	*x = ListSVIDsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[36]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2147,7 +2351,7 @@ func (x *ListSVIDsRequest) String() string {
 func (*ListSVIDsRequest) ProtoMessage() {}
 
 func (x *ListSVIDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[36]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2160,7 +2364,7 @@ func (x *ListSVIDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSVIDsRequest.ProtoReflect.Descriptor instead.
 func (*ListSVIDsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{36}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListSVIDsRequest) GetSpiffeId() string {
@@ -2201,7 +2405,7 @@ type ListSVIDsResponse struct {
 
 func (x *ListSVIDsResponse) Reset() {
 	*x = ListSVIDsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[37]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2213,7 +2417,7 @@ func (x *ListSVIDsResponse) String() string {
 func (*ListSVIDsResponse) ProtoMessage() {}
 
 func (x *ListSVIDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[37]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2226,7 +2430,7 @@ func (x *ListSVIDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSVIDsResponse.ProtoReflect.Descriptor instead.
 func (*ListSVIDsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{37}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListSVIDsResponse) GetSvids() []*IssuedSVID {
@@ -2261,7 +2465,7 @@ type IssuedSVID struct {
 
 func (x *IssuedSVID) Reset() {
 	*x = IssuedSVID{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[38]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2273,7 +2477,7 @@ func (x *IssuedSVID) String() string {
 func (*IssuedSVID) ProtoMessage() {}
 
 func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[38]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2286,7 +2490,7 @@ func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuedSVID.ProtoReflect.Descriptor instead.
 func (*IssuedSVID) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{38}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *IssuedSVID) GetSpiffeId() string {
@@ -2353,7 +2557,7 @@ type ListRevocationsRequest struct {
 
 func (x *ListRevocationsRequest) Reset() {
 	*x = ListRevocationsRequest{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[39]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2365,7 +2569,7 @@ func (x *ListRevocationsRequest) String() string {
 func (*ListRevocationsRequest) ProtoMessage() {}
 
 func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[39]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2378,7 +2582,7 @@ func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRevocationsRequest.ProtoReflect.Descriptor instead.
 func (*ListRevocationsRequest) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{39}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{42}
 }
 
 type ListRevocationsResponse struct {
@@ -2392,7 +2596,7 @@ type ListRevocationsResponse struct {
 
 func (x *ListRevocationsResponse) Reset() {
 	*x = ListRevocationsResponse{}
-	mi := &file_hallmark_v1_admin_proto_msgTypes[40]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2404,7 +2608,7 @@ func (x *ListRevocationsResponse) String() string {
 func (*ListRevocationsResponse) ProtoMessage() {}
 
 func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hallmark_v1_admin_proto_msgTypes[40]
+	mi := &file_hallmark_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2417,7 +2621,7 @@ func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRevocationsResponse.ProtoReflect.Descriptor instead.
 func (*ListRevocationsResponse) Descriptor() ([]byte, []int) {
-	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{40}
+	return file_hallmark_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ListRevocationsResponse) GetRevocations() []*Revocation {
@@ -2515,7 +2719,23 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"fetched_at\x18\x02 \x01(\x03R\tfetchedAt\x12\x19\n" +
 	"\btried_at\x18\x03 \x01(\x03R\atriedAt\x12\x1a\n" +
 	"\bfailures\x18\x04 \x01(\x05R\bfailures\x12\x14\n" +
-	"\x05error\x18\x05 \x01(\tR\x05error\"\x14\n" +
+	"\x05error\x18\x05 \x01(\tR\x05error\"\x1b\n" +
+	"\x19ListPublishTargetsRequest\"R\n" +
+	"\x1aListPublishTargetsResponse\x124\n" +
+	"\atargets\x18\x01 \x03(\v2\x1a.hallmark.v1.PublishTargetR\atargets\"\xd7\x02\n" +
+	"\rPublishTarget\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05place\x18\x02 \x01(\tR\x05place\x12\x1c\n" +
+	"\tdocuments\x18\x03 \x03(\tR\tdocuments\x12\x14\n" +
+	"\x05state\x18\x04 \x01(\tR\x05state\x12'\n" +
+	"\x0fsequence_number\x18\x05 \x01(\x04R\x0esequenceNumber\x124\n" +
+	"\x16newest_sequence_number\x18\x06 \x01(\x04R\x14newestSequenceNumber\x12!\n" +
+	"\fpublished_at\x18\a \x01(\x03R\vpublishedAt\x12\x19\n" +
+	"\btried_at\x18\b \x01(\x03R\atriedAt\x12\x19\n" +
+	"\bnext_try\x18\t \x01(\x03R\anextTry\x12\x1a\n" +
+	"\bfailures\x18\n" +
+	" \x01(\x05R\bfailures\x12\x14\n" +
+	"\x05error\x18\v \x01(\tR\x05error\"\x14\n" +
 	"\x12GetJoinInfoRequest\"s\n" +
 	"\x13GetJoinInfoResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
@@ -2612,7 +2832,8 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\x17ListRevocationsResponse\x129\n" +
 	"\vrevocations\x18\x01 \x03(\v2\x17.hallmark.v1.RevocationR\vrevocations\x12A\n" +
 	"\vauthorities\x18\x02 \x03(\v2\x1f.hallmark.v1.RevocationCoverageR\vauthorities\x12>\n" +
-	"\fstatus_lists\x18\x03 \x03(\v2\x1b.hallmark.v1.StatusCoverageR\vstatusLists2\xc8\t\n" +
+	"\fstatus_lists\x18\x03 \x03(\v2\x1b.hallmark.v1.StatusCoverageR\vstatusLists2\xaf\n" +
+	"\n" +
 	"\fAdminService\x12J\n" +
 	"\tGetServer\x12\x1d.hallmark.v1.GetServerRequest\x1a\x1e.hallmark.v1.GetServerResponse\x12C\n" +
 	"\x06Backup\x12\x1a.hallmark.v1.BackupRequest\x1a\x1b.hallmark.v1.BackupResponse0\x01\x12\\\n" +
@@ -2627,7 +2848,8 @@ const file_hallmark_v1_admin_proto_rawDesc = "" +
 	"\vRevokeSVIDs\x12\x1f.hallmark.v1.RevokeSVIDsRequest\x1a .hallmark.v1.RevokeSVIDsResponse\x12J\n" +
 	"\tListSVIDs\x12\x1d.hallmark.v1.ListSVIDsRequest\x1a\x1e.hallmark.v1.ListSVIDsResponse\x12\\\n" +
 	"\x0fListRevocations\x12#.hallmark.v1.ListRevocationsRequest\x1a$.hallmark.v1.ListRevocationsResponse\x12b\n" +
-	"\x11ListBundleFetches\x12%.hallmark.v1.ListBundleFetchesRequest\x1a&.hallmark.v1.ListBundleFetchesResponseB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
+	"\x11ListBundleFetches\x12%.hallmark.v1.ListBundleFetchesRequest\x1a&.hallmark.v1.ListBundleFetchesResponse\x12e\n" +
+	"\x12ListPublishTargets\x12&.hallmark.v1.ListPublishTargetsRequest\x1a'.hallmark.v1.ListPublishTargetsResponseB>Z<github.com/hallmark-id/hallmark/proto/hallmark/v1;hallmarkv1b\x06proto3"
 
 var (
 	file_hallmark_v1_admin_proto_rawDescOnce sync.Once
@@ -2641,114 +2863,120 @@ func file_hallmark_v1_admin_proto_rawDescGZIP() []byte {
 	return file_hallmark_v1_admin_proto_rawDescData
 }
 
-var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_hallmark_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_hallmark_v1_admin_proto_goTypes = []any{
-	(*GetServerRequest)(nil),          // 0: hallmark.v1.GetServerRequest
-	(*GetServerResponse)(nil),         // 1: hallmark.v1.GetServerResponse
-	(*BackupRequest)(nil),             // 2: hallmark.v1.BackupRequest
-	(*BackupResponse)(nil),            // 3: hallmark.v1.BackupResponse
-	(*ListAuthoritiesRequest)(nil),    // 4: hallmark.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil),   // 5: hallmark.v1.ListAuthoritiesResponse
-	(*Upstream)(nil),                  // 6: hallmark.v1.Upstream
-	(*UpstreamRequest)(nil),           // 7: hallmark.v1.UpstreamRequest
-	(*AuthorityUse)(nil),              // 8: hallmark.v1.AuthorityUse
-	(*RotateAuthorityRequest)(nil),    // 9: hallmark.v1.RotateAuthorityRequest
-	(*RotateAuthorityResponse)(nil),   // 10: hallmark.v1.RotateAuthorityResponse
-	(*ListConnectionsRequest)(nil),    // 11: hallmark.v1.ListConnectionsRequest
-	(*ListConnectionsResponse)(nil),   // 12: hallmark.v1.ListConnectionsResponse
-	(*Connection)(nil),                // 13: hallmark.v1.Connection
-	(*AwaitAgentsRequest)(nil),        // 14: hallmark.v1.AwaitAgentsRequest
-	(*AwaitAgentsResponse)(nil),       // 15: hallmark.v1.AwaitAgentsResponse
-	(*ListBundleFetchesRequest)(nil),  // 16: hallmark.v1.ListBundleFetchesRequest
-	(*ListBundleFetchesResponse)(nil), // 17: hallmark.v1.ListBundleFetchesResponse
-	(*BundleFetch)(nil),               // 18: hallmark.v1.BundleFetch
-	(*GetJoinInfoRequest)(nil),        // 19: hallmark.v1.GetJoinInfoRequest
-	(*GetJoinInfoResponse)(nil),       // 20: hallmark.v1.GetJoinInfoResponse
-	(*ListNodeAttestorsRequest)(nil),  // 21: hallmark.v1.ListNodeAttestorsRequest
-	(*ListNodeAttestorsResponse)(nil), // 22: hallmark.v1.ListNodeAttestorsResponse
-	(*NodeAttestor)(nil),              // 23: hallmark.v1.NodeAttestor
-	(*SelectorForm)(nil),              // 24: hallmark.v1.SelectorForm
-	(*ExplainTokenRequest)(nil),       // 25: hallmark.v1.ExplainTokenRequest
-	(*ExplainTokenResponse)(nil),      // 26: hallmark.v1.ExplainTokenResponse
-	(*TokenCheck)(nil),                // 27: hallmark.v1.TokenCheck
-	(*TokenMatch)(nil),                // 28: hallmark.v1.TokenMatch
-	(*LintIssuersRequest)(nil),        // 29: hallmark.v1.LintIssuersRequest
-	(*LintIssuersResponse)(nil),       // 30: hallmark.v1.LintIssuersResponse
-	(*IssuerFinding)(nil),             // 31: hallmark.v1.IssuerFinding
-	(*RevokeSVIDsRequest)(nil),        // 32: hallmark.v1.RevokeSVIDsRequest
-	(*RevokeSVIDsResponse)(nil),       // 33: hallmark.v1.RevokeSVIDsResponse
-	(*RevocationCoverage)(nil),        // 34: hallmark.v1.RevocationCoverage
-	(*StatusCoverage)(nil),            // 35: hallmark.v1.StatusCoverage
-	(*ListSVIDsRequest)(nil),          // 36: hallmark.v1.ListSVIDsRequest
-	(*ListSVIDsResponse)(nil),         // 37: hallmark.v1.ListSVIDsResponse
-	(*IssuedSVID)(nil),                // 38: hallmark.v1.IssuedSVID
-	(*ListRevocationsRequest)(nil),    // 39: hallmark.v1.ListRevocationsRequest
-	(*ListRevocationsResponse)(nil),   // 40: hallmark.v1.ListRevocationsResponse
-	(*Authority)(nil),                 // 41: hallmark.v1.Authority
-	(*X509Authority)(nil),             // 42: hallmark.v1.X509Authority
-	(Authority_Kind)(0),               // 43: hallmark.v1.Authority.Kind
-	(*Selector)(nil),                  // 44: hallmark.v1.Selector
-	(*Entry)(nil),                     // 45: hallmark.v1.Entry
-	(*Revocation)(nil),                // 46: hallmark.v1.Revocation
+	(*GetServerRequest)(nil),           // 0: hallmark.v1.GetServerRequest
+	(*GetServerResponse)(nil),          // 1: hallmark.v1.GetServerResponse
+	(*BackupRequest)(nil),              // 2: hallmark.v1.BackupRequest
+	(*BackupResponse)(nil),             // 3: hallmark.v1.BackupResponse
+	(*ListAuthoritiesRequest)(nil),     // 4: hallmark.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),    // 5: hallmark.v1.ListAuthoritiesResponse
+	(*Upstream)(nil),                   // 6: hallmark.v1.Upstream
+	(*UpstreamRequest)(nil),            // 7: hallmark.v1.UpstreamRequest
+	(*AuthorityUse)(nil),               // 8: hallmark.v1.AuthorityUse
+	(*RotateAuthorityRequest)(nil),     // 9: hallmark.v1.RotateAuthorityRequest
+	(*RotateAuthorityResponse)(nil),    // 10: hallmark.v1.RotateAuthorityResponse
+	(*ListConnectionsRequest)(nil),     // 11: hallmark.v1.ListConnectionsRequest
+	(*ListConnectionsResponse)(nil),    // 12: hallmark.v1.ListConnectionsResponse
+	(*Connection)(nil),                 // 13: hallmark.v1.Connection
+	(*AwaitAgentsRequest)(nil),         // 14: hallmark.v1.AwaitAgentsRequest
+	(*AwaitAgentsResponse)(nil),        // 15: hallmark.v1.AwaitAgentsResponse
+	(*ListBundleFetchesRequest)(nil),   // 16: hallmark.v1.ListBundleFetchesRequest
+	(*ListBundleFetchesResponse)(nil),  // 17: hallmark.v1.ListBundleFetchesResponse
+	(*BundleFetch)(nil),                // 18: hallmark.v1.BundleFetch
+	(*ListPublishTargetsRequest)(nil),  // 19: hallmark.v1.ListPublishTargetsRequest
+	(*ListPublishTargetsResponse)(nil), // 20: hallmark.v1.ListPublishTargetsResponse
+	(*PublishTarget)(nil),              // 21: hallmark.v1.PublishTarget
+	(*GetJoinInfoRequest)(nil),         // 22: hallmark.v1.GetJoinInfoRequest
+	(*GetJoinInfoResponse)(nil),        // 23: hallmark.v1.GetJoinInfoResponse
+	(*ListNodeAttestorsRequest)(nil),   // 24: hallmark.v1.ListNodeAttestorsRequest
+	(*ListNodeAttestorsResponse)(nil),  // 25: hallmark.v1.ListNodeAttestorsResponse
+	(*NodeAttestor)(nil),               // 26: hallmark.v1.NodeAttestor
+	(*SelectorForm)(nil),               // 27: hallmark.v1.SelectorForm
+	(*ExplainTokenRequest)(nil),        // 28: hallmark.v1.ExplainTokenRequest
+	(*ExplainTokenResponse)(nil),       // 29: hallmark.v1.ExplainTokenResponse
+	(*TokenCheck)(nil),                 // 30: hallmark.v1.TokenCheck
+	(*TokenMatch)(nil),                 // 31: hallmark.v1.TokenMatch
+	(*LintIssuersRequest)(nil),         // 32: hallmark.v1.LintIssuersRequest
+	(*LintIssuersResponse)(nil),        // 33: hallmark.v1.LintIssuersResponse
+	(*IssuerFinding)(nil),              // 34: hallmark.v1.IssuerFinding
+	(*RevokeSVIDsRequest)(nil),         // 35: hallmark.v1.RevokeSVIDsRequest
+	(*RevokeSVIDsResponse)(nil),        // 36: hallmark.v1.RevokeSVIDsResponse
+	(*RevocationCoverage)(nil),         // 37: hallmark.v1.RevocationCoverage
+	(*StatusCoverage)(nil),             // 38: hallmark.v1.StatusCoverage
+	(*ListSVIDsRequest)(nil),           // 39: hallmark.v1.ListSVIDsRequest
+	(*ListSVIDsResponse)(nil),          // 40: hallmark.v1.ListSVIDsResponse
+	(*IssuedSVID)(nil),                 // 41: hallmark.v1.IssuedSVID
+	(*ListRevocationsRequest)(nil),     // 42: hallmark.v1.ListRevocationsRequest
+	(*ListRevocationsResponse)(nil),    // 43: hallmark.v1.ListRevocationsResponse
+	(*Authority)(nil),                  // 44: hallmark.v1.Authority
+	(*X509Authority)(nil),              // 45: hallmark.v1.X509Authority
+	(Authority_Kind)(0),                // 46: hallmark.v1.Authority.Kind
+	(*Selector)(nil),                   // 47: hallmark.v1.Selector
+	(*Entry)(nil),                      // 48: hallmark.v1.Entry
+	(*Revocation)(nil),                 // 49: hallmark.v1.Revocation
 }
 var file_hallmark_v1_admin_proto_depIdxs = []int32{
-	41, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
+	44, // 0: hallmark.v1.ListAuthoritiesResponse.authorities:type_name -> hallmark.v1.Authority
 	8,  // 1: hallmark.v1.ListAuthoritiesResponse.uses:type_name -> hallmark.v1.AuthorityUse
-	42, // 2: hallmark.v1.ListAuthoritiesResponse.roots:type_name -> hallmark.v1.X509Authority
+	45, // 2: hallmark.v1.ListAuthoritiesResponse.roots:type_name -> hallmark.v1.X509Authority
 	6,  // 3: hallmark.v1.ListAuthoritiesResponse.upstream:type_name -> hallmark.v1.Upstream
 	7,  // 4: hallmark.v1.Upstream.requests:type_name -> hallmark.v1.UpstreamRequest
-	43, // 5: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
-	41, // 6: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
+	46, // 5: hallmark.v1.RotateAuthorityRequest.kind:type_name -> hallmark.v1.Authority.Kind
+	44, // 6: hallmark.v1.RotateAuthorityResponse.activated:type_name -> hallmark.v1.Authority
 	13, // 7: hallmark.v1.ListConnectionsResponse.connections:type_name -> hallmark.v1.Connection
 	18, // 8: hallmark.v1.ListBundleFetchesResponse.fetches:type_name -> hallmark.v1.BundleFetch
-	23, // 9: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
-	24, // 10: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
-	27, // 11: hallmark.v1.ExplainTokenResponse.checks:type_name -> hallmark.v1.TokenCheck
-	44, // 12: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
-	28, // 13: hallmark.v1.ExplainTokenResponse.matches:type_name -> hallmark.v1.TokenMatch
-	45, // 14: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
-	44, // 15: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
-	31, // 16: hallmark.v1.LintIssuersResponse.findings:type_name -> hallmark.v1.IssuerFinding
-	46, // 17: hallmark.v1.RevokeSVIDsRequest.revocations:type_name -> hallmark.v1.Revocation
-	34, // 18: hallmark.v1.RevokeSVIDsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
-	35, // 19: hallmark.v1.RevokeSVIDsResponse.status_lists:type_name -> hallmark.v1.StatusCoverage
-	38, // 20: hallmark.v1.ListSVIDsResponse.svids:type_name -> hallmark.v1.IssuedSVID
-	46, // 21: hallmark.v1.ListRevocationsResponse.revocations:type_name -> hallmark.v1.Revocation
-	34, // 22: hallmark.v1.ListRevocationsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
-	35, // 23: hallmark.v1.ListRevocationsResponse.status_lists:type_name -> hallmark.v1.StatusCoverage
-	0,  // 24: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
-	2,  // 25: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
-	4,  // 26: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
-	9,  // 27: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
-	11, // 28: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
-	14, // 29: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
-	19, // 30: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
-	21, // 31: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
-	25, // 32: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
-	29, // 33: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
-	32, // 34: hallmark.v1.AdminService.RevokeSVIDs:input_type -> hallmark.v1.RevokeSVIDsRequest
-	36, // 35: hallmark.v1.AdminService.ListSVIDs:input_type -> hallmark.v1.ListSVIDsRequest
-	39, // 36: hallmark.v1.AdminService.ListRevocations:input_type -> hallmark.v1.ListRevocationsRequest
-	16, // 37: hallmark.v1.AdminService.ListBundleFetches:input_type -> hallmark.v1.ListBundleFetchesRequest
-	1,  // 38: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
-	3,  // 39: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
-	5,  // 40: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
-	10, // 41: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
-	12, // 42: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
-	15, // 43: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
-	20, // 44: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
-	22, // 45: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
-	26, // 46: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
-	30, // 47: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
-	33, // 48: hallmark.v1.AdminService.RevokeSVIDs:output_type -> hallmark.v1.RevokeSVIDsResponse
-	37, // 49: hallmark.v1.AdminService.ListSVIDs:output_type -> hallmark.v1.ListSVIDsResponse
-	40, // 50: hallmark.v1.AdminService.ListRevocations:output_type -> hallmark.v1.ListRevocationsResponse
-	17, // 51: hallmark.v1.AdminService.ListBundleFetches:output_type -> hallmark.v1.ListBundleFetchesResponse
-	38, // [38:52] is the sub-list for method output_type
-	24, // [24:38] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	21, // 9: hallmark.v1.ListPublishTargetsResponse.targets:type_name -> hallmark.v1.PublishTarget
+	26, // 10: hallmark.v1.ListNodeAttestorsResponse.node_attestors:type_name -> hallmark.v1.NodeAttestor
+	27, // 11: hallmark.v1.NodeAttestor.selectors:type_name -> hallmark.v1.SelectorForm
+	30, // 12: hallmark.v1.ExplainTokenResponse.checks:type_name -> hallmark.v1.TokenCheck
+	47, // 13: hallmark.v1.ExplainTokenResponse.selectors:type_name -> hallmark.v1.Selector
+	31, // 14: hallmark.v1.ExplainTokenResponse.matches:type_name -> hallmark.v1.TokenMatch
+	48, // 15: hallmark.v1.TokenMatch.entry:type_name -> hallmark.v1.Entry
+	47, // 16: hallmark.v1.TokenMatch.missing:type_name -> hallmark.v1.Selector
+	34, // 17: hallmark.v1.LintIssuersResponse.findings:type_name -> hallmark.v1.IssuerFinding
+	49, // 18: hallmark.v1.RevokeSVIDsRequest.revocations:type_name -> hallmark.v1.Revocation
+	37, // 19: hallmark.v1.RevokeSVIDsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
+	38, // 20: hallmark.v1.RevokeSVIDsResponse.status_lists:type_name -> hallmark.v1.StatusCoverage
+	41, // 21: hallmark.v1.ListSVIDsResponse.svids:type_name -> hallmark.v1.IssuedSVID
+	49, // 22: hallmark.v1.ListRevocationsResponse.revocations:type_name -> hallmark.v1.Revocation
+	37, // 23: hallmark.v1.ListRevocationsResponse.authorities:type_name -> hallmark.v1.RevocationCoverage
+	38, // 24: hallmark.v1.ListRevocationsResponse.status_lists:type_name -> hallmark.v1.StatusCoverage
+	0,  // 25: hallmark.v1.AdminService.GetServer:input_type -> hallmark.v1.GetServerRequest
+	2,  // 26: hallmark.v1.AdminService.Backup:input_type -> hallmark.v1.BackupRequest
+	4,  // 27: hallmark.v1.AdminService.ListAuthorities:input_type -> hallmark.v1.ListAuthoritiesRequest
+	9,  // 28: hallmark.v1.AdminService.RotateAuthority:input_type -> hallmark.v1.RotateAuthorityRequest
+	11, // 29: hallmark.v1.AdminService.ListConnections:input_type -> hallmark.v1.ListConnectionsRequest
+	14, // 30: hallmark.v1.AdminService.AwaitAgents:input_type -> hallmark.v1.AwaitAgentsRequest
+	22, // 31: hallmark.v1.AdminService.GetJoinInfo:input_type -> hallmark.v1.GetJoinInfoRequest
+	24, // 32: hallmark.v1.AdminService.ListNodeAttestors:input_type -> hallmark.v1.ListNodeAttestorsRequest
+	28, // 33: hallmark.v1.AdminService.ExplainToken:input_type -> hallmark.v1.ExplainTokenRequest
+	32, // 34: hallmark.v1.AdminService.LintIssuers:input_type -> hallmark.v1.LintIssuersRequest
+	35, // 35: hallmark.v1.AdminService.RevokeSVIDs:input_type -> hallmark.v1.RevokeSVIDsRequest
+	39, // 36: hallmark.v1.AdminService.ListSVIDs:input_type -> hallmark.v1.ListSVIDsRequest
+	42, // 37: hallmark.v1.AdminService.ListRevocations:input_type -> hallmark.v1.ListRevocationsRequest
+	16, // 38: hallmark.v1.AdminService.ListBundleFetches:input_type -> hallmark.v1.ListBundleFetchesRequest
+	19, // 39: hallmark.v1.AdminService.ListPublishTargets:input_type -> hallmark.v1.ListPublishTargetsRequest
+	1,  // 40: hallmark.v1.AdminService.GetServer:output_type -> hallmark.v1.GetServerResponse
+	3,  // 41: hallmark.v1.AdminService.Backup:output_type -> hallmark.v1.BackupResponse
+	5,  // 42: hallmark.v1.AdminService.ListAuthorities:output_type -> hallmark.v1.ListAuthoritiesResponse
+	10, // 43: hallmark.v1.AdminService.RotateAuthority:output_type -> hallmark.v1.RotateAuthorityResponse
+	12, // 44: hallmark.v1.AdminService.ListConnections:output_type -> hallmark.v1.ListConnectionsResponse
+	15, // 45: hallmark.v1.AdminService.AwaitAgents:output_type -> hallmark.v1.AwaitAgentsResponse
+	23, // 46: hallmark.v1.AdminService.GetJoinInfo:output_type -> hallmark.v1.GetJoinInfoResponse
+	25, // 47: hallmark.v1.AdminService.ListNodeAttestors:output_type -> hallmark.v1.ListNodeAttestorsResponse
+	29, // 48: hallmark.v1.AdminService.ExplainToken:output_type -> hallmark.v1.ExplainTokenResponse
+	33, // 49: hallmark.v1.AdminService.LintIssuers:output_type -> hallmark.v1.LintIssuersResponse
+	36, // 50: hallmark.v1.AdminService.RevokeSVIDs:output_type -> hallmark.v1.RevokeSVIDsResponse
+	40, // 51: hallmark.v1.AdminService.ListSVIDs:output_type -> hallmark.v1.ListSVIDsResponse
+	43, // 52: hallmark.v1.AdminService.ListRevocations:output_type -> hallmark.v1.ListRevocationsResponse
+	17, // 53: hallmark.v1.AdminService.ListBundleFetches:output_type -> hallmark.v1.ListBundleFetchesResponse
+	20, // 54: hallmark.v1.AdminService.ListPublishTargets:output_type -> hallmark.v1.ListPublishTargetsResponse
+	40, // [40:55] is the sub-list for method output_type
+	25, // [25:40] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_hallmark_v1_admin_proto_init() }
@@ -2763,7 +2991,7 @@ func file_hallmark_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hallmark_v1_admin_proto_rawDesc), len(file_hallmark_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   41,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -19,20 +19,21 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	AdminService_GetServer_FullMethodName         = "/hallmark.v1.AdminService/GetServer"
-	AdminService_Backup_FullMethodName            = "/hallmark.v1.AdminService/Backup"
-	AdminService_ListAuthorities_FullMethodName   = "/hallmark.v1.AdminService/ListAuthorities"
-	AdminService_RotateAuthority_FullMethodName   = "/hallmark.v1.AdminService/RotateAuthority"
-	AdminService_ListConnections_FullMethodName   = "/hallmark.v1.AdminService/ListConnections"
-	AdminService_AwaitAgents_FullMethodName       = "/hallmark.v1.AdminService/AwaitAgents"
-	AdminService_GetJoinInfo_FullMethodName       = "/hallmark.v1.AdminService/GetJoinInfo"
-	AdminService_ListNodeAttestors_FullMethodName = "/hallmark.v1.AdminService/ListNodeAttestors"
-	AdminService_ExplainToken_FullMethodName      = "/hallmark.v1.AdminService/ExplainToken"
-	AdminService_LintIssuers_FullMethodName       = "/hallmark.v1.AdminService/LintIssuers"
-	AdminService_RevokeSVIDs_FullMethodName       = "/hallmark.v1.AdminService/RevokeSVIDs"
-	AdminService_ListSVIDs_FullMethodName         = "/hallmark.v1.AdminService/ListSVIDs"
-	AdminService_ListRevocations_FullMethodName   = "/hallmark.v1.AdminService/ListRevocations"
-	AdminService_ListBundleFetches_FullMethodName = "/hallmark.v1.AdminService/ListBundleFetches"
+	AdminService_GetServer_FullMethodName          = "/hallmark.v1.AdminService/GetServer"
+	AdminService_Backup_FullMethodName             = "/hallmark.v1.AdminService/Backup"
+	AdminService_ListAuthorities_FullMethodName    = "/hallmark.v1.AdminService/ListAuthorities"
+	AdminService_RotateAuthority_FullMethodName    = "/hallmark.v1.AdminService/RotateAuthority"
+	AdminService_ListConnections_FullMethodName    = "/hallmark.v1.AdminService/ListConnections"
+	AdminService_AwaitAgents_FullMethodName        = "/hallmark.v1.AdminService/AwaitAgents"
+	AdminService_GetJoinInfo_FullMethodName        = "/hallmark.v1.AdminService/GetJoinInfo"
+	AdminService_ListNodeAttestors_FullMethodName  = "/hallmark.v1.AdminService/ListNodeAttestors"
+	AdminService_ExplainToken_FullMethodName       = "/hallmark.v1.AdminService/ExplainToken"
+	AdminService_LintIssuers_FullMethodName        = "/hallmark.v1.AdminService/LintIssuers"
+	AdminService_RevokeSVIDs_FullMethodName        = "/hallmark.v1.AdminService/RevokeSVIDs"
+	AdminService_ListSVIDs_FullMethodName          = "/hallmark.v1.AdminService/ListSVIDs"
+	AdminService_ListRevocations_FullMethodName    = "/hallmark.v1.AdminService/ListRevocations"
+	AdminService_ListBundleFetches_FullMethodName  = "/hallmark.v1.AdminService/ListBundleFetches"
+	AdminService_ListPublishTargets_FullMethodName = "/hallmark.v1.AdminService/ListPublishTargets"
 )
 
 // AdminServiceClient is the client API for AdminService service.
@@ -51,7 +52,7 @@ type AdminServiceClient interface {
 	ListAuthorities(ctx context.Context, in *ListAuthoritiesRequest, opts ...grpc.CallOption) (*ListAuthoritiesResponse, error)
 	// RotateAuthority prepares a new authority, waits until every connected
 	// agent has acknowledged the bundle with it and a second more for their
-	// workloads, and activates it.
+	// workloads, and until it is published to every target, and activates it.
 	RotateAuthority(ctx context.Context, in *RotateAuthorityRequest, opts ...grpc.CallOption) (*RotateAuthorityResponse, error)
 	// ListConnections lists the agents that hold a push stream to this server.
 	ListConnections(ctx context.Context, in *ListConnectionsRequest, opts ...grpc.CallOption) (*ListConnectionsResponse, error)
@@ -79,6 +80,9 @@ type AdminServiceClient interface {
 	// ListBundleFetches returns what has come of this server's fetches of foreign
 	// bundles, for each federation relationship.
 	ListBundleFetches(ctx context.Context, in *ListBundleFetchesRequest, opts ...grpc.CallOption) (*ListBundleFetchesResponse, error)
+	// ListPublishTargets returns the places that this server publishes its bundle,
+	// and the documents of issuers, to.
+	ListPublishTargets(ctx context.Context, in *ListPublishTargetsRequest, opts ...grpc.CallOption) (*ListPublishTargetsResponse, error)
 }
 
 type adminServiceClient struct {
@@ -238,6 +242,16 @@ func (c *adminServiceClient) ListBundleFetches(ctx context.Context, in *ListBund
 	return out, nil
 }
 
+func (c *adminServiceClient) ListPublishTargets(ctx context.Context, in *ListPublishTargetsRequest, opts ...grpc.CallOption) (*ListPublishTargetsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListPublishTargetsResponse)
+	err := c.cc.Invoke(ctx, AdminService_ListPublishTargets_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServiceServer is the server API for AdminService service.
 // All implementations must embed UnimplementedAdminServiceServer
 // for forward compatibility.
@@ -254,7 +268,7 @@ type AdminServiceServer interface {
 	ListAuthorities(context.Context, *ListAuthoritiesRequest) (*ListAuthoritiesResponse, error)
 	// RotateAuthority prepares a new authority, waits until every connected
 	// agent has acknowledged the bundle with it and a second more for their
-	// workloads, and activates it.
+	// workloads, and until it is published to every target, and activates it.
 	RotateAuthority(context.Context, *RotateAuthorityRequest) (*RotateAuthorityResponse, error)
 	// ListConnections lists the agents that hold a push stream to this server.
 	ListConnections(context.Context, *ListConnectionsRequest) (*ListConnectionsResponse, error)
@@ -282,6 +296,9 @@ type AdminServiceServer interface {
 	// ListBundleFetches returns what has come of this server's fetches of foreign
 	// bundles, for each federation relationship.
 	ListBundleFetches(context.Context, *ListBundleFetchesRequest) (*ListBundleFetchesResponse, error)
+	// ListPublishTargets returns the places that this server publishes its bundle,
+	// and the documents of issuers, to.
+	ListPublishTargets(context.Context, *ListPublishTargetsRequest) (*ListPublishTargetsResponse, error)
 	mustEmbedUnimplementedAdminServiceServer()
 }
 
@@ -333,6 +350,9 @@ func (UnimplementedAdminServiceServer) ListRevocations(context.Context, *ListRev
 }
 func (UnimplementedAdminServiceServer) ListBundleFetches(context.Context, *ListBundleFetchesRequest) (*ListBundleFetchesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListBundleFetches not implemented")
+}
+func (UnimplementedAdminServiceServer) ListPublishTargets(context.Context, *ListPublishTargetsRequest) (*ListPublishTargetsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListPublishTargets not implemented")
 }
 func (UnimplementedAdminServiceServer) mustEmbedUnimplementedAdminServiceServer() {}
 func (UnimplementedAdminServiceServer) testEmbeddedByValue()                      {}
@@ -600,6 +620,24 @@ func _AdminService_ListBundleFetches_Handler(srv interface{}, ctx context.Contex
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_ListPublishTargets_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListPublishTargetsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ListPublishTargets(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ListPublishTargets_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ListPublishTargets(ctx, req.(*ListPublishTargetsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // AdminService_ServiceDesc is the grpc.ServiceDesc for AdminService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -658,6 +696,10 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListBundleFetches",
 			Handler:    _AdminService_ListBundleFetches_Handler,
+		},
+		{
+			MethodName: "ListPublishTargets",
+			Handler:    _AdminService_ListPublishTargets_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
