@@ -30,14 +30,14 @@ run: build ## a trust domain on this machine, with an identity for you
 test: test-system test-packages ## all tests; installs what they need (as root, with apt)
 
 # What runs the binary, built as it is for users: the race detector would see the
-# test alone.
+# test alone, and make each start of a command four times as slow.
 .PHONY: test-system
 test-system: test-deps
-	CGO_ENABLED=0 $(GO) test -vet=off -timeout 14m -p 2 -parallel 4 ./test/...
+	CGO_ENABLED=0 $(GO) test -vet=off -timeout 14m -p 2 -parallel 4 ./test/... ./pkg/cli
 
 .PHONY: test-packages
 test-packages: test-deps
-	$(GO) test $(RACE) -vet=off -timeout 14m -p 2 -parallel 4 $$($(GO) list ./... | grep -v /hallmark/test)
+	$(GO) test $(RACE) -vet=off -timeout 14m -p 2 -parallel 4 $$($(GO) list ./... | grep -v '/hallmark/test\|/pkg/cli$$')
 	$(if $(RACE),$(GO) test $(RACE) -vet=off -tags pkcs11 -run 'PKCS11|TestEveryKeyManager/pkcs11' ./server/authority ./server)
 
 .PHONY: test-deps
@@ -63,6 +63,10 @@ relying-parties: test-deps ## libraries of Node take our tokens; needs node 20 a
 	@mkdir -p bin/relyingparty && cp test/relyingparty/node/* bin/relyingparty/
 	npm ci --prefix bin/relyingparty --no-audit --no-fund --ignore-scripts
 	HALLMARK_RELYING_PARTIES=$(CURDIR)/bin/relyingparty $(GO) test -count=1 -run 'TestLibrariesOfNode' -v ./test/relyingparty
+
+.PHONY: race
+race: test-deps ## all tests under the race detector; takes half an hour
+	$(GO) test -race -timeout 40m -p 2 ./...
 
 .PHONY: bridges
 bridges: test-deps ## three levels of servers; haproxy and PostgreSQL under load (as root)
@@ -92,11 +96,15 @@ fuzz: ## every fuzz target, FUZZTIME each (default 60s)
 # both.
 .PHONY: check
 check: export CGO_ENABLED = 0
-check: ## formatting, vet, staticcheck, generated code
+check: vet ## formatting, vet, staticcheck, generated code
+	$(TOOL) staticcheck ./...
+
+.PHONY: vet
+vet: export CGO_ENABLED = 0
+vet:
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "not formatted; run: gofmt -w"; gofmt -l $$(git ls-files '*.go'); exit 1; }
 	$(GO) vet ./...
 	$(if $(RACE),CGO_ENABLED=1 $(GO) vet $(RACE) -tags pkcs11 ./server/authority ./server/kms ./server)
-	$(TOOL) staticcheck ./...
 	@test/generated
 
 .PHONY: generate

@@ -282,6 +282,7 @@ func (l *level) x509KeyIDs(t *testing.T) string {
 // waits, and comes back by itself.
 func TestNested_AServerWaitsForTheOneAbove(t *testing.T) {
 	t.Parallel()
+	harness.Long(t)
 	root := layLevel(t, "root", nil)
 	root.start(t)
 	below := layLevel(t, "below", root)
