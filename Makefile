@@ -27,7 +27,7 @@ run: build ## a trust domain on this machine, with an identity for you
 # Many tests wait for seconds to pass, so that more of them run at once than there
 # are processors. "make check" vets.
 .PHONY: test
-test: test-system test-packages ## all tests; installs what they need (as root, with apt)
+test: test-system test-pkcs11 test-packages ## all tests; installs what they need (as root, with apt)
 
 # What runs the binary, built as it is for users: the race detector would see the
 # test alone, and make each start of a command four times as slow.
@@ -37,7 +37,10 @@ test-system: test-deps
 
 .PHONY: test-packages
 test-packages: test-deps
-	$(GO) test $(RACE) -vet=off -timeout 14m -p 2 -parallel 4 $$($(GO) list ./... | grep -v '/hallmark/test\|/pkg/cli$$')
+	$(GO) test $(RACE) -vet=off -timeout 14m -p 3 -parallel 4 $$($(GO) list ./... | grep -v '/hallmark/test\|/pkg/cli$$')
+
+.PHONY: test-pkcs11
+test-pkcs11: test-deps
 	$(if $(RACE),$(GO) test $(RACE) -vet=off -tags pkcs11 -run 'PKCS11|TestEveryKeyManager/pkcs11' ./server/authority ./server)
 
 .PHONY: test-deps
