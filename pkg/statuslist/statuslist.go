@@ -32,8 +32,8 @@ type Status uint8
 // The statuses that have a meaning everywhere.
 const (
 	Valid     Status = 0
-	Invalid   Status = 1 // for good
-	Suspended Status = 2 // for now
+	Invalid   Status = 1 // for ever
+	Suspended Status = 2 // until it is valid again
 )
 
 func (s Status) String() string {
